@@ -1,0 +1,221 @@
+"""Every knob once: type, unit, bound, default, and where the default comes from.
+
+Defaults are those of Faster R-CNN R50-FPN 1x in the literature (FPN, arXiv 1612.03144; Mask R-CNN,
+arXiv 1703.06870; schedules of Detectron). Reading YAML and overrides is `config_file.py`; only `build.py`
+turns a config into objects.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
+Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+BoxLoss = Literal["l1", "smooth_l1", "giou"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+class InputConfig(Section):
+    """Preprocessing that belongs to the weights, and travels with them."""
+
+    min_size: Count = Field(800, description="short side in pixels that an image is resized to")
+    max_size: Count = Field(1333, description="bound in pixels on the long side")
+    channel_order: Literal["rgb", "bgr"] = Field("rgb", description="bgr for Caffe and Detectron2 weights")
+    mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="per channel, on 0-255")
+    std: tuple[Positive, Positive, Positive] = Field((58.395, 57.12, 57.375), description="per channel, on 0-255")
+    size_divisor: Count = Field(32, description="the canvas is padded to a multiple of this, in pixels")
+    antialias: bool = Field(True, description="resize as PIL does; false: plain bilinear on floats, as torchvision")
+
+
+class BackboneConfig(Section):
+    depth: Literal[18, 34, 50, 101, 152] = Field(50, description="Table 1 of arXiv 1512.03385")
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="channels of the stem and of stage 2")
+    layout: Literal["fpn", "c4", "dc5"] = Field("fpn", description="P2..P6; stage 4 at stride 16; dilated stage 5")
+    weights: str | None = Field("imagenet", description="'imagenet' (torchvision's), a path, or null: from scratch")
+    norm: Norm = Field("frozen_bn", description="gn trains from scratch at any batch size")
+    norm_eps: Annotated[float, Field(ge=0, le=1e-2)] = 1e-5
+    stride_in_1x1: bool = Field(False, description="true: the paper and Caffe; false: torchvision")
+    freeze_stages: Annotated[int, Field(ge=0, le=5)] = Field(2, description="0 none, 1 the stem, 2 stem and stage 2 ...")
+    activation_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, about 30 % slower")
+
+
+class FPNConfig(Section):
+    channels: Count = 256
+    norm: Literal["none", "bn", "sync_bn", "gn"] = "none"
+
+
+class AnchorConfig(Section):
+    sizes: tuple[tuple[Positive, ...], ...] = Field(
+        ((32,), (64,), (128,), (256,), (512,)), description="square roots of areas in pixels, per feature level")
+    aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), description="height / width")
+    round: bool = Field(False, description="round base anchors to whole pixels, as torchvision does")
+
+
+class RPNConfig(Section):
+    """Faster R-CNN (arXiv 1506.01497) section 3.1, with FPN's numbers of proposals."""
+
+    pre_nms_topk_train: Count = Field(2000, description="per level")
+    pre_nms_topk_test: Count = Field(1000, description="per level")
+    post_nms_topk_train: Count = Field(1000, description="per image")
+    post_nms_topk_test: Count = Field(1000, description="per image")
+    nms_thresh: Probability = 0.7
+    min_size: Annotated[float, Field(ge=0)] = Field(0.0, description="proposals with a smaller side in pixels are dropped")
+    batch_per_image: Count = Field(256, description="anchors sampled for the loss")
+    positive_fraction: Probability = 0.5
+    fg_iou: Probability = 0.7
+    bg_iou: Probability = 0.3
+    box_loss: BoxLoss = "l1"
+    smooth_l1_beta: Positive = Field(1 / 9, description="used by smooth_l1 only")
+    box_loss_weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.bg_iou > self.fg_iou:
+            raise ValueError(f"bg_iou must be at most fg_iou, got bg_iou={self.bg_iou}, fg_iou={self.fg_iou}")
+        return self
+
+
+class PoolConfig(Section):
+    type: Literal["align", "pool"] = "align"
+    sampling_ratio: Annotated[int, Field(ge=0)] = Field(2, description="samples per bin side; 0: one per feature pixel")
+    aligned: bool = Field(True, description="half-pixel shift of Detectron2's RoIAlign v2; false: torchvision")
+
+
+class BoxHeadConfig(Section):
+    batch_per_image: Count = Field(512, description="RoIs sampled for the loss")
+    positive_fraction: Probability = 0.25
+    fg_iou: Probability = 0.5
+    resolution: Count = Field(7, description="side of the pooled grid (14 for c4: conv5 halves it)")
+    fc_dim: Count = Field(1024, description="width of the two fc layers (unused by c4)")
+    class_agnostic: bool = Field(False, description="one box per RoI instead of one per class")
+    box_loss: BoxLoss = "l1"
+    smooth_l1_beta: Positive = 1.0
+    box_loss_weight: Positive = 1.0
+    score_thresh: Probability = Field(0.05, description="detections under it are dropped")
+    nms_thresh: Probability = 0.5
+    detections_per_image: Count = 100
+
+
+class MaskHeadConfig(Section):
+    """Mask R-CNN (arXiv 1703.06870) section 3.1, Figure 4."""
+
+    resolution: Count = Field(14, description="side of the pooled grid; masks are twice that")
+    channels: Count = 256
+    convs: Annotated[int, Field(ge=0)] = Field(4, description="3x3 convolutions before the upsampling (0 for c4)")
+
+
+class ModelConfig(Section):
+    name: Literal["faster_rcnn", "mask_rcnn"] = "mask_rcnn"
+    input: InputConfig = InputConfig()
+    backbone: BackboneConfig = BackboneConfig()
+    fpn: FPNConfig = FPNConfig()
+    anchors: AnchorConfig = AnchorConfig()
+    rpn: RPNConfig = RPNConfig()
+    pool: PoolConfig = PoolConfig()
+    box_head: BoxHeadConfig = BoxHeadConfig()
+    mask_head: MaskHeadConfig = MaskHeadConfig()
+
+    @model_validator(mode="after")
+    def _levels(self):
+        levels = 5 if self.backbone.layout == "fpn" else 1
+        if len(self.anchors.sizes) != levels:
+            raise ValueError(f"anchors.sizes must have one tuple per feature level: {levels} for layout "
+                             f"'{self.backbone.layout}', got {len(self.anchors.sizes)}")
+        return self
+
+
+class SourceConfig(Section):
+    """A data set: a folder, a YOLO data.yaml, or a COCO annotation file."""
+
+    path: str
+    images: str | None = Field(None, description="image folder; null: found beside the annotations")
+    split: str | None = Field(None, description="image set within the folder, such as 'train'; null: by role")
+
+
+Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
+
+
+class AugmentConfig(Section):
+    """What training does to an image; evaluation only resizes (model.input)."""
+
+    min_sizes: tuple[Count, ...] | None = Field(None, description="short sides drawn from, in pixels; null: model.input.min_size")
+    flip: Probability = Field(0.5, description="chance of a horizontal flip")
+    jitter: tuple[Positive, Positive] | None = Field(
+        None, description="large-scale jitter: range of scales, (0.1, 2.0) in arXiv 2012.07177; replaces min_sizes")
+    crop_size: Count | None = Field(None, description="side in pixels of the square canvas of large-scale jitter")
+    albumentations: tuple[dict[str, Any], ...] = Field((), description="transforms by name: [{HueSaturationValue: {p: 0.5}}]")
+
+    @model_validator(mode="after")
+    def _jitter_needs_canvas(self):
+        if (self.jitter is None) != (self.crop_size is None):
+            raise ValueError("jitter and crop_size must be given together")
+        return self
+
+
+class DataConfig(Section):
+    train: Source | None = None
+    val: Source | None = None
+    on_invalid: Literal["error", "drop"] = Field("error", description="what invalid annotations do: stop, or be dropped and counted")
+    skip_empty: bool = Field(False, description="train without the images that have no box, as the COCO baselines do")
+    aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
+    workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
+    augment: AugmentConfig = AugmentConfig()
+
+
+class TrainConfig(Section):
+    """lr, steps, milestones and warmup_steps are stated for `reference_batch_size` images a step and scaled by the
+    linear rule (arXiv 1706.02677) to `batch_size`: lr by the ratio, steps by its inverse."""
+
+    batch_size: Count = Field(16, description="images a step, over all processes and accumulated parts")
+    reference_batch_size: Count = 16
+    lr: Positive = 0.02
+    steps: Count = 90_000
+    schedule: Literal["multistep", "cosine"] = "multistep"
+    milestones: tuple[Count, ...] = Field((60_000, 80_000), description="steps at which multistep multiplies lr by 0.1")
+    warmup_steps: Annotated[int, Field(ge=0)] = 1000
+    warmup_factor: Probability = Field(1e-3, description="lr grows linearly from this fraction")
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd only")
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    decay_norm_and_bias: bool = Field(True, description="false: no weight decay on norms and biases")
+    grad_clip: Positive | None = Field(None, description="bound on the global L2 norm of the gradient")
+    accumulate: Count = Field(1, description="parts a batch is split into, one after another, to save memory")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 autocast; weights and losses stay fp32")
+    channels_last: bool = True
+    compile: bool = Field(False, description="torch.compile the backbone")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="decay of averaged weights, which are then evaluated")
+    log_every: Count = Field(20, description="steps")
+    checkpoint_every: Count = Field(1000, description="steps")
+    eval_every: Count | None = Field(None, description="steps; null: at the end only")
+    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: segm/AP, bbox/AP or voc/AP")
+    patience: Count | None = Field(None, description="evaluations without a better keep_best before stopping early")
+    seed: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _consistent(self):
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}")
+        if self.schedule == "multistep" and list(self.milestones) != sorted(set(self.milestones)):
+            raise ValueError(f"milestones must increase, got {self.milestones}")
+        return self
+
+
+class EvalConfig(Section):
+    metrics: tuple[Literal["coco", "voc"], ...] = Field(("coco",), description="protocols to report")
+    batch_size: Count = 1
+
+
+class Config(Section):
+    output: str = Field("runs/default", description="run folder")
+    device: str = Field("auto", description="auto: cuda where there is one, else cpu")
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
