@@ -55,7 +55,8 @@ class AnchorConfig(Section):
     sizes: tuple[tuple[Positive, ...], ...] = Field(
         ((32,), (64,), (128,), (256,), (512,)), description="square roots of areas in pixels, per feature level")
     aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), description="height / width")
-    round: bool = Field(False, description="round base anchors to whole pixels, as torchvision does")
+    convention: Literal["detectron2", "torchvision"] = Field(
+        "detectron2", description="torchvision rounds base anchors to pixels and takes strides from the grid")
 
 
 class RPNConfig(Section):

@@ -1,0 +1,70 @@
+"""Box geometry: pure functions on tensors.
+
+Boxes are (..., 4) xyxy in pixels, continuous coordinates. Everything broadcasts over leading dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+MAX_LOG_SCALE = math.log(1000 / 16)  # bound on dw, dh in decoding: a 16 px anchor never grows past 1000 px
+
+
+def area(boxes: Tensor) -> Tensor:
+    """(..., 4) -> (...), square pixels."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of every pair, (..., G, 4) and (..., P, 4) -> (..., G, P); 0 where the union is empty.
+
+    Works coordinate by coordinate: the largest temporary is one (..., G, P) tensor, not a pair of corners.
+    """
+    a, b = a[..., :, None, :], b[..., None, :, :]
+    width = (torch.minimum(a[..., 2], b[..., 2]) - torch.maximum(a[..., 0], b[..., 0])).clamp_(min=0)
+    height = (torch.minimum(a[..., 3], b[..., 3]) - torch.maximum(a[..., 1], b[..., 1])).clamp_(min=0)
+    intersection = width.mul_(height)
+    union = area(a) + area(b) - intersection
+    return torch.where(union > 0, intersection / union, 0.0)
+
+
+def clip(boxes: Tensor, sizes: Tensor) -> Tensor:
+    """Boxes (N, P, 4) limited to images of `sizes` (N, 2), height and width."""
+    limit = sizes.to(boxes).flip(-1).repeat(1, 2)[:, None]  # (N, 1, 4) width, height, width, height
+    return boxes.clamp(min=0).minimum(limit)
+
+
+def larger_than(boxes: Tensor, side: float) -> Tensor:
+    """(..., 4) -> (...) bool: both sides longer than `side` pixels."""
+    return (boxes[..., 2] - boxes[..., 0] > side) & (boxes[..., 3] - boxes[..., 1] > side)
+
+
+def flip_horizontal(boxes: Tensor, width: float) -> Tensor:
+    """Mirror images of boxes in an image `width` pixels wide."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([width - x2, y1, width - x1, y2], -1)
+
+
+def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
+    """Regression targets (dx, dy, dw, dh) that turn `anchors` into `boxes` (R-CNN, arXiv 1311.2524, appendix C).
+
+    `weights` multiply the four deltas: (10, 10, 5, 5) in box heads, about one over their standard deviation.
+    """
+    anchor_wh = anchors[..., 2:] - anchors[..., :2]
+    box_wh = boxes[..., 2:] - boxes[..., :2]
+    shift = (boxes[..., :2] + 0.5 * box_wh - anchors[..., :2] - 0.5 * anchor_wh) / anchor_wh
+    deltas = torch.cat([shift, torch.log(box_wh / anchor_wh)], -1)
+    return deltas * deltas.new_tensor(weights)
+
+
+def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
+    """The inverse of `encode`; dw and dh are limited to `MAX_LOG_SCALE`."""
+    anchor_wh = anchors[..., 2:] - anchors[..., :2]
+    center = anchors[..., :2] + 0.5 * anchor_wh
+    deltas = deltas / deltas.new_tensor(weights)
+    center = center + deltas[..., :2] * anchor_wh
+    half = 0.5 * anchor_wh * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    return torch.cat([center - half, center + half], -1)

@@ -1,0 +1,40 @@
+"""Non-maximum suppression over padded batches."""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor
+
+
+@torch.no_grad()
+def nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, groups: Tensor | None = None) -> Tensor:
+    """Greedy NMS in each row: which boxes stay.
+
+    boxes (B, n, 4), scores (B, n), valid (B, n) bool, groups (B, n) int64 >= 0: boxes of different groups
+    (classes, levels) never suppress one another. Returns keep (B, n) bool, False wherever `valid` is.
+
+    The list of survivors is ragged by nature; here it is the only thing with a data-dependent shape. On a GPU
+    the whole batch is one kernel, kept apart by moving each (row, group) to its own place on the plane, in
+    float64 so that the shift does not round coordinates. On the CPU rows are separate calls: the cost grows
+    with the square of the boxes in one.
+    """
+    if boxes.numel() == 0:
+        return torch.zeros_like(valid)
+    boxes = torch.where(valid[..., None], boxes, 0)  # an empty box suppresses nothing
+    scores = torch.where(valid, scores, -torch.inf)
+    if boxes.is_cuda:
+        rows = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(valid)
+        spread = rows if groups is None else rows * (groups.max() + 1) + groups
+        return _nms_row(boxes.flatten(0, 1), scores.flatten(), iou_threshold, spread.flatten()).view_as(valid) & valid
+    empty = [None] * len(boxes)
+    keep = [_nms_row(*row[:2], iou_threshold, row[2]) for row in zip(boxes, scores, empty if groups is None else groups)]
+    return torch.stack(keep) & valid
+
+
+def _nms_row(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None) -> Tensor:
+    if groups is not None:
+        boxes = boxes.double() + (groups * (boxes.max() + 1))[:, None]
+        scores = scores.double()
+    kept = torchvision.ops.nms(boxes, scores, iou_threshold)
+    return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device).index_fill_(0, kept, True)
