@@ -1,0 +1,216 @@
+"""Pictures of predictions, fit for print: translucent masks with outlines, thin boxes, labels that do not collide.
+
+A class has the same colour in every picture. Line widths and text grow with the image, and small images are enlarged
+first, so that labels stay readable. Labels are put where they cover no other label; where there is no such place the
+label is left out (the colour still tells the class).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from detres.inference.predictor import Prediction
+
+Color = tuple[int, int, int]
+
+# Told apart with any colour vision: the vibrant and muted schemes of Paul Tol (personal.sron.nl/~pault), strong first.
+PALETTE = ("#1F77D0", "#F07F23", "#00A08A", "#EE3377", "#33BBEE", "#D0331A", "#E5B022", "#A347A8", "#3FA34D", "#5B63E0",
+           "#D9678A", "#8E9A1F", "#1E9CB5", "#8F2A5B", "#B97A2A", "#157A3C")
+SMALLEST = 480  # pixels; an image with a shorter long side is enlarged by a whole factor to at least this
+SHIFT = 4  # fractional bits of the coordinates given to cv2
+FILL = 0.42  # opacity of masks
+CROWDED = 0.04  # part of a label that others may cover at most
+
+
+def color_of(index: int) -> Color:
+    """The RGB colour of a class (or an instance); every further round through the palette is lighter, then darker."""
+    turn, place = divmod(index, len(PALETTE))
+    color = np.array([int(PALETTE[place][i:i + 2], 16) for i in (1, 3, 5)])
+    towards, strength = ((0, 0.0), (255, 0.3), (0, 0.35))[turn % 3]
+    return tuple(int(c) for c in np.rint(color + (towards - color) * strength))
+
+
+@dataclass(frozen=True)
+class _Style:
+    """Sizes in pixels of the canvas."""
+
+    scale: int  # canvas pixels per image pixel
+    line: int
+    font: int
+
+    @classmethod
+    def of(cls, height: int, width: int, scale: int | None) -> _Style:
+        scale = scale or max(1, -(-SMALLEST // max(height, width)))
+        side = (height * width) ** 0.5 * scale
+        return cls(scale, line=max(1, round(side / 300)), font=max(11, round(side / 42)))
+
+
+def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None, masks: bool = True,
+         labels: bool = True, scores: bool = True, color_by: Literal["class", "instance"] = "class",
+         scale: int | None = None) -> Image.Image:
+    """A picture of what was found in an image (H, W, 3) RGB uint8.
+
+    `boxes`: None draws them where there is no mask to show. `scale`: whole factor by which the image is enlarged; None
+    chooses one for small images.
+    """
+    height, width = image.shape[:2]
+    style = _Style.of(height, width, scale)
+    canvas = cv2.resize(image, None, fx=style.scale, fy=style.scale, interpolation=cv2.INTER_CUBIC) \
+        if style.scale > 1 else image.copy()
+    found = prediction.numpy()
+    corners = found["boxes"] * style.scale  # (D, 4)
+    colors = [color_of(label if color_by == "class" else i) for i, label in enumerate(found["labels"].tolist())]
+    bitmaps = found["masks"] if masks else None
+    for i in np.argsort(-_areas(corners), kind="stable"):  # the small ones on top
+        if bitmaps is not None:
+            _draw_mask(canvas, bitmaps[i], colors[i], style)
+        if boxes or (boxes is None and bitmaps is None):
+            _draw_box(canvas, corners[i], colors[i], style)
+    picture = Image.fromarray(canvas)
+    if labels:
+        texts = [f"{name} {score:.2f}" if scores else name for name, score in zip(prediction.names, found["scores"])]
+        middles = [None] * len(texts) if bitmaps is None else [_middle(mask, style.scale) for mask in bitmaps]
+        _draw_labels(picture, corners, middles, texts, colors, style)
+    return picture
+
+
+def _areas(corners: np.ndarray) -> np.ndarray:
+    return (corners[:, 2:] - corners[:, :2]).prod(1)
+
+
+def _draw_box(canvas: np.ndarray, corners: np.ndarray, color: Color, style: _Style) -> None:
+    height, width = canvas.shape[:2]
+    inset = style.line / 2  # the line lies inside the box, so that boxes at the border show whole
+    x1, y1, x2, y2 = np.clip(corners + [inset, inset, -inset, -inset], inset, [width - inset, height - inset] * 2) - 0.5
+    _outline(canvas, [np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])], color, style.line)
+
+
+def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, style: _Style) -> None:
+    """Blend one mask (H, W) bool into the canvas, within its own bounds, and draw its outline."""
+    part, left, top = _cropped(mask, margin=2)
+    if not part.any():
+        return
+    # Enlarging and a slight blur turn the stairs of pixels into a smooth edge, inside which alpha falls off.
+    soft = cv2.resize(part.astype(np.float32), None, fx=style.scale, fy=style.scale, interpolation=cv2.INTER_LINEAR)
+    soft = cv2.GaussianBlur(soft, (0, 0), 0.5 + 0.5 * style.scale)
+    y, x = top * style.scale, left * style.scale
+    window = canvas[y:y + soft.shape[0], x:x + soft.shape[1]]
+    alpha = FILL * soft[..., None]
+    window[:] = np.rint(window * (1 - alpha) + np.array(color) * alpha)
+    contours, _ = cv2.findContours((soft >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    thin = style.line if part.sum() ** 0.5 * style.scale > 20 * style.line else max(1, style.line // 2)
+    _outline(canvas, [contour[:, 0] + (x, y) for contour in contours], color, thin)
+
+
+def _cropped(mask: np.ndarray, margin: int) -> tuple[np.ndarray, int, int]:
+    """The part of a mask (H, W) that holds all of it, and the left and top of that part."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return mask[:0, :0], 0, 0
+    top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
+    return mask[top:rows[-1] + 1 + margin, left:columns[-1] + 1 + margin], left, top
+
+
+def _outline(canvas: np.ndarray, polygons: list[np.ndarray], color: Color, thickness: int) -> None:
+    points = [np.rint(polygon * 2 ** SHIFT).astype(np.int32) for polygon in polygons]
+    cv2.polylines(canvas, points, True, color, thickness, cv2.LINE_AA, SHIFT)
+
+
+# ---- labels --------------------------------------------------------------------------------------------------------
+
+
+class _Middle(NamedTuple):
+    """The largest circle inside a mask: where a label is surely on the object. Pixels of the canvas."""
+
+    x: float
+    y: float
+    radius: float
+
+
+def _middle(mask: np.ndarray, scale: int) -> _Middle | None:
+    part, left, top = _cropped(mask, margin=0)
+    if not part.size:
+        return None
+    depth = cv2.distanceTransform(np.pad(part, 1).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    y, x = np.unravel_index(depth.argmax(), depth.shape)
+    return _Middle((left + x - 0.5) * scale, (top + y - 0.5) * scale, float(depth.max()) * scale)
+
+
+def _draw_labels(picture: Image.Image, corners: np.ndarray, middles: list[_Middle | None], texts: list[str],
+                 colors: list[Color], style: _Style) -> None:
+    """Put a plate with its text at each object, in the order given (best first)."""
+    placed = np.zeros((0, 4))
+    for i, text in enumerate(texts):
+        font = _font(_font_size(corners[i], style))
+        pad = max(2, round(font.size * 0.3))
+        size = np.ceil([font.getlength(text) + 2 * pad, sum(font.getmetrics()) + pad * 0.5])
+        plates = _places(corners[i], middles[i], size, picture.size)
+        plate = _best(plates, placed, np.delete(corners, i, 0))
+        if plate is not None:
+            placed = np.vstack([placed, plate])
+            _draw_plate(picture, plate, text, font, colors[i], pad)
+
+
+def _font_size(box: np.ndarray, style: _Style) -> int:
+    """Smaller for small objects, so that a label does not bury what it names."""
+    side = float(np.sqrt(np.prod(box[2:] - box[:2])))
+    return max(10, round(style.font * np.clip(0.7 + side / (20 * style.font), 0.7, 1.0)))
+
+
+def _places(box: np.ndarray, middle: _Middle | None, size: np.ndarray, limits: tuple[int, int]) -> np.ndarray:
+    """Corners (C, 4) that a plate of `size` (width, height) may have, within the picture, the favourite first."""
+    (x1, y1, x2, y2), (w, h) = box, size
+    starts = [(x1, y1 - h), (x1, y1), (x2 - w, y1 - h), (x2 - w, y1), (x1, y2), (x1, y2 - h), (x2, y1), (x1 - w, y1),
+              ((x1 + x2 - w) / 2, (y1 + y2 - h) / 2)]
+    if middle and np.hypot(w, h) < 2.2 * middle.radius and w * h < 0.15 * (x2 - x1) * (y2 - y1):  # ample room inside
+        starts.insert(0, (middle.x - w / 2, middle.y - h / 2))
+    starts = np.rint(np.clip(starts, 0, np.maximum(np.array(limits) - size, 0)))
+    return np.hstack([starts, starts + size])
+
+
+def _best(plates: np.ndarray, placed: np.ndarray, others: np.ndarray) -> np.ndarray | None:
+    """The plate that covers least of the plates already placed and of other objects; None where all are taken."""
+    area = _areas(plates)
+    covered = _shared(plates, placed) / area
+    cost = 10 * covered + _shared(plates, others) / area + 0.15 * np.arange(len(plates))
+    best = int(np.argmin(cost))
+    return plates[best] if covered[best] <= CROWDED else None
+
+
+def _shared(plates: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Area of each plate (C, 4) under boxes (B, 4), those that overlap counted each."""
+    sides = np.minimum(plates[:, None, 2:], boxes[:, 2:]) - np.maximum(plates[:, None, :2], boxes[:, :2])
+    return np.clip(sides, 0, None).prod(-1).sum(1)
+
+
+def _draw_plate(picture: Image.Image, plate: np.ndarray, text: str, font: ImageFont.FreeTypeFont, color: Color,
+                pad: int) -> None:
+    x1, y1, x2, y2 = plate.astype(int)
+    fine = 4  # PIL does not smooth shapes: draw large, shrink
+    cover = Image.new("L", ((x2 - x1) * fine, (y2 - y1) * fine))
+    ImageDraw.Draw(cover).rounded_rectangle((0, 0, cover.width - 1, cover.height - 1), radius=pad * fine * 0.6, fill=235)
+    picture.paste(Image.new("RGB", (x2 - x1, y2 - y1), color), (x1, y1), cover.reduce(fine))
+    ImageDraw.Draw(picture).text((x1 + pad, (y1 + y2) / 2), text, fill=_ink(color), font=font, anchor="lm")
+
+
+def _ink(color: Color) -> str:
+    """White where it contrasts enough with a colour (3:1 by the relative luminance of WCAG 2), else black."""
+    channels = np.array(color) / 255
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ (0.2126, 0.7152, 0.0722))
+    return "white" if 1.05 / (luminance + 0.05) >= 3 else "black"
+
+
+@functools.lru_cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib  # comes with DejaVu Sans, which covers Latin, Greek, Cyrillic and much more
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)
