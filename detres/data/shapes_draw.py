@@ -1,0 +1,237 @@
+"""The things of the built-in data set: outlines with keypoints, exact coverage, and how they are painted.
+
+An outline lives in the unit circle, y down, upright. A part is a list of closed contours filled even-odd (an
+inner contour is a hole); a shape is the union of its parts. Pixels are integers throughout, as in
+`shapes_texture`, so that every machine draws the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.random import RandomState
+
+from detres.data.shapes_texture import cut
+
+SUB = 4  # samples per pixel side; coverage counts SUB * SUB = 16 of them
+KEYPOINT_NAMES = ("head", "neck", "left_elbow", "right_elbow", "left_hand", "right_hand", "hip",
+                  "left_knee", "right_knee", "left_foot", "right_foot")
+SKELETON = ((1, 2), (2, 3), (3, 5), (2, 4), (4, 6), (2, 7), (7, 8), (8, 10), (7, 9), (9, 11))  # from 1, as in COCO
+
+Contour = np.ndarray  # (P, 2) float64 x, y
+Joints = dict[str, tuple[float, float]]
+_CIRCLE = np.array([(math.cos(math.pi * i / 36), math.sin(math.pi * i / 36)) for i in range(72)])
+
+
+@dataclass(frozen=True)
+class Outline:
+    parts: list[list[Contour]]
+    joints: Joints  # by keypoint name; empty for classes without keypoints
+
+
+@dataclass(frozen=True)
+class Patch:
+    """Coverage of the pixels around a thing, in sixteenths, and where its corner lies in the picture."""
+
+    cover: np.ndarray  # (h, w) uint8, 0..16
+    top: int
+    left: int
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Pixels of which at least half is covered, (h, w) bool."""
+        return self.cover >= SUB * SUB // 2
+
+
+def _disc(rng: RandomState, grain: float) -> Outline:
+    return Outline([[_CIRCLE]], {})
+
+
+def _square(rng: RandomState, grain: float) -> Outline:
+    side = math.sqrt(0.5)
+    return Outline([[np.array([(-side, -side), (side, -side), (side, side), (-side, side)])]], {})
+
+
+def _star_points(spikes: int, inner: float) -> Contour:
+    angles = (math.pi * i / spikes for i in range(2 * spikes))
+    return np.array([((1, inner)[i % 2] * math.sin(a), -(1, inner)[i % 2] * math.cos(a)) for i, a in enumerate(angles)])
+
+
+def _triangle(rng: RandomState, grain: float) -> Outline:
+    return Outline([[_star_points(3, 0.5)]], {})
+
+
+def _star(rng: RandomState, grain: float) -> Outline:
+    return Outline([[_star_points(int(rng.randint(5, 8)), rng.uniform(0.42, 0.52))]], {})
+
+
+def _ring(rng: RandomState, grain: float) -> Outline:
+    return Outline([[_CIRCLE, _CIRCLE * rng.uniform(0.45, 0.65)]], {})
+
+
+def _cross(rng: RandomState, grain: float) -> Outline:
+    w = rng.uniform(0.24, 0.34)
+    arm = np.array([(-w, -0.95), (w, -0.95), (w, 0.95), (-w, 0.95)])
+    return Outline([[arm], [arm[:, ::-1].copy()]], {})
+
+
+def _arrow(rng: RandomState, grain: float) -> Outline:
+    w = rng.uniform(0.17, 0.25)
+    half = np.array([(0, -0.98), (0.66, -0.2), (w, -0.2), (w, 0.95)])
+    joints = {"head": (0, -0.86), "neck": (0, -0.2), "hip": (0, 0.82)}
+    for side, name in ((1, "left"), (-1, "right")):
+        joints |= {f"{name}_hand": (side * 0.5, -0.27), f"{name}_foot": (side * (w - 0.08), 0.86)}
+    return Outline([[np.vstack([half, half[::-1] * (-1, 1)])]], joints)
+
+
+def _figure(rng: RandomState, grain: float) -> Outline:
+    """A person from the front, so its own left is at positive x; limbs keep `grain`, the least radius."""
+    joints: Joints = {"head": (0, -0.7), "neck": (0, -0.42), "hip": (0, 0.14)}
+    parts = [[_CIRCLE * 0.24 + (0, -0.7)], [_limb((0, -0.24), (0, 0.1), max(0.19, grain))],
+             [_limb((0, -0.5), (0, -0.3), max(0.09, grain))]]
+    for side, name in ((1, "left"), (-1, "right")):
+        raise_ = math.radians(rng.uniform(5, 140))
+        bend = raise_ + math.radians(rng.uniform(-50, 60))
+        swing = math.radians(rng.uniform(2, 38))
+        shin = swing + math.radians(rng.uniform(-35, 10))
+        shoulder, socket = (side * 0.16, -0.34), (side * 0.1, 0.16)
+        elbow, knee = _step(shoulder, 0.3, side, raise_), _step(socket, 0.38, side, swing)
+        hand, foot = _step(elbow, 0.28, side, bend), _step(knee, 0.36, side, shin)
+        joints |= {f"{name}_elbow": elbow, f"{name}_hand": hand, f"{name}_knee": knee, f"{name}_foot": foot}
+        parts += [[_limb(a, b, max(r, grain))] for a, b, r in
+                  ((shoulder, elbow, 0.085), (elbow, hand, 0.08), (socket, knee, 0.105), (knee, foot, 0.09))]
+    return Outline(parts, joints)
+
+
+def _step(start: tuple[float, float], length: float, side: int, angle: float) -> tuple[float, float]:
+    """End of a bone that hangs down at angle 0 and points outwards at 90 degrees."""
+    return start[0] + side * length * math.sin(angle), start[1] + length * math.cos(angle)
+
+
+def _limb(start: tuple[float, float], end: tuple[float, float], radius: float) -> Contour:
+    """A rod with round ends."""
+    along = math.atan2(end[1] - start[1], end[0] - start[0])
+    turns = [along + math.pi * (i / 12 - 0.5) for i in range(13)]
+    cap = np.array([(math.cos(turn), math.sin(turn)) for turn in turns]) * radius
+    return np.vstack([cap + end, start - cap])
+
+
+OUTLINES: dict[str, Callable[[RandomState, float], Outline]] = {
+    "disc": _disc, "square": _square, "triangle": _triangle, "star": _star, "ring": _ring, "cross": _cross,
+    "arrow": _arrow, "figure": _figure,
+}
+
+
+def place(outline: Outline, radius: float, angle: float, squeeze: float, centre: tuple[float, float]) -> tuple[Patch, Joints]:
+    """Turns, scales and moves an outline into the picture; `radius` and `centre` in pixels, `angle` in radians.
+
+    `squeeze` narrows it along its own x axis. The patch has a margin for blur and shadow around the shape.
+    """
+    cos, sin = math.cos(angle) * radius, math.sin(angle) * radius
+
+    def move(points: np.ndarray) -> np.ndarray:
+        x, y = points[:, 0] * squeeze, points[:, 1]
+        return np.stack([x * cos - y * sin + centre[0], x * sin + y * cos + centre[1]], 1)
+
+    parts = [[move(contour) for contour in part] for part in outline.parts]
+    points = np.concatenate([contour for part in parts for contour in part])
+    margin = 2 + int(0.2 * radius)
+    left, top = (math.floor(v) - margin for v in points.min(0))
+    width, height = math.ceil(points[:, 0].max()) + margin - left, math.ceil(points[:, 1].max()) + margin - top
+    patch = Patch(_coverage(parts, top, left, height, width), top, left)
+    joints = {name: tuple(move(np.array([point]))[0].tolist()) for name, point in outline.joints.items()}
+    return patch, joints
+
+
+def _coverage(parts: list[list[Contour]], top: int, left: int, height: int, width: int) -> np.ndarray:
+    canvas = np.zeros((height * SUB, width * SUB), np.uint8)
+    for part in parts:
+        # a sample's centre is a whole number for OpenCV; contours in 1/16 of a sample
+        corners = [np.round(((contour - (left, top)) * SUB - 0.5) * 16).astype(np.int32) for contour in part]
+        cv2.fillPoly(canvas, corners, SUB * SUB, cv2.LINE_8, 4)
+    return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)  # the mean of 0s and 16s is the count
+
+
+@dataclass(frozen=True)
+class Light:
+    """Where it comes from (x, y in 1/256 of a unit vector), how dark its shadows are (0..255), and how far they reach."""
+
+    x: int
+    y: int
+    shadow: int
+    reach: float  # of an object's size
+
+
+@dataclass(frozen=True)
+class Surface:
+    texture: str
+    zoom: float
+    ramp: np.ndarray  # (256, 3) uint8
+    relief: int  # how strong edges are lit, in 1/256
+    bevel: float  # how wide they are, in object sizes
+    gloss: int  # how strong highlights are, in 1/256
+
+
+def cast_shadow(image: np.ndarray, patch: Patch, size: float, light: Light) -> None:
+    """Darkens `image` (H, W, 3) uint8 in place where the thing keeps the light away."""
+    blur = 2 * int(0.11 * size) + 3
+    soft = cv2.GaussianBlur(patch.cover * 15, (blur, blur), 0).astype(np.uint16)
+    shift_y, shift_x = (-round(v * size * light.reach / 256) for v in (light.y, light.x))
+    inside = _overlap(image, patch, shift_y, shift_x)
+    if inside is not None:
+        region, part = inside
+        region[:] = region * (256 - (soft[part] * light.shadow >> 8))[..., None] >> 8
+
+
+def paint(image: np.ndarray, patch: Patch, size: float, light: Light, surface: Surface, rng: RandomState) -> None:
+    """Draws the thing over `image` (H, W, 3) uint8 in place: textured, lit from the side, with smooth edges."""
+    height, width = patch.cover.shape
+    texture = cut(surface.texture, rng, height, width, surface.zoom)
+    bright, gleam = _relief(patch.cover, size, light, surface)
+    inside = _overlap(image, patch, 0, 0)
+    if inside is None:
+        return
+    region, part = inside
+    lit = (surface.ramp[texture[part]] * bright[part][..., None] >> 8) + gleam[part][..., None]
+    cover = patch.cover[part][..., None].astype(np.int32)
+    region[:] = region * (16 - cover) + np.minimum(lit, 255) * cover + 8 >> 4
+
+
+def _relief(cover: np.ndarray, size: float, light: Light, surface: Surface) -> tuple[np.ndarray, np.ndarray]:
+    """Brightness (h, w) int32 in 1/256 and what a highlight adds: edges that face the light, a slope across."""
+    height, width = cover.shape
+    blur = 2 * int(surface.bevel * size / 2) + 3
+    hill = cv2.GaussianBlur(cover * 15, (blur, blur), 0).astype(np.int32)
+    step_y, step_x = (round(v * max(1.0, blur / 5) / 256) for v in (light.y, light.x))
+    slope = np.roll(hill, (step_y, step_x), (0, 1)) - np.roll(hill, (-step_y, -step_x), (0, 1))
+    y, x = (np.arange(n, dtype=np.int32) * 2 - n for n in (height, width))
+    across = (light.x * x[None] + light.y * y[:, None]) // max(int(size), 1)  # -256..256 along the light
+    bright = 236 + (across * 30 >> 8) + (slope * surface.relief >> 8)
+    gleam = np.maximum(slope - 60, 0) * surface.gloss >> 8
+    return np.clip(bright, 60, 400), gleam
+
+
+def _overlap(image: np.ndarray, patch: Patch, down: int, right: int) -> tuple[np.ndarray, tuple[slice, slice]] | None:
+    """The view of `image` under a patch moved by (down, right), and the matching part of the patch."""
+    part = clip(patch, image.shape[0], image.shape[1], down, right)
+    if part is None:
+        return None
+    rows, columns = part
+    top, left = patch.top + down, patch.left + right
+    return image[rows.start + top:rows.stop + top, columns.start + left:columns.stop + left], part
+
+
+def clip(patch: Patch, height: int, width: int, down: int = 0, right: int = 0) -> tuple[slice, slice] | None:
+    """Rows and columns of a patch moved by (down, right) that lie in a picture of that size; None where none does."""
+    spans = []
+    for start, length, limit in ((patch.top + down, patch.cover.shape[0], height),
+                                 (patch.left + right, patch.cover.shape[1], width)):
+        low, high = max(0, -start), min(length, limit - start)
+        if low >= high:
+            return None
+        spans.append(slice(low, high))
+    return spans[0], spans[1]
