@@ -5,7 +5,6 @@ Legend: N images, D detections, S side of a predicted mask, K classes.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from detres.ops.paste_masks import paste_masks
 
 if TYPE_CHECKING:
-    from detres.data.dataset import Dataset
+    from detres.data.dataset import Dataset, ImageRecord
     from detres.structures import Batch, Detections
 
 
@@ -38,18 +37,10 @@ class EvalResult:
                           {name: {**self.per_class.get(name, {}), **other.per_class.get(name, {})} for name in names})
 
     def table(self) -> str:
-        """All metrics, then the main ones of each class, as text for a terminal."""
-        from rich.console import Console
-
-        groups = _grouped(self.metrics)
-        tables = [_table(group, {"all": numbers}, list(numbers)) for group, numbers in groups.items()]
-        for group in groups:
-            rows = {name: _grouped(numbers)[group] for name, numbers in self.per_class.items() if group in _grouped(numbers)}
-            if rows:
-                tables.append(_table(group, rows, [name for name in next(iter(rows.values())) if not name.startswith("AR")]))
-        console = Console(file=io.StringIO(), width=120, no_color=True)
-        console.print(*tables, sep="\n")
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        """A table for each protocol, as text: a row for all, then one for each class."""
+        classes = {name: _grouped(numbers) for name, numbers in self.per_class.items()}
+        return "\n\n".join(_table(group, {"all": numbers} | {name: of[group] for name, of in classes.items() if group in of})
+                           for group, numbers in _grouped(self.metrics).items())
 
 
 def _grouped(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -60,16 +51,14 @@ def _grouped(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
     return groups
 
 
-def _table(title: str, rows: dict[str, dict[str, float]], columns: list[str]):
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, numbers in rows.items():
-        table.add_row(name, *(_number(numbers[column]) for column in columns))
-    return table
+def _table(title: str, rows: dict[str, dict[str, float]]) -> str:
+    columns = {name: max(6, len(name) + 1) for name in rows["all"]}
+    first = max(map(len, [title, *rows]))
+    lines = [title.ljust(first) + "".join(name.rjust(width) for name, width in columns.items())]
+    lines.append("-" * len(lines[0]))
+    lines += [name.ljust(first) + "".join(_number(numbers[column]).rjust(width) for column, width in columns.items())
+              for name, numbers in rows.items()]
+    return "\n".join(lines)
 
 
 def _number(value: float) -> str:
@@ -97,7 +86,7 @@ class Evaluator:
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
-        self._known = {record.id for record in dataset.records}
+        self._records = {record.id: record for record in dataset.records}
         self._seen: dict[int | str, ImageDetections] = {}
 
     def update(self, detections: Detections, batch: Batch) -> None:
@@ -112,23 +101,23 @@ class Evaluator:
             rows = np.flatnonzero(table[i, :, 6])
             boxes, scores, labels = np.split(table[i, rows, :6], (4, 5), axis=1)
             self._check(image_id, batch.paths[i], boxes, scores)
-            masks = self._encode(detections, i, rows, batch.original_sizes[i]) if self.with_masks else None
+            masks = self._encode(detections, i, rows, self._records[image_id]) if self.with_masks else None
             self._seen[image_id] = ImageDetections(boxes, scores[:, 0], labels[:, 0].astype(np.int32), masks)
 
     def _check(self, image_id: int | str, path: str, boxes: np.ndarray, scores: np.ndarray) -> None:
-        if image_id not in self._known:
+        if image_id not in self._records:
             raise ValueError(f"images must belong to the data set '{self.dataset.name}', got id {image_id!r} ({path}). "
                              "Build the evaluator from the data set that is loaded.")
         if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
             raise ValueError(f"boxes and scores must be finite, got nan or inf from the model ({path}). "
                              "The training has probably diverged: lower train.lr.")
 
-    def _encode(self, detections: Detections, i: int, rows: np.ndarray, size: Tensor) -> tuple[bytes, ...]:
+    def _encode(self, detections: Detections, i: int, rows: np.ndarray, record: ImageRecord) -> tuple[bytes, ...]:
         if detections.masks is None:
             raise ValueError("detections must have masks for segm, got none. Evaluate with iou_types=('bbox',).")
         index = torch.from_numpy(rows).to(detections.boxes.device)
-        height, width = size.tolist()
-        return encode_masks(paste_masks(detections.masks[i, index], detections.boxes[i, index], (height, width)))
+        bitmaps = paste_masks(detections.masks[i, index], detections.boxes[i, index], (record.height, record.width))
+        return encode_masks(bitmaps)
 
     def state(self) -> dict[int | str, ImageDetections]:
         """What was collected so far, to be sent to other ranks."""
@@ -148,7 +137,7 @@ class Evaluator:
         raise NotImplementedError
 
 
-def _result(record, category_ids: tuple[int, ...], found: ImageDetections, row: int) -> dict:
+def _result(record: ImageRecord, category_ids: tuple[int, ...], found: ImageDetections, row: int) -> dict:
     x1, y1, x2, y2 = found.boxes[row].tolist()
     result = {"image_id": record.id, "category_id": category_ids[found.labels[row]],
               "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(found.scores[row])}

@@ -25,9 +25,9 @@ Color = tuple[int, int, int]
 PALETTE = ("#1F77D0", "#F07F23", "#00A08A", "#EE3377", "#33BBEE", "#D0331A", "#E5B022", "#A347A8", "#3FA34D", "#5B63E0",
            "#D9678A", "#8E9A1F", "#1E9CB5", "#8F2A5B", "#B97A2A", "#157A3C")
 SMALLEST = 480  # pixels; an image with a shorter long side is enlarged by a whole factor to at least this
-SHIFT = 4  # fractional bits of the coordinates given to cv2
 FILL = 0.42  # opacity of masks
 CROWDED = 0.04  # part of a label that others may cover at most
+HIDING = 1.2  # objects that a label may hide at most, in sum of their hidden parts
 
 
 def color_of(index: int) -> Color:
@@ -43,14 +43,16 @@ class _Style:
     """Sizes in pixels of the canvas."""
 
     scale: int  # canvas pixels per image pixel
-    line: int
+    line: int  # of boxes
+    outline: int  # of masks, to which cv2 adds a soft rim
     font: int
 
     @classmethod
     def of(cls, height: int, width: int, scale: int | None) -> _Style:
         scale = scale or max(1, -(-SMALLEST // max(height, width)))
         side = (height * width) ** 0.5 * scale
-        return cls(scale, line=max(1, round(side / 300)), font=max(11, round(side / 42)))
+        return cls(scale, line=max(2, round(side / 220)), outline=max(1, round(side / 280)),
+                   font=max(11, round(side / 42)))
 
 
 def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None, masks: bool = True,
@@ -87,10 +89,11 @@ def _areas(corners: np.ndarray) -> np.ndarray:
 
 
 def _draw_box(canvas: np.ndarray, corners: np.ndarray, color: Color, style: _Style) -> None:
-    height, width = canvas.shape[:2]
-    inset = style.line / 2  # the line lies inside the box, so that boxes at the border show whole
-    x1, y1, x2, y2 = np.clip(corners + [inset, inset, -inset, -inset], inset, [width - inset, height - inset] * 2) - 0.5
-    _outline(canvas, [np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])], color, style.line)
+    """A frame within the box, so that boxes at the border show whole."""
+    x1, y1, x2, y2 = np.rint(corners).astype(int)
+    inside = canvas[y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)]
+    for strip in (inside[:style.line], inside[-style.line:], inside[:, :style.line], inside[:, -style.line:]):
+        strip[:] = color
 
 
 def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, style: _Style) -> None:
@@ -106,8 +109,8 @@ def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, style: _Style
     alpha = FILL * soft[..., None]
     window[:] = np.rint(window * (1 - alpha) + np.array(color) * alpha)
     contours, _ = cv2.findContours((soft >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
-    thin = style.line if part.sum() ** 0.5 * style.scale > 20 * style.line else max(1, style.line // 2)
-    _outline(canvas, [contour[:, 0] + (x, y) for contour in contours], color, thin)
+    line = style.outline if part.sum() ** 0.5 * style.scale > 20 * style.outline else max(1, style.outline // 2)
+    cv2.polylines(canvas, [contour + np.int32([x, y]) for contour in contours], True, color, line, cv2.LINE_AA)
 
 
 def _cropped(mask: np.ndarray, margin: int) -> tuple[np.ndarray, int, int]:
@@ -117,11 +120,6 @@ def _cropped(mask: np.ndarray, margin: int) -> tuple[np.ndarray, int, int]:
         return mask[:0, :0], 0, 0
     top, left = max(rows[0] - margin, 0), max(columns[0] - margin, 0)
     return mask[top:rows[-1] + 1 + margin, left:columns[-1] + 1 + margin], left, top
-
-
-def _outline(canvas: np.ndarray, polygons: list[np.ndarray], color: Color, thickness: int) -> None:
-    points = [np.rint(polygon * 2 ** SHIFT).astype(np.int32) for polygon in polygons]
-    cv2.polylines(canvas, points, True, color, thickness, cv2.LINE_AA, SHIFT)
 
 
 # ---- labels --------------------------------------------------------------------------------------------------------
@@ -153,7 +151,7 @@ def _draw_labels(picture: Image.Image, corners: np.ndarray, middles: list[_Middl
         pad = max(2, round(font.size * 0.3))
         size = np.ceil([font.getlength(text) + 2 * pad, sum(font.getmetrics()) + pad * 0.5])
         plates = _places(corners[i], middles[i], size, picture.size)
-        plate = _best(plates, placed, np.delete(corners, i, 0))
+        plate = _best(plates, placed, corners)
         if plate is not None:
             placed = np.vstack([placed, plate])
             _draw_plate(picture, plate, text, font, colors[i], pad)
@@ -176,19 +174,19 @@ def _places(box: np.ndarray, middle: _Middle | None, size: np.ndarray, limits: t
     return np.hstack([starts, starts + size])
 
 
-def _best(plates: np.ndarray, placed: np.ndarray, others: np.ndarray) -> np.ndarray | None:
-    """The plate that covers least of the plates already placed and of other objects; None where all are taken."""
-    area = _areas(plates)
-    covered = _shared(plates, placed) / area
-    cost = 10 * covered + _shared(plates, others) / area + 0.15 * np.arange(len(plates))
+def _best(plates: np.ndarray, placed: np.ndarray, corners: np.ndarray) -> np.ndarray | None:
+    """The plate that covers least of the plates already placed and of the objects; None where all cover too much."""
+    covered = _shared(plates, placed).sum(1) / _areas(plates)
+    hidden = (_shared(plates, corners) / np.maximum(_areas(corners), 1)).sum(1)
+    cost = 10 * covered + hidden + 0.1 * np.arange(len(plates))
     best = int(np.argmin(cost))
-    return plates[best] if covered[best] <= CROWDED else None
+    return plates[best] if covered[best] <= CROWDED and hidden[best] <= HIDING else None
 
 
 def _shared(plates: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """Area of each plate (C, 4) under boxes (B, 4), those that overlap counted each."""
+    """Areas (C, B) that plates (C, 4) and boxes (B, 4) have in common."""
     sides = np.minimum(plates[:, None, 2:], boxes[:, 2:]) - np.maximum(plates[:, None, :2], boxes[:, :2])
-    return np.clip(sides, 0, None).prod(-1).sum(1)
+    return np.clip(sides, 0, None).prod(-1)
 
 
 def _draw_plate(picture: Image.Image, plate: np.ndarray, text: str, font: ImageFont.FreeTypeFont, color: Color,

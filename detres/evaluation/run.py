@@ -1,0 +1,169 @@
+"""Evaluation from a model, or from a weights file, to named numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from detres.config import SourceConfig
+from detres.engine.distributed import is_distributed, rank, world_size
+from detres.evaluation.base import EvalResult, Evaluator
+from detres.evaluation.coco import CocoEvaluator
+from detres.evaluation.voc import VocEvaluator
+from detres.progress import track
+
+if TYPE_CHECKING:
+    from detres.data.dataset import Dataset
+    from detres.structures import Batch
+
+
+def build_evaluators(dataset: Dataset, metrics: Sequence[Literal["coco", "voc"]], with_masks: bool) -> list[Evaluator]:
+    """One evaluator per protocol. COCO evaluates masks where the model predicts them and the data set has them."""
+    masks = with_masks and any(item.segmentation for record in dataset.records for item in record.annotations)
+    build = {"coco": lambda: CocoEvaluator(dataset, ("bbox", "segm") if masks else ("bbox",)),
+             "voc": lambda: VocEvaluator(dataset)}
+    return [build[name]() for name in metrics]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Evaluator], device: torch.device | str, *,
+             precision: Literal["fp32", "bf16"] = "fp32", losses: bool = False, progress: bool = True) -> EvalResult:
+    """Run the model in eval mode over a loader and compute every evaluator's numbers.
+
+    `losses` adds the validation losses, "val/loss_cls" ..., averaged over images (this costs a second forward pass).
+    With processes that train together each loads its own part, and every one returns the result of the whole.
+    """
+    device = torch.device(device)
+    means = _LossMeans()
+    batches = loader
+    if progress and evaluators and rank() == 0:
+        own_images = -(-len(evaluators[0].dataset.records) // world_size())
+        batches = track(loader, own_images, "evaluate", lambda batch: len(batch.image_ids))
+    with _eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for batch in batches:
+            batch = batch.to(device, non_blocking=True)
+            detections = model(batch.images)
+            for evaluator in evaluators:
+                evaluator.update(detections, batch)
+            if losses and batch.targets is not None:
+                means.add(model(batch.images, batch.targets), len(batch.image_ids))
+    return _computed(evaluators, means)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+class _LossMeans:
+    """Sums of losses on the device, so that nothing waits for them before the end."""
+
+    def __init__(self):
+        self.sums: dict[str, Tensor] = {}
+        self.images = 0
+
+    def add(self, losses: dict[str, Tensor], images: int) -> None:
+        self.images += images
+        for name, loss in losses.items():
+            self.sums[name] = self.sums.get(name, 0) + loss.detach().double() * images
+
+    def state(self) -> tuple[dict[str, float], int]:
+        return {name: float(value) for name, value in self.sums.items()}, self.images
+
+
+def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
+    """Results over all ranks."""
+    states = [None] * world_size()
+    own = (means.state(), [evaluator.state() for evaluator in evaluators])
+    if is_distributed():
+        dist.all_gather_object(states, own)
+    else:
+        states = [own]
+    result = EvalResult({})
+    for i, evaluator in enumerate(evaluators):
+        evaluator.merge([state[i] for _, state in states])
+        result = result.merged(evaluator.compute())
+    images = sum(count for (_, count), _ in states)
+    names = {name: None for (sums, _), _ in states for name in sums}
+    losses = {f"val/{name}": sum(sums.get(name, 0.0) for (sums, _), _ in states) / images for name in names}
+    return result.merged(EvalResult(losses))
+
+
+def evaluate_weights(path: str | Path, *, data: str | None = None, split: str | None = None,
+                     save: str | Path | None = None, metrics: Sequence[Literal["coco", "voc"]] | None = None,
+                     batch_size: int | None = None, device: str = "auto") -> dict[str, float]:
+    """Evaluate a weights file or a run folder; print the table; return the metrics.
+
+    `data` and `split` default to what the weights were validated on in training, `metrics` and `batch_size` to their
+    config. `save` is a file for the detections as COCO results, which pycocotools' `loadRes` reads.
+    """
+    from detres.data.dataset import load_dataset
+    from detres.data.loader import build_loader
+    from detres.inference.predictor import load_model
+
+    model, meta, config = load_model(path, device)
+    dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
+    dataset = align_classes(dataset, meta.classes, meta.category_ids)
+    with_masks = config.model.name == "mask_rcnn"
+    evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks)
+    loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size or config.eval.batch_size,
+                          training=False, with_masks=False, device_type=device_of(model).type)
+    result = evaluate(model, loader, evaluators, device_of(model))
+    if save is not None:
+        save_results(max(evaluators, key=lambda evaluator: evaluator.with_masks), save)
+    print(f"{dataset.name}: {len(dataset.records)} images, weights {path} (step {meta.step})\n{result.table()}")
+    return result.metrics
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _source(default: SourceConfig | None, data: str | None, split: str | None, weights: str | Path) -> SourceConfig:
+    source = SourceConfig(path=data) if data is not None else default
+    if source is None:
+        raise ValueError(f"a data set must be given, as these weights were trained without one to validate on, got none "
+                         f"({weights}). Say which with --data.")
+    return source if split is None else source.model_copy(update={"split": split})
+
+
+def save_results(evaluator: Evaluator, path: str | Path) -> None:
+    """Write COCO results JSON; folders are created."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(evaluator.results()))
+
+
+def align_classes(dataset: Dataset, classes: Sequence[str], category_ids: Sequence[int]) -> Dataset:
+    """The data set with its labels renumbered to the classes of a model, matched by name.
+
+    Its category ids stay those of its own file. Classes that only the model knows get ids of the model, or new ones
+    where taken. Raises ValueError for classes that the model does not know.
+    """
+    if dataset.classes == tuple(classes):
+        return dataset
+    missing = [name for name in dataset.classes if name not in classes]
+    if missing:
+        raise ValueError(f"classes of the data set must be known to the weights, got {', '.join(missing)} in "
+                         f"'{dataset.name}'. The weights know {', '.join(classes)}: evaluate on data with these names.")
+    own = dict(zip(dataset.classes, dataset.category_ids))
+    free = iter(range(max([*own.values(), *category_ids]) + 1, 2**31))
+    spare = {name: i if i not in own.values() else next(free) for name, i in zip(classes, category_ids)}
+    label = [tuple(classes).index(name) for name in dataset.classes]
+    records = tuple(replace(record, annotations=tuple(replace(item, label=label[item.label]) for item in record.annotations))
+                    for record in dataset.records)
+    return replace(dataset, classes=tuple(classes), category_ids=tuple(own.get(name, spare[name]) for name in classes),
+                   records=records)

@@ -1,0 +1,157 @@
+"""Three lines from a weights file to pictures:
+
+    model = detres.load("runs/mine")
+    out = model.predict("image.jpg")
+    out.draw().save("found.jpg")
+
+Legend: N images, D detections, (H, W) size of the image as given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from detres.build import build_model
+from detres.config import Config, InputConfig
+from detres.data.images import read_image, to_rgb_array
+from detres.data.loader import pad_images
+from detres.data.transforms import resize_for_eval
+from detres.engine.checkpoint import WeightsMeta, find_weights, load_weights
+from detres.evaluation.base import encode_masks
+from detres.inference.draw import draw
+from detres.ops.paste_masks import paste_masks
+from detres.structures import Detections
+
+ImageLike = str | Path | Image.Image | np.ndarray
+
+
+@dataclass(frozen=True, repr=False)
+class Prediction:
+    """What was found in one image, best first, in its own pixels; on the CPU."""
+
+    boxes: Tensor  # (D, 4) xyxy float32
+    scores: Tensor  # (D,)
+    labels: Tensor  # (D,) int64, index into the classes of the model
+    names: list[str]  # class of each detection
+    category_ids: list[int]  # the data set's own id of each detection's class
+    masks: Tensor | None  # (D, H, W) bool
+    image: np.ndarray = field(compare=False)  # (H, W, 3) uint8 RGB
+    path: str | None = None  # where the image was read from
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def __repr__(self) -> str:
+        height, width = self.image.shape[:2]
+        counts = {name: self.names.count(name) for name in self.names}
+        found = ", ".join(f"{count} {name}" for name, count in counts.items()) or "nothing"
+        return f"Prediction({self.path or 'image'}, {height}x{width} pixels: {found})"
+
+    def above(self, score: float) -> Prediction:
+        """Only the detections with at least this score."""
+        return self[self.scores >= score]
+
+    def __getitem__(self, which: Tensor | slice | list[int]) -> Prediction:
+        """Some of the detections: a slice, indices, or a mask of D booleans."""
+        rows = torch.arange(len(self))[which]
+        return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows],
+                       names=[self.names[i] for i in rows], category_ids=[self.category_ids[i] for i in rows],
+                       masks=None if self.masks is None else self.masks[rows])
+
+    def draw(self, **options: Any) -> Image.Image:
+        """The image with what was found; options are those of `detres.inference.draw.draw`."""
+        return draw(self.image, self, **options)
+
+    def numpy(self) -> dict[str, np.ndarray | None]:
+        """Arrays "boxes", "scores", "labels" and "masks" (None for a model without masks)."""
+        return {name: None if (value := getattr(self, name)) is None else value.numpy()
+                for name in ("boxes", "scores", "labels", "masks")}
+
+    def to_coco(self, image_id: int | str) -> list[dict]:
+        """COCO results; masks as compressed RLE."""
+        size = list(self.image.shape[:2])
+        codes = None if self.masks is None else encode_masks(self.masks)
+        results = []
+        for i, (x1, y1, x2, y2) in enumerate(self.boxes.tolist()):
+            result = {"image_id": image_id, "category_id": self.category_ids[i], "bbox": [x1, y1, x2 - x1, y2 - y1],
+                      "score": float(self.scores[i])}
+            if codes is not None:
+                result["segmentation"] = {"size": size, "counts": codes[i].decode()}
+            results.append(result)
+        return results
+
+
+class Predictor:
+    """A model with its classes and preprocessing."""
+
+    def __init__(self, model: nn.Module, classes: Sequence[str], category_ids: Sequence[int], preprocessing: InputConfig):
+        self.model = model.eval()
+        self.classes, self.category_ids, self.preprocessing = tuple(classes), tuple(category_ids), preprocessing
+
+    @classmethod
+    def from_weights(cls, path: str | Path, device: str = "auto") -> Predictor:
+        """From a weights file or a run folder, which carry all that is needed."""
+        model, meta, config = load_model(path, device)
+        return cls(model, meta.classes, meta.category_ids, config.model.input)
+
+    def predict(self, images: ImageLike | Sequence[ImageLike], score_thresh: float = 0.5, *, min_size: int | None = None,
+                max_size: int | None = None, batch_size: int = 8) -> Prediction | list[Prediction]:
+        """Detect in an image (a path, a PIL image, or an RGB array (H, W, 3) uint8), or in each of a list of them.
+
+        `score_thresh` 0.5 keeps what is worth looking at; 0 keeps all that the model gives (its own threshold, 0.05 by
+        default, is meant for evaluation). `min_size` and `max_size` replace the side lengths in pixels that images
+        are resized to. A list is run in padded batches of `batch_size`.
+
+        Raises ImageError for a file that is no readable image, ValueError for an array that is no RGB image.
+        """
+        one = not isinstance(images, (list, tuple))
+        items = [images] if one else list(images)
+        changes = {"min_size": min_size, "max_size": max_size}
+        preprocessing = InputConfig(**(self.preprocessing.model_dump() | {k: v for k, v in changes.items() if v is not None}))
+        found = [prediction for start in range(0, len(items), batch_size)
+                 for prediction in self._predict(items[start:start + batch_size], score_thresh, preprocessing)]
+        return found[0] if one else found
+
+    @torch.no_grad()
+    def _predict(self, items: list[ImageLike], score_thresh: float, preprocessing: InputConfig) -> list[Prediction]:
+        paths = [str(item) if isinstance(item, (str, Path)) else None for item in items]
+        images = [to_rgb_array(item) if path is None else read_image(path) for item, path in zip(items, paths)]
+        batch = pad_images([resize_for_eval(image, preprocessing) for image in images], preprocessing.size_divisor)
+        batch = batch.to(next(self.model.parameters()).device)
+        sizes = torch.tensor([image.shape[:2] for image in images])
+        detections = self.model(batch).rescale(batch.sizes, sizes)
+        return [self._prediction(detections, i, image, path, score_thresh)
+                for i, (image, path) in enumerate(zip(images, paths))]
+
+    def _prediction(self, found: Detections, i: int, image: np.ndarray, path: str | None, score_thresh: float) -> Prediction:
+        keep = found.valid[i] & (found.scores[i] >= score_thresh)
+        boxes, labels = found.boxes[i, keep].float(), found.labels[i, keep].cpu()
+        masks = None
+        if found.masks is not None:
+            masks = paste_masks(found.masks[i, keep], boxes, image.shape[:2]).cpu()
+        return Prediction(boxes.cpu(), found.scores[i, keep].float().cpu(), labels, [self.classes[k] for k in labels],
+                          [self.category_ids[k] for k in labels], masks, image, path)
+
+
+def load_model(path: str | Path, device: str = "auto") -> tuple[nn.Module, WeightsMeta, Config]:
+    """A model in eval mode, with what its weights file (or run folder) says about it."""
+    tensors, meta = load_weights(find_weights(path))
+    config = Config.model_validate(meta.config)
+    model = build_model(config.model, len(meta.classes))
+    model.load_state_dict(tensors)
+    return model.to(choose_device(device)).eval(), meta, config
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" is cuda where there is one, else cpu."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)

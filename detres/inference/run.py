@@ -1,0 +1,128 @@
+"""Pictures and JSON for many image files."""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from detres.data.images import ImageError, read_image
+from detres.inference.predictor import Prediction, Predictor
+from detres.progress import track
+
+SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"))
+
+
+class UnreadableImages(ValueError):
+    """Some images could not be read; the others were predicted. `paths` names them."""
+
+    def __init__(self, problems: dict[Path, str], out: Path):
+        self.paths = tuple(problems)
+        lines = "\n".join(f"  {problem}" for problem in problems.values())
+        super().__init__(f"{len(problems)} image(s) could not be read; all others were predicted (see {out}):\n{lines}")
+
+
+def predict_files(weights: str | Path, inputs: Sequence[str | Path], out: str | Path, *, score_thresh: float = 0.5,
+                  device: str = "auto", batch_size: int = 8) -> Path:
+    """Predict on files, folders (searched through) and globs. Writes a picture of each image and `predictions.json`.
+
+    The JSON is a list with, for each image, "file", "picture", "height", "width" and "detections", each of which has
+    "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (RLE as in COCO).
+
+    Returns the path of the JSON. Raises FileNotFoundError for an input that matches no image, and, after all others
+    are done, UnreadableImages.
+    """
+    out = Path(out)
+    files = find_images(inputs, skip=out)
+    pictures = picture_names(files)
+    _spare_inputs(pictures, out)
+    predictor = Predictor.from_weights(weights, device)
+    out.mkdir(parents=True, exist_ok=True)
+    problems: dict[Path, str] = {}
+    entries = []
+    parts = [files[i:i + batch_size] for i in range(0, len(files), batch_size)]
+    for part in track(parts, len(files), "predict", len):
+        images = dict(_readable(part, problems))
+        for file, prediction in zip(images, predictor.predict(list(images.values()), score_thresh, batch_size=batch_size)):
+            _save_picture(prediction.draw(), out / pictures[file])
+            entries.append(_entry(prediction, file, pictures[file]))
+    path = out / "predictions.json"
+    path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    print(f"{len(entries)} pictures and predictions.json in {out}", file=sys.stderr)
+    if problems:
+        raise UnreadableImages(problems, out)
+    return path
+
+
+def find_images(inputs: Sequence[str | Path], skip: Path | None = None) -> list[Path]:
+    """Every image once, in the order of the inputs, sorted within folders and globs.
+
+    Folders are searched through, but for the folder `skip`: a second run does not predict on the pictures of the first.
+    """
+    found: dict[Path, None] = {}
+    for text in map(str, inputs):
+        path = Path(text)
+        if path.is_file():
+            matches = [path]
+        elif path.is_dir():
+            matches = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+                             and skip not in p.parents)
+        else:
+            matches = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
+        if not matches:
+            raise FileNotFoundError(f"inputs must be image files, folders with images or globs, got {text}, which matches "
+                                    f"none. Check the path; images in folders end with {', '.join(sorted(SUFFIXES))}.")
+        found.update(dict.fromkeys(matches))
+    return list(found)
+
+
+def picture_names(files: Sequence[Path]) -> dict[Path, str]:
+    """Names for the pictures: the stem of each file, with a number where several files share it.
+
+    PNG where the file is one, else JPEG.
+    """
+    suffixes = [".png" if file.suffix.lower() == ".png" else ".jpg" for file in files]
+    taken = Counter(file.stem for file in files)
+    names: dict[Path, str] = {}
+    used = {stem for stem, count in taken.items() if count == 1}
+    for file, suffix in zip(files, suffixes):
+        stem, number = file.stem, 1
+        while taken[file.stem] > 1 and stem in used:
+            number += 1
+            stem = f"{file.stem}_{number}"
+        used.add(stem)
+        names[file] = stem + suffix
+    return names
+
+
+def _spare_inputs(pictures: dict[Path, str], out: Path) -> None:
+    for file, name in pictures.items():
+        if (out / name).resolve() == file.resolve():
+            raise ValueError(f"pictures must not replace the images that they are made of, got {file} as both. "
+                             "Choose another output folder.")
+
+
+def _readable(files: Sequence[Path], problems: dict[Path, str]) -> Iterator[tuple[Path, object]]:
+    for file in files:
+        try:
+            yield file, read_image(file)
+        except ImageError as error:
+            problems[file] = str(error)
+
+
+def _save_picture(picture: Image.Image, path: Path) -> None:
+    picture.save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
+
+
+def _entry(prediction: Prediction, file: Path, picture: str) -> dict:
+    height, width = prediction.image.shape[:2]
+    detections = []
+    for name, box, coco in zip(prediction.names, prediction.boxes.tolist(), prediction.to_coco(str(file))):
+        extra = {"segmentation": coco["segmentation"]} if "segmentation" in coco else {}
+        detections.append({"name": name, "category_id": coco["category_id"], "score": coco["score"], "box": box, **extra})
+    return {"file": str(file), "picture": picture, "height": height, "width": width, "detections": detections}

@@ -1,0 +1,197 @@
+"""COCO numbers: published ones, hand-solved cases, and pycocotools itself on the files that we write."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from detres.evaluation.coco import CocoEvaluator, coco_dict, coco_metrics
+
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+ONE = pytest.approx(1.0, abs=3e-16)  # a class with one object scores 1 / (1 + 2^-52) in pycocotools, and so here
+PUBLISHED = {  # detection_results/README.md
+    ("cocoapi_fake100/instances_val2014_100.json", "cocoapi_fake100/instances_val2014_fakebbox100_results.json", "bbox"):
+        (.50458, .69697, .57298, .58563, .51940, .50140, .38681, .59368, .59535, .63981, .56642, .56429),
+    ("cocoapi_fake100/instances_val2014_100.json", "cocoapi_fake100/instances_val2014_fakesegm100_results.json", "segm"):
+        (.31955, .56229, .29893, .38737, .31018, .32693, .26823, .41545, .41684, .46945, .37676, .38147),
+    ("coco_bboxarea100/gt.json", "coco_bboxarea100/dt_results.json", "bbox"):
+        (.503647, .696973, .571667, .593252, .557991, .489363, .386813, .593680, .595353, .654764, .603130, .553744)}
+
+
+def pycocotools_metrics(ground_truth: dict, results: list[dict], iou_type: str) -> dict[str, float]:
+    """The reference as its users call it, through loadRes. `segm` drops boxes, so that areas are those of masks."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = json.loads(json.dumps({"info": {}, **ground_truth}))
+        coco.createIndex()
+        loaded = json.loads(json.dumps(results))
+        for result in loaded:
+            result.pop("bbox" if iou_type == "segm" else "segmentation", None)
+        run = COCOeval(coco, coco.loadRes(loaded), iou_type)
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return dict(zip(NAMES, map(float, run.stats)))
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("files", PUBLISHED, ids=lambda files: f"{files[0].split('/')[0]}-{files[2]}")
+def test_published_numbers_and_pycocotools_to_the_last_bit(shared_data, files):
+    folder = shared_data / "detection_results"
+    ground_truth, results = (json.loads((folder / name).read_text()) for name in files[:2])
+    metrics, _ = coco_metrics(ground_truth, results, files[2])
+    assert tuple(metrics.values()) == pytest.approx(PUBLISHED[files], abs=5e-6)
+    assert metrics == pycocotools_metrics(ground_truth, results, files[2])
+
+
+def evaluated(dataset, make_batch, found, **options):
+    evaluator = CocoEvaluator(dataset, **options)
+    evaluator.update(*make_batch(dataset, found, scale=2.0, masks="segm" in evaluator.iou_types))
+    return evaluator
+
+
+def test_ground_truth_as_detections_scores_one(make_dataset, make_batch):
+    dataset = make_dataset({7: [(0, (10, 10, 30, 40)), (1, (50, 20, 90, 90))], 3: [(0, (0, 0, 100, 80))]}, category_ids=(4, 90))
+    found = {7: [(0, (10, 10, 30, 40), 0.9), (1, (50, 20, 90, 90), 0.8)], 3: [(0, (0, 0, 100, 80), 0.7)]}
+    result = evaluated(dataset, make_batch, found).compute()
+    assert [name for name in result.metrics] == [f"{kind}/{name}" for kind in ("bbox", "segm") for name in NAMES]
+    assert result.metrics["bbox/AP"] == ONE and result.metrics["segm/AP75"] == ONE  # pasting moves edges by a pixel
+    assert result.per_class["dog"]["bbox/APs"] == -1 and result.per_class["dog"]["segm/AP75"] == ONE
+    assert "n/a" in result.table() and "1.000" in result.table()
+
+
+def test_results_have_original_ids_and_pycocotools_accepts_them(make_dataset, make_batch):
+    dataset = make_dataset({7: [(1, (10, 10, 30, 40))], 3: [(0, (0, 0, 99, 80))]}, category_ids=(4, 90))
+    evaluator = evaluated(dataset, make_batch, {3: [(0, (0, 0, 100, 80), 0.75)], 7: [(1, (10, 10, 30, 40), 0.5)]})
+    first, second = evaluator.results()
+    assert (first["image_id"], first["category_id"], first["bbox"]) == (7, 90, [10, 10, 20, 30])
+    assert (second["image_id"], second["category_id"], second["score"]) == (3, 4, 0.75)
+    assert second["segmentation"]["size"] == [100, 120] and isinstance(second["segmentation"]["counts"], str)
+    truth = coco_dict(dataset)
+    for i, annotation in enumerate(truth["annotations"], 1):
+        annotation["id"] = i
+    for kind in ("bbox", "segm"):
+        expected = {f"{kind}/{name}": v for name, v in pycocotools_metrics(truth, evaluator.results(), kind).items()}
+        assert expected.items() <= evaluator.compute().metrics.items()
+
+
+def test_crowd_is_neither_missed_nor_wrong(make_dataset, make_batch):
+    crowd = {"crowd": True, "segmentation": {"size": [100, 120], "counts": [60 * 100, 60 * 100]}}
+    dataset = make_dataset({1: [(0, (60, 0, 120, 100), crowd), (0, (0, 0, 40, 40))]})
+    inside = [(0, (61 + i, 1, 81 + i, 30), 0.9 - i / 100) for i in range(5)]  # before the right one, in the crowd
+    result = evaluated(dataset, make_batch, {1: [*inside, (0, (0, 0, 40, 40), 0.5)]}).compute()
+    assert result.metrics["bbox/AP"] == ONE and result.metrics["segm/AP"] == ONE
+
+
+def test_half_right_is_solved_by_hand(make_dataset, make_batch):
+    dataset = make_dataset({1: [(0, (0, 0, 50, 50)), (0, (60, 0, 110, 50))]}, classes=("cat",))
+    # A wrong one first, then one that is right up to IoU .6: precision 1/2 at recalls 0 .. .5 (51 of 101 points).
+    found = {1: [(0, (0, 60, 50, 100), 0.9), (0, (0, 0, 50, 30), 0.8)]}
+    metrics = evaluated(dataset, make_batch, found, iou_types=("bbox",)).compute().metrics
+    assert metrics["bbox/AP50"] == pytest.approx(51 / 101 / 2, rel=1e-12)
+    assert metrics["bbox/AP75"] == 0.0
+    assert metrics["bbox/AP"] == pytest.approx(3 * 51 / 101 / 2 / 10, rel=1e-12)  # thresholds .5, .55, .6
+    assert metrics["bbox/AR1"] == 0.0 and metrics["bbox/AR10"] == pytest.approx(0.15)
+
+
+@pytest.mark.parametrize("found", [{}, {1: []}], ids=["never updated", "nothing found"])
+def test_no_detections_score_zero(make_dataset, make_batch, found):
+    dataset = make_dataset({1: [(0, (0, 0, 50, 50))], 2: []})
+    evaluator = CocoEvaluator(dataset)
+    if found:
+        evaluator.update(*make_batch(dataset, found, masks=True))
+    result = evaluator.compute()
+    assert result.metrics["bbox/AP"] == 0.0 and result.metrics["segm/AR100"] == 0.0
+    assert result.per_class["dog"]["bbox/AP"] == -1.0 and evaluator.results() == []
+
+
+@pytest.mark.parametrize("images", [{}, {1: [], 2: []}], ids=["no images", "no annotations"])
+def test_without_ground_truth_nothing_is_measured(make_dataset, make_batch, images):
+    dataset = make_dataset(images)
+    evaluator = CocoEvaluator(dataset, ("bbox",))
+    if images:
+        evaluator.update(*make_batch(dataset, {1: [(0, (0, 0, 9, 9), 0.9)]}))
+    assert set(evaluator.compute().metrics.values()) == {-1.0}
+
+
+def test_image_ids_may_be_strings(make_dataset, make_batch):
+    images = {"2007_000033": [(0, (0, 0, 50, 50))], "2007_000027": [(0, (0, 0, 50, 50))]}
+    evaluator = evaluated(make_dataset(images), make_batch, {name: [(0, (0, 0, 50, 50), 0.9)] for name in images})
+    assert evaluator.compute().metrics["segm/AP"] == ONE
+    assert [result["image_id"] for result in evaluator.results()] == list(images)
+
+
+def test_ranks_and_batches_may_come_in_any_order(make_dataset, make_batch):
+    truths = {i: [(0, (10, 10, 60, 60)), (1, (5, 5, 30, 90))] for i in (5, 2, 9)}
+    found = {i: [(0, (10 + i, 10, 60, 60), 0.5), (0, (10, 10, 60, 58), 0.5), (1, (5, 5, 30, 80), 0.5)] for i in truths}  # ties
+    dataset = make_dataset(truths)
+    whole = evaluated(dataset, make_batch, found)
+    parts = [evaluated(dataset, make_batch, {i: found[i] for i in ids}).state() for ids in ((9,), (2, 5))]
+    for states in (parts, parts[::-1]):
+        merged = CocoEvaluator(dataset)
+        merged.merge(states)
+        assert merged.results() == whole.results() and merged.compute() == whole.compute()
+
+
+def test_a_second_evaluation_replaces_the_first(make_dataset, make_batch):
+    dataset = make_dataset({1: [(0, (0, 0, 50, 50))]})
+    evaluator = evaluated(dataset, make_batch, {1: [(0, (60, 60, 90, 90), 0.9)]})
+    evaluator.update(*make_batch(dataset, {1: [(0, (0, 0, 50, 50), 0.3)]}, masks=True))
+    assert evaluator.compute().metrics["bbox/AP"] == ONE
+
+
+def test_refuses_what_cannot_be_evaluated(make_dataset, make_batch):
+    dataset = make_dataset({1: [(0, (0, 0, 50, 50))]})
+    detections, batch = make_batch(dataset, {1: [(0, (0, 0, 50, 50), 0.9)]})
+    with pytest.raises(ValueError, match="must have masks for segm"):
+        CocoEvaluator(dataset).update(detections, batch)
+    with pytest.raises(ValueError, match="got id 8 .*Build the evaluator"):
+        CocoEvaluator(dataset, ("bbox",)).update(detections, replace(batch, image_ids=(8,)))
+    with pytest.raises(ValueError, match="must be finite.*1.jpg"):
+        CocoEvaluator(dataset, ("bbox",)).update(replace(detections, scores=detections.scores * float("nan")), batch)
+    without = make_dataset({1: [(0, (0, 0, 50, 50), {"segmentation": None})]})
+    with pytest.raises(ValueError, match="got none for annotation 0 of 1.jpg"):
+        CocoEvaluator(without)
+    with pytest.raises(ValueError, match="got image_id 9"):
+        coco_metrics(coco_dict(dataset), [{"image_id": 9, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}], "bbox")
+
+
+BOX = st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(1, 12)] * 2).map(lambda b: [8 * b[0], 8 * b[1], 8 * b[2], 8 * b[3]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_equals_pycocotools_on_anything(data):
+    image_ids, category_ids = [3, 11, 4], [1, 7]
+    places = st.tuples(st.sampled_from(image_ids), st.sampled_from(category_ids), BOX)
+    truths = [{"id": i, "image_id": image, "category_id": category, "bbox": box, "iscrowd": data.draw(st.sampled_from([0, 0, 1])),
+               "area": box[2] * box[3], "segmentation": square(*box)}
+              for i, (image, category, box) in enumerate(data.draw(st.lists(places, max_size=8)), 1)]
+    results = [{"image_id": image, "category_id": category, "bbox": box, "score": data.draw(st.sampled_from([0.3, 0.5, 0.9]))}
+               for image, category, box in data.draw(st.lists(places, min_size=1, max_size=8))]
+    ground_truth = {"images": [{"id": i, "height": 200, "width": 200} for i in image_ids],
+                    "categories": [{"id": i, "name": str(i)} for i in category_ids], "annotations": truths}
+    assert coco_metrics(ground_truth, results, "bbox")[0] == pycocotools_metrics(ground_truth, results, "bbox")
+
+
+def square(x: float, y: float, width: float, height: float) -> list[list[float]]:
+    return [[x, y, x + width, y, x + width, y + height, x, y + height]]
+
+
+def test_large_states_stay_small(make_dataset, make_batch):
+    import pickle
+
+    dataset = make_dataset({1: []})
+    rng = np.random.default_rng(0)
+    found = {1: [(0, tuple(map(float, rng.uniform(0, 100, 4))), float(rng.uniform())) for _ in range(1000)]}
+    state = evaluated(dataset, make_batch, found, iou_types=("bbox",)).state()
+    assert len(pickle.dumps(state)) < 26 * 1000

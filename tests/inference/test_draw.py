@@ -1,0 +1,134 @@
+"""Pictures of predictions. What they look like is judged by eye; that they are drawn right is tested here."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from detres.inference import draw as module
+from detres.inference.draw import PALETTE, color_of, draw
+
+GREY = 128
+
+
+def found(boxes, labels=None, masks=None, names=None):
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    labels = np.zeros(len(boxes), int) if labels is None else np.array(labels)
+    arrays = {"boxes": boxes, "labels": labels, "scores": np.linspace(0.9, 0.5, len(boxes)), "masks": masks}
+    return SimpleNamespace(names=names or [f"class {i}" for i in labels], numpy=lambda: arrays)
+
+
+def grey(height, width):
+    return np.full((height, width, 3), GREY, np.uint8)
+
+
+def changed(picture) -> np.ndarray:
+    return (np.array(picture) != GREY).any(-1)
+
+
+def test_classes_have_colours_of_their_own_that_never_change():
+    colors = [color_of(i) for i in range(3 * len(PALETTE))]
+    assert len(set(colors)) == len(colors) and color_of(0) == (0x1F, 0x77, 0xD0)
+    assert min(min(color) for color in colors) >= 0 and max(max(color) for color in colors) <= 255
+    first = np.array(draw(grey(500, 500), found([(10, 10, 200, 200)], [3]), labels=False))
+    second = np.array(draw(grey(600, 700), found([(50, 50, 90, 90), (10, 10, 200, 200)], [7, 3]), labels=False))
+    assert tuple(first[100, 10]) == tuple(second[100, 10]) == color_of(3)
+
+
+def test_nothing_found_leaves_the_image_as_it_is():
+    image = np.random.default_rng(0).integers(0, 255, (500, 400, 3), np.uint8)
+    before = image.copy()
+    assert np.array_equal(np.array(draw(image, found([]))), before)
+    draw(image, found([(10, 10, 200, 200)]))
+    assert np.array_equal(image, before)  # never drawn into
+
+
+def test_a_box_is_drawn_within_its_bounds():
+    marked = changed(draw(grey(480, 640), found([(100, 50, 300, 250)]), labels=False))
+    rows, columns = np.flatnonzero(marked.any(1)), np.flatnonzero(marked.any(0))
+    assert (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) == pytest.approx((100, 50, 300, 250), abs=1)
+    assert not marked[70:230, 120:280].any()
+
+
+def test_a_mask_fills_its_object_and_hides_the_box():
+    mask = np.zeros((1, 480, 640), bool)
+    mask[0, 100:200, 100:200] = True
+    prediction = found([(100, 100, 200, 200)], masks=mask)
+    marked = changed(draw(grey(480, 640), prediction, labels=False))
+    assert marked[mask[0]].all() and not marked[90:210, 90:95].any() and not marked[:90].any()
+    assert not changed(draw(grey(480, 640), prediction, labels=False, masks=False, boxes=False)).any()
+    wide = found([(50, 50, 300, 300)], masks=mask)
+    assert not changed(draw(grey(480, 640), wide, labels=False))[290:].any()
+    assert changed(draw(grey(480, 640), wide, labels=False, boxes=True))[290:].any()
+
+
+def test_small_images_are_enlarged_by_a_whole_factor():
+    mask = np.ones((1, 100, 128), bool)
+    prediction = found([(0, 0, 128, 100)], masks=mask)
+    assert draw(grey(100, 128), prediction).size == (512, 400)
+    assert draw(grey(100, 128), prediction, scale=1).size == (128, 100)
+    assert draw(grey(480, 300), found([(0, 0, 9, 9)])).size == (300, 480)
+
+
+@pytest.mark.parametrize("size", [(1, 700), (700, 1), (1, 1), (3, 5)])
+@pytest.mark.parametrize("with_masks", [False, True])
+def test_odd_images_and_boxes(size, with_masks):
+    boxes = [(0, 0, size[1], size[0]), (0, 0, 0, 0), (0, 0, 1, 1)]
+    masks = np.stack([np.ones(size, bool), np.zeros(size, bool), np.ones(size, bool)]) if with_masks else None
+    scale = max(1, -(-480 // max(size)))
+    picture = draw(grey(*size), found(boxes, [0, 1, 2], masks, ["a", "κόσμος", "very long name of a class " * 5]), boxes=True)
+    assert picture.size == (size[1] * scale, size[0] * scale)
+
+
+def test_instances_can_have_colours_of_their_own():
+    boxes = [(10, 10, 100, 100), (200, 200, 300, 300)]
+    picture = np.array(draw(grey(500, 500), found(boxes), labels=False, color_by="instance"))
+    assert tuple(picture[50, 10]) == color_of(0) and tuple(picture[250, 200]) == color_of(1)
+
+
+BOXES = st.lists(st.tuples(*[st.integers(0, 600)] * 2, *[st.integers(1, 200)] * 2).map(
+    lambda b: (b[0], b[1], min(b[0] + b[2], 640), min(b[1] + b[3], 640))), max_size=15)
+
+
+@given(BOXES)
+def test_labels_stay_inside_and_apart(boxes):
+    corners, size = np.array(boxes, float).reshape(-1, 4), np.array([90.0, 20.0])
+    placed = np.zeros((0, 4))
+    for box in corners:
+        plates = module._places(box, None, size, (640, 640))
+        assert (plates >= 0).all() and (plates <= 640).all()
+        plate = module._best(plates, placed, corners)
+        if plate is not None:
+            assert module._shared(plate[None], placed).sum() <= module.CROWDED * size.prod()
+            placed = np.vstack([placed, plate])
+
+
+def test_labels_are_left_out_rather_than_piled_up():
+    corners = np.array([[x, y, x + 12, y + 12] for x in range(100, 160, 12) for y in range(100, 160, 12)], float)
+    inner = module._places(corners[12], None, np.array([90.0, 20.0]), (640, 640))
+    assert module._best(inner, np.zeros((0, 4)), corners) is None
+    assert module._best(inner, np.zeros((0, 4)), corners[12:13]) is not None
+
+
+def test_a_label_lies_on_its_object_where_there_is_room():
+    mask = np.zeros((300, 300), bool)
+    mask[50:250, 50:250] = True
+    middle = module._middle(mask, scale=1)
+    assert (middle.x, middle.y, middle.radius) == pytest.approx((150, 150, 100), abs=1)
+    favourite = module._places(np.array([50.0, 50, 250, 250]), middle, np.array([80.0, 20.0]), (300, 300))[0]
+    assert favourite.tolist() == pytest.approx([110, 140, 190, 160], abs=1)
+    cramped = module._places(np.array([50.0, 50, 250, 250]), middle, np.array([80.0, 200.0]), (300, 300))[0]
+    assert cramped[1] == 0  # above the object instead, pushed back into the picture
+
+
+@pytest.mark.parametrize("index", range(len(PALETTE)))
+def test_text_can_be_read_on_every_plate(index):
+    color, ink = color_of(index), module._ink(color_of(index))
+    linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
+    luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+    contrast = 1.05 / (luminance + 0.05) if ink == "white" else (luminance + 0.05) / 0.05
+    assert contrast >= 3
