@@ -1,0 +1,132 @@
+"""Evaluation loop with a model that answers from a list."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing as mp
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from detres import progress
+from detres.evaluation.run import align_classes, build_evaluators, evaluate, save_results
+from detres.structures import Targets
+
+TRUTHS = {i: [(0, (10, 10, 60, 60)), (1, (5, 5, 30, 90))] for i in (4, 2, 7)}
+FOUND = {i: [(0, (10 + i, 10, 60, 60), 0.9), (1, (5, 5, 30, 90), 0.8)] for i in TRUTHS}
+
+
+class Answers(nn.Module):
+    """Gives prepared detections for each batch, and a loss that is the number of images in it."""
+
+    def __init__(self, detections: list):
+        super().__init__()
+        self.detections, self.weight, self.modes = list(detections), nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, images, targets=None):
+        self.modes.append((self.training, torch.is_grad_enabled()))
+        if targets is not None:
+            return {"loss_cls": self.weight.sum() + len(targets.boxes), "loss_box": torch.tensor(0.5)}
+        return self.detections.pop(0)
+
+
+def model_and_loader(dataset, make_batch, groups):
+    pairs = [make_batch(dataset, {i: FOUND[i] for i in group}, masks=True) for group in groups]
+    return Answers([found for found, _ in pairs]), [batch for _, batch in pairs]
+
+
+def with_targets(batch):
+    n = len(batch.image_ids)
+    empty = Targets(torch.zeros(n, 1, 4), torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.bool),
+                    torch.zeros(n, dtype=torch.int64))
+    return replace(batch, targets=empty)
+
+
+def test_all_protocols_and_losses_in_one_result(make_dataset, make_batch):
+    dataset = make_dataset(TRUTHS)
+    model, loader = model_and_loader(dataset, make_batch, [(4, 2), (7,)])
+    model.train()
+    evaluators = build_evaluators(dataset, ("coco", "voc"), with_masks=True)
+    result = evaluate(model, map(with_targets, loader), evaluators, "cpu", losses=True, progress=False)
+    assert {"bbox/AP", "segm/AP", "voc/AP50"} < set(result.metrics)
+    assert result.metrics["val/loss_cls"] == pytest.approx((2 * 2 + 1 * 1) / 3) and result.metrics["val/loss_box"] == 0.5
+    assert set(result.per_class["dog"]) > {"bbox/AP", "voc/AP50"} and "loss_cls" in result.table()
+    assert set(model.modes) == {(False, False)} and model.training
+
+
+def test_masks_are_evaluated_where_model_and_data_have_them(make_dataset):
+    dataset = make_dataset(TRUTHS)
+    boxes_only = make_dataset({1: [(0, (0, 0, 9, 9), {"segmentation": None})]})
+    assert build_evaluators(dataset, ("coco",), with_masks=True)[0].iou_types == ("bbox", "segm")
+    assert build_evaluators(dataset, ("coco",), with_masks=False)[0].iou_types == ("bbox",)
+    assert build_evaluators(boxes_only, ("coco",), with_masks=True)[0].iou_types == ("bbox",)
+
+
+def test_plain_lines_tell_the_progress(make_dataset, make_batch, capsys, monkeypatch):
+    dataset = make_dataset(TRUTHS)
+    model, loader = model_and_loader(dataset, make_batch, [(4, 2), (7,)])
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    evaluate(model, loader, build_evaluators(dataset, ("voc",), False), "cpu")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("evaluate 2/3 images, ") and lines[-1].endswith("0:00:00 left")
+
+
+def test_a_terminal_gets_one_live_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(progress.track([2, 1], 3, "evaluate", lambda n: n)) == [2, 1]
+    assert "evaluate" in capsys.readouterr().err
+
+
+def test_saved_results_are_a_coco_file(make_dataset, make_batch, tmp_path):
+    dataset = make_dataset(TRUTHS)
+    model, loader = model_and_loader(dataset, make_batch, [(4, 2, 7)])
+    evaluator, = build_evaluators(dataset, ("coco",), with_masks=True)
+    evaluate(model, loader, [evaluator], "cpu", progress=False)
+    save_results(evaluator, tmp_path / "new" / "results.json")
+    assert json.loads((tmp_path / "new" / "results.json").read_text()) == evaluator.results()
+
+
+def test_classes_are_matched_by_name(make_dataset):
+    dataset = make_dataset({1: [(0, (0, 0, 9, 9)), (1, (0, 0, 5, 5))]}, classes=("cat", "dog"), category_ids=(3, 8))
+    aligned = align_classes(dataset, ("dog", "owl", "cat", "emu"), (1, 3, 8, 5))
+    assert aligned.classes == ("dog", "owl", "cat", "emu")
+    assert aligned.category_ids == (8, 9, 3, 5)  # its own; 3 is taken, so a new one; its own; the model's
+    assert [item.label for item in aligned.records[0].annotations] == [2, 0]
+    assert align_classes(dataset, ("cat", "dog"), (1, 2)) is dataset
+    with pytest.raises(ValueError, match="got cat in 'tiny'. The weights know dog, owl"):
+        align_classes(dataset, ("dog", "owl"), (1, 2))
+
+
+def _rank(number, store, parts, dataset, out):
+    torch.set_num_threads(1)  # a forked process has none of its parent's threads
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
+    model, loader = Answers([found for found, _ in parts[number]]), [with_targets(batch) for _, batch in parts[number]]
+    evaluators = build_evaluators(dataset, ("coco", "voc"), with_masks=True)
+    torch.save(evaluate(model, loader, evaluators, "cpu", losses=True, progress=False), out / f"{number}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_give_the_result_of_one(make_dataset, make_batch, tmp_path):
+    """Also when one of them has no image at all."""
+    dataset = make_dataset(TRUTHS)
+    model, loader = model_and_loader(dataset, make_batch, [(4, 2, 7)])
+    whole = evaluate(model, loader, build_evaluators(dataset, ("coco", "voc"), True), "cpu", progress=False)
+    for name, groups in (("uneven", ([(4,), (7,)], [(2,)])), ("empty", ([(4, 7), (2,)], []))):
+        parts = [[make_batch(dataset, {i: FOUND[i] for i in group}, masks=True) for group in own] for own in groups]
+        out = tmp_path / name
+        out.mkdir()
+        context = mp.get_context("fork")
+        ranks = [context.Process(target=_rank, args=(number, out / "store", parts, dataset, out)) for number in (0, 1)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+            assert process.exitcode == 0
+        for result in (torch.load(out / f"{number}.pt", weights_only=False) for number in (0, 1)):
+            assert {key: result.metrics[key] for key in whole.metrics} == whole.metrics
+            assert result.per_class == whole.per_class
+            assert result.metrics["val/loss_cls"] == pytest.approx(1.0 if name == "uneven" else 5 / 3)
