@@ -186,22 +186,20 @@ class ResNet(nn.Module):
 
     def freeze(self, stages: int) -> None:
         """No gradient and no statistics for the first `stages`: 1 the stem, 2 the stem and conv2_x, and so on."""
-        frozen = [self.conv1, self.bn1] if stages >= 1 else []
-        frozen += [getattr(self, name) for name in self.stage_names[: max(0, stages - 1)]]
-        for module in frozen:
-            module.requires_grad_(False)
-            freeze_batch_norms(module)
+        names = ["conv1", "bn1", *self.stage_names][: 2 + stages - 1 if stages else 0]
+        for name in names:
+            setattr(self, name, freeze_batch_norms(getattr(self, name)).requires_grad_(False))
 
 
-def freeze_batch_norms(module: nn.Module) -> None:
-    """Replace every batch norm below `module` by a frozen one with its values (in place)."""
+def freeze_batch_norms(module: nn.Module) -> nn.Module:
+    """`module` with every batch norm in it replaced by a frozen one of the same values."""
+    if isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+        frozen = FrozenBatchNorm2d(module.num_features, module.eps)
+        frozen.load_state_dict(module.state_dict())
+        return frozen
     for name, child in module.named_children():
-        if isinstance(child, (nn.BatchNorm2d, nn.SyncBatchNorm)):
-            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
-            frozen.load_state_dict(child.state_dict())
-            setattr(module, name, frozen)
-        else:
-            freeze_batch_norms(child)
+        setattr(module, name, freeze_batch_norms(child))
+    return module
 
 
 def resnet(depth: int, **options) -> ResNet:

@@ -1,0 +1,86 @@
+"""Config -> objects: the only place that reads the model's config."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from detres.config import ModelConfig, PoolConfig
+from detres.models.anchors import AnchorGenerator
+from detres.models.backbone import FPNBackbone, LastStageBackbone
+from detres.models.faster_rcnn import FasterRCNN, Normalize
+from detres.models.resnet import resnet
+from detres.models.roi_heads.box_head import BoxPredictor, TwoFCHead
+from detres.models.roi_heads.mask_head import MaskHead
+from detres.models.roi_heads.standard import Pool, RoIHeads
+from detres.models.rpn import RPN, RPNHead
+from detres.ops.roi_align import roi_align, roi_pool
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """A detector with random weights; `weights.torchvision.load_backbone` fills in what `config.backbone.weights` names.
+
+    num_classes: K, without background.
+    """
+    if num_classes < 1:
+        raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    return MODELS[config.name](config, num_classes)
+
+
+def build_rcnn(config: ModelConfig, num_classes: int) -> FasterRCNN:
+    backbone, conv5 = build_backbone(config)
+    anchors = AnchorGenerator(config.anchors.sizes, config.anchors.aspect_ratios, backbone.strides,
+                              config.anchors.convention)
+    options = config.rpn.model_dump()
+    stages = ("pre_nms_topk", "post_nms_topk")
+    topk = {name: (options.pop(f"{name}_train"), options.pop(f"{name}_test")) for name in stages}
+    rpn = RPN(RPNHead(backbone.channels, anchors.per_cell), anchors, **topk, **options)
+    preprocessing = config.input
+    normalize = Normalize(preprocessing.mean, preprocessing.std, bgr=preprocessing.channel_order == "bgr")
+    return FasterRCNN(normalize, backbone, rpn, build_roi_heads(config, num_classes, backbone, conv5))
+
+
+def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
+    """The feature extractor, and conv5 apart if the layout is c4."""
+    options = config.backbone
+    body = resnet(options.depth, width=options.width, norm=options.norm, norm_eps=options.norm_eps,
+                  stride_in_1x1=options.stride_in_1x1, dilated_stages=1 if options.layout == "dc5" else 0,
+                  activation_checkpointing=options.activation_checkpointing)
+    body.freeze(options.freeze_stages)
+    if options.layout == "fpn":
+        return FPNBackbone(body, config.fpn.channels, config.fpn.norm), None
+    conv5 = body.pop_last_stage() if options.layout == "c4" else None
+    return LastStageBackbone(body), conv5
+
+
+def build_roi_heads(config: ModelConfig, num_classes: int, backbone: nn.Module, conv5: nn.Module | None) -> RoIHeads:
+    options = config.box_head.model_dump()
+    fc_dim, class_agnostic = options.pop("fc_dim"), options.pop("class_agnostic")
+    if conv5 is not None:  # conv5 halves the grid; box and mask heads share its map, as the paper's C4 does
+        box_head, dim = conv5, backbone.channels * 2
+        mask_in, mask_resolution = dim, None
+    else:
+        box_head, dim = TwoFCHead(backbone.channels, config.box_head.resolution, fc_dim), fc_dim
+        mask_in, mask_resolution = backbone.channels, config.mask_head.resolution
+    mask_head = None
+    if config.name == "mask_rcnn":
+        mask_head = MaskHead(mask_in, num_classes, config.mask_head.channels, config.mask_head.convs)
+    return RoIHeads(build_pool(config.pool, backbone.strides), box_head, BoxPredictor(dim, num_classes, class_agnostic),
+                    mask_head, num_classes=num_classes, mask_resolution=mask_resolution, **options)
+
+
+def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
+    """Pools from the levels that heads read: P2..P5 of a pyramid (P6 is for the RPN only), or the one there is."""
+    strides = strides[:4]
+
+    def pool(features, boxes, image_index, size):
+        op = roi_pool if config.type == "pool" else partial(
+            roi_align, sampling_ratio=config.sampling_ratio, aligned=config.aligned)
+        return op(features[: len(strides)], strides, boxes, image_index, size)
+
+    return pool
+
+
+MODELS = {"faster_rcnn": build_rcnn, "mask_rcnn": build_rcnn}

@@ -1,0 +1,70 @@
+"""From images to the feature maps that detectors read: FPN, C4 and dilated C5 on a ResNet."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detres.models.norms import conv_norm, make_norm
+from detres.models.resnet import ResNet
+
+
+class FPN(nn.Module):
+    """Feature Pyramid Network (arXiv 1612.03144, section 3): P2..P5 from C2..C5, and P6 by subsampling P5.
+
+    `forward` returns maps (N, channels, H_l, W_l), finest first.
+    """
+
+    def __init__(self, in_channels: list[int], channels: int = 256, norm: str = "none"):
+        super().__init__()
+        self.lateral = nn.ModuleList(_fpn_conv(c, channels, 1, norm) for c in in_channels)
+        self.lateral_norm = nn.ModuleList(make_norm(norm, channels) for _ in in_channels)
+        self.output = nn.ModuleList(_fpn_conv(channels, channels, 3, norm) for _ in in_channels)
+        self.output_norm = nn.ModuleList(make_norm(norm, channels) for _ in in_channels)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        pyramid: list[Tensor] = []
+        top = None
+        for i in reversed(range(len(features))):
+            lateral = conv_norm(features[i], self.lateral[i], self.lateral_norm[i])
+            if top is not None:
+                lateral += F.interpolate(top, size=lateral.shape[-2:], mode="nearest")
+            top = lateral
+            pyramid.insert(0, conv_norm(top, self.output[i], self.output_norm[i]))
+        pyramid.append(F.max_pool2d(pyramid[-1], 1, stride=2))
+        return pyramid
+
+
+def _fpn_conv(in_channels: int, channels: int, kernel: int, norm: str) -> nn.Conv2d:
+    layer = nn.Conv2d(in_channels, channels, kernel, padding=kernel // 2, bias=norm == "none")
+    nn.init.kaiming_uniform_(layer.weight, a=1)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class FPNBackbone(nn.Module):
+    """P2..P6, strides 4 to 64."""
+
+    def __init__(self, body: ResNet, channels: int = 256, norm: str = "none"):
+        super().__init__()
+        self.body = body
+        self.fpn = FPN(body.channels, channels, norm)
+        self.channels = channels
+        self.strides = [*body.strides, body.strides[-1] * 2]
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return self.fpn(self.body(pixels))
+
+
+class LastStageBackbone(nn.Module):
+    """The last stage alone: C4 (stride 16, conv5 taken out to be the head), or dilated C5."""
+
+    def __init__(self, body: ResNet):
+        super().__init__()
+        self.body = body
+        self.channels = body.channels[-1]
+        self.strides = body.strides[-1:]
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return self.body(pixels)[-1:]

@@ -1,0 +1,49 @@
+"""Faster R-CNN (arXiv 1506.01497) and, with a mask head, Mask R-CNN (arXiv 1703.06870).
+
+JPEG to loss goes: `forward` -> backbone -> rpn -> roi_heads -> `losses`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from detres.models.roi_heads.standard import RoIHeads
+from detres.models.rpn import RPN
+from detres.structures import Detections, ImageBatch, Targets
+
+
+class Normalize(nn.Module):
+    """uint8 or float pixels (N, 3, H, W) in 0-255, RGB -> normalised fp32, zero where padded."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], bgr: bool = False):
+        super().__init__()
+        self.bgr = bgr
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, images: ImageBatch) -> Tensor:
+        pixels = images.pixels.flip(1) if self.bgr else images.pixels
+        pixels = (pixels.float() - self.mean) / self.std
+        height, width = (torch.arange(side, device=pixels.device) for side in pixels.shape[-2:])
+        inside_y = height < images.sizes[:, 0, None]  # (N, H)
+        inside_x = width < images.sizes[:, 1, None]
+        return pixels * (inside_y[:, None, :, None] & inside_x[:, None, None, :])
+
+
+class FasterRCNN(nn.Module):
+    """The two-stage detector: the parts are built by `build.build_model`, or by hand."""
+
+    def __init__(self, normalize: Normalize, backbone: nn.Module, rpn: RPN, roi_heads: RoIHeads):
+        super().__init__()
+        self.normalize, self.backbone, self.rpn, self.roi_heads = normalize, backbone, rpn, roi_heads
+
+    def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
+        """Losses by name if targets are given, in training and evaluation mode alike; else detections."""
+        features = self.backbone(self.normalize(images))
+        proposals, rpn_losses = self.rpn(features, images.pixels.shape[-2:], images.sizes, targets)
+        if targets is None:
+            return self.roi_heads.detect(features, proposals, images.sizes)
+        return rpn_losses | self.roi_heads.losses(features, proposals, targets)

@@ -1,0 +1,70 @@
+"""Which ground truth a box answers for, and which boxes are trained on.
+
+Legend: N images, G padded ground truth, P boxes (anchors or proposals), B boxes sampled per image.
+Match values: 1 foreground, 0 background, -1 ignore.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detres.geometry.boxes import pairwise_iou
+
+GT_AT_ONCE = 16  # bounds the largest temporary to (N, 16, P)
+
+
+@torch.no_grad()
+def match_boxes(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, fg_iou: float, bg_iou: float,
+                allow_low_quality: bool = False) -> tuple[Tensor, Tensor]:
+    """Match every box to the ground truth it overlaps most (arXiv 1506.01497, section 3.1.2).
+
+    boxes (P, 4) shared by the batch or (N, P, 4); gt_boxes (N, G, 4); gt_valid (N, G).
+    IoU >= fg_iou is foreground, < bg_iou background, between them ignored. allow_low_quality: the best boxes of
+    each ground truth are foreground at any IoU above 0, so that none is left without.
+    Returns match (N, P) int8 and gt_index (N, P) int64, the row of the best ground truth (0 where there is none).
+    """
+    best = gt_boxes.new_full((len(gt_boxes), boxes.shape[-2]), -1.0)
+    gt_index = torch.zeros_like(best, dtype=torch.int64)
+    is_best_of_gt = torch.zeros_like(best, dtype=torch.bool)
+    for start in range(0, gt_boxes.shape[1], GT_AT_ONCE):
+        part = slice(start, start + GT_AT_ONCE)
+        iou = pairwise_iou(gt_boxes[:, part], boxes).masked_fill_(~gt_valid[:, part, None], -1.0)  # (N, <=16, P)
+        part_best, part_index = iou.max(1)
+        gt_index = torch.where(part_best > best, part_index + start, gt_index)
+        best = torch.maximum(best, part_best)
+        if allow_low_quality:
+            gt_best = iou.amax(2, keepdim=True)
+            is_best_of_gt |= ((iou == gt_best) & (gt_best > 0)).any(1)
+    match = torch.full_like(best, -1, dtype=torch.int8)
+    match.masked_fill_(best < bg_iou, 0).masked_fill_((best >= fg_iou) | is_best_of_gt, 1)
+    return match, gt_index
+
+
+@torch.no_grad()
+def sample_boxes(match: Tensor, seeds: Tensor, batch_per_image: int, positive_fraction: float,
+                 salt: int) -> tuple[Tensor, Tensor]:
+    """Draw a fixed number of boxes per image: at most `positive_fraction` foreground, the rest background.
+
+    match (N, P); seeds (N,). Returns index (N, B) int64, foreground first, and sampled_match (N, B) int8, -1 where an
+    image had too few boxes. Foreground lies within the first `int(batch_per_image * positive_fraction)` columns.
+    The draw depends on the image's seed and `salt` alone: not on the batch, the process or the random state.
+    """
+    batch_per_image = min(batch_per_image, match.shape[1])
+    max_positive = min(int(batch_per_image * positive_fraction), match.shape[1])
+    noise = hash_noise(seeds, match.shape[1], salt)  # (N, P) in [0, 1)
+    positive_key, positive_index = torch.where(match == 1, noise, -1.0).topk(max_positive, dim=1)
+    key = torch.where(match == 0, noise, -1.0)
+    key.scatter_(1, positive_index, torch.where(positive_key >= 0, positive_key + 1, key.gather(1, positive_index)))
+    key, index = key.topk(batch_per_image, dim=1)
+    return index, torch.where(key >= 0, match.gather(1, index), -1)
+
+
+def hash_noise(seeds: Tensor, count: int, salt: int) -> Tensor:
+    """Uniform noise (N, count) in [0, 1) from integer seeds (N,): a hash of (seed, salt, position), no state."""
+    mask = 0xFFFFFFFF
+    start = ((seeds ^ (seeds >> 32)) * 0x9E3779B1 + salt * 0x85EBCA6B) & mask
+    x = (torch.arange(count, device=seeds.device)[None] * 0x9E3779B1 + start[:, None]) & mask
+    for _ in range(2):
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & mask
+    return ((x ^ (x >> 16)) >> 8).float() / 2**24  # 24 bits are exact in float32

@@ -1,0 +1,40 @@
+"""Masks inside regions (Mask R-CNN, arXiv 1703.06870, Figure 4)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import Tensor, nn
+
+from detres.models.norms import make_conv
+
+
+class MaskHead(nn.Module):
+    """3x3 convolutions, one upsampling by two, one mask per class. (M, C, S, S) -> logits (M, K, 2S, 2S)."""
+
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, convs: int = 4):
+        super().__init__()
+        widths = [in_channels] + [channels] * convs
+        self.convs = nn.ModuleList(make_conv(a, b, 3, bias=True) for a, b in zip(widths, widths[1:]))
+        self.deconv = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
+        self.predict = nn.Conv2d(channels, num_classes, 1)
+        nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.predict.weight, std=0.001)
+        nn.init.zeros_(self.deconv.bias)
+        nn.init.zeros_(self.predict.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        for layer in self.convs:
+            pooled = F.relu_(layer(pooled))
+        return self.predict(F.relu_(self.deconv(pooled)))
+
+
+@torch.no_grad()
+def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+    """Targets (M, size, size) in [0, 1]: the bitmap `masks[index]` (-> (M, H, W) uint8) inside each box (M, 4),
+    every cell the mean of its pixels."""
+    if len(masks) == 0:  # then no row is foreground
+        return boxes.new_zeros(len(boxes), size, size)
+    rois = torch.cat([index[:, None].to(boxes), boxes], 1)
+    return torchvision.ops.roi_align(masks[:, None].to(boxes), rois, size)[:, 0]

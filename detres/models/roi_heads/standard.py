@@ -1,0 +1,156 @@
+"""Per-region heads of Faster and Mask R-CNN: sampling, losses, decoding.
+
+Legend: N images, P proposals, R RoIs sampled per image, M rows of the batch that a head runs on, D detections,
+K classes, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from detres import losses
+from detres.geometry.boxes import clip, decode, larger_than
+from detres.models.matching import match_boxes, sample_boxes
+from detres.models.roi_heads.mask_head import crop_masks
+from detres.ops.nms import nms
+from detres.structures import Detections, Proposals, Targets
+
+Pool = Callable[[list[Tensor], Tensor, Tensor, int], Tensor]  # features, boxes (M, 4), image index (M,), side
+
+CANDIDATES = 2048  # the best (box, class) pairs of an image that go into NMS
+MIN_SIDE = 1e-2  # pixels; detections clipped to nothing are dropped
+
+
+@dataclass(frozen=True)
+class RoIs:
+    """Sampled regions; foreground within the first columns."""
+
+    boxes: Tensor  # (N, R, 4)
+    labels: Tensor  # (N, R), K is background
+    gt_index: Tensor  # (N, R) row of the matched ground truth
+    valid: Tensor  # (N, R)
+
+
+def rows_of(valid: Tensor) -> Tensor:
+    """Flat positions (M,) of a padded (N, R) tensor that a head should run on.
+
+    On the CPU exactly the valid ones: nothing to synchronise, and work is dear. On a GPU all, so that shapes
+    stay fixed and the host never waits; whoever uses the rows masks by `valid`.
+    """
+    if valid.is_cuda:
+        return torch.arange(valid.numel(), device=valid.device)
+    return valid.flatten().nonzero()[:, 0]
+
+
+class RoIHeads(nn.Module):
+    """box_head: (M, C, S, S) -> features (M, dim), or a map (M, C', S', S') that is averaged (conv5 of a C4 detector).
+    mask_head: None for Faster R-CNN; mask_resolution None: it reads the map of box_head (C4)."""
+
+    def __init__(self, pool: Pool, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None, *,
+                 num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, batch_per_image: int = 512,
+                 positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
+                 smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
+                 nms_thresh: float = 0.5, detections_per_image: int = 100):
+        super().__init__()
+        self.pool, self.box_head, self.box_predictor, self.mask_head = pool, box_head, box_predictor, mask_head
+        self.num_classes, self.resolution, self.mask_resolution = num_classes, resolution, mask_resolution
+        self.batch_per_image, self.positive_fraction, self.fg_iou = batch_per_image, positive_fraction, fg_iou
+        self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
+        self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
+        self.detections_per_image = detections_per_image
+
+    # --- training -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, proposals: Proposals, targets: Targets) -> RoIs:
+        """Proposals and ground truth (which always matches itself), labelled and sampled."""
+        boxes = torch.cat([proposals.boxes, targets.boxes], 1)
+        valid = torch.cat([proposals.valid, targets.valid], 1)
+        match, gt_index = match_boxes(boxes, targets.boxes, targets.valid, self.fg_iou, self.fg_iou)
+        match = torch.where(valid, match, -1)
+        index, match = sample_boxes(match, targets.seeds, self.batch_per_image, self.positive_fraction, salt=1)
+        gt_index = gt_index.gather(1, index)
+        labels = torch.where(match == 1, targets.labels.gather(1, gt_index), self.num_classes)
+        return RoIs(boxes.gather(1, index[..., None].expand(-1, -1, 4)), labels, gt_index, match >= 0)
+
+    def losses(self, features: list[Tensor], proposals: Proposals, targets: Targets) -> dict[str, Tensor]:
+        rois = self.sample(proposals, targets)
+        gt_boxes = targets.boxes.gather(1, rois.gt_index[..., None].expand(-1, -1, 4)).flatten(0, 1)
+        rows = rows_of(rois.valid)
+        boxes, labels, valid = rois.boxes.flatten(0, 1)[rows], rois.labels.flatten()[rows], rois.valid.flatten()[rows]
+        hidden = self.box_head(self.pool(features, boxes, rows // rois.valid.shape[1], self.resolution))
+        logits, deltas = self.box_predictor(_vector(hidden))
+        found = losses.box_head_losses(logits, deltas, boxes, gt_boxes[rows], labels, valid, **self.box_loss)
+        if self.mask_head is not None:
+            found |= self.mask_losses(features, hidden, rows, rois, targets)
+        return found
+
+    def mask_losses(self, features: list[Tensor], hidden: Tensor, rows: Tensor, rois: RoIs,
+                    targets: Targets) -> dict[str, Tensor]:
+        """Masks are trained on the foreground RoIs, all within the first columns."""
+        columns = max(1, int(rois.valid.shape[1] * self.positive_fraction))
+        positive = ((rois.labels < self.num_classes) & rois.valid)[:, :columns]
+        chosen = rows_of(positive)
+        image = chosen // columns
+        flat = image * rois.valid.shape[1] + chosen % columns  # the same rows in (N, R)
+        boxes = rois.boxes.flatten(0, 1)[flat]
+        pooled = hidden[torch.searchsorted(rows, flat)] if self.mask_resolution is None else \
+            self.pool(features, boxes, image, self.mask_resolution)
+        logits = self.mask_head(pooled)
+        gt_row = rois.gt_index.flatten()[flat] + image * targets.valid.shape[1]
+        mask_row = (targets.valid.flatten().cumsum(0) - 1).clamp(min=0)[gt_row]
+        cropped = crop_masks(targets.masks, mask_row, boxes, logits.shape[-1])
+        return losses.mask_loss(logits, cropped, rois.labels.flatten()[flat], positive.flatten()[chosen])
+
+    # --- inference ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def detect(self, features: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
+        """sizes (N, 2): height and width of the contents, which boxes are clipped to."""
+        n, p = proposals.valid.shape
+        rows = rows_of(proposals.valid)
+        pooled = self.pool(features, proposals.boxes.flatten(0, 1)[rows], rows // p, self.resolution)
+        logits, deltas = self.box_predictor(_vector(self.box_head(pooled)))
+        probs = logits.float().softmax(-1)[:, :-1]
+        probs = probs.new_zeros(n * p, self.num_classes).index_copy_(0, rows, probs).view(n, p, -1)
+        deltas = deltas.float().new_zeros(n * p, *deltas.shape[1:]).index_copy_(0, rows, deltas.float())
+        found = self.decode(probs, deltas.view(n, p, -1, 4), proposals, sizes)
+        return found if self.mask_head is None else replace(found, masks=self.predict_masks(features, found))
+
+    def decode(self, probs: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor) -> Detections:
+        """Threshold, decode, clip, NMS within a class, the best of all classes.
+
+        probs (N, P, K); deltas (N, P, K or 1, 4). Only the best `CANDIDATES` pairs of an image enter NMS, which is
+        exact as long as `detections_per_image` of them survive it.
+        """
+        probs = torch.where((probs > self.score_thresh) & proposals.valid[..., None], probs, -1.0).flatten(1)
+        scores, index = probs.topk(min(CANDIDATES, probs.shape[1]), dim=1)  # (N, c)
+        proposal, labels = index // self.num_classes, index % self.num_classes
+        image = torch.arange(len(probs), device=probs.device)[:, None]
+        delta = deltas[image, proposal, labels.clamp(max=deltas.shape[2] - 1)]
+        boxes = clip(decode(delta, proposals.boxes[image, proposal], losses.BOX_WEIGHTS), sizes)
+        valid = (scores > 0) & larger_than(boxes, MIN_SIDE)
+        scores = torch.where(nms(boxes, scores, valid, self.nms_thresh, groups=labels), scores, -1.0)
+        scores, best = scores.topk(min(self.detections_per_image, scores.shape[1]), dim=1)  # (N, D)
+        valid = scores > 0
+        return Detections(boxes=torch.where(valid[..., None], boxes[image, best], 0.0), scores=scores.clamp(min=0),
+                          labels=torch.where(valid, labels[image, best], 0), valid=valid)
+
+    def predict_masks(self, features: list[Tensor], found: Detections) -> Tensor:
+        """Probabilities (N, D, S, S) inside the detected boxes; zero where there is no detection."""
+        n, d = found.valid.shape
+        rows = rows_of(found.valid)
+        side = self.resolution if self.mask_resolution is None else self.mask_resolution
+        pooled = self.pool(features, found.boxes.flatten(0, 1)[rows], rows // d, side)
+        logits = self.mask_head(self.box_head(pooled) if self.mask_resolution is None else pooled)
+        own = logits[torch.arange(len(rows), device=rows.device), found.labels.flatten()[rows]].float().sigmoid()
+        masks = own.new_zeros(n * d, *own.shape[1:]).index_copy_(0, rows, own)
+        return masks.view(n, d, *own.shape[1:]) * found.valid[..., None, None]
+
+
+def _vector(hidden: Tensor) -> Tensor:
+    return hidden.mean((2, 3)) if hidden.dim() == 4 else hidden

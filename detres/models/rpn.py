@@ -1,0 +1,100 @@
+"""Region Proposal Network (Faster R-CNN, arXiv 1506.01497, section 3.1).
+
+Legend: N images, L levels, A anchors of all levels, B sampled anchors per image, P proposals.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detres import losses
+from detres.geometry.boxes import clip, decode, larger_than
+from detres.models.anchors import AnchorGenerator
+from detres.models.matching import match_boxes, sample_boxes
+from detres.ops.nms import nms
+from detres.structures import Proposals, Targets
+
+
+class RPNHead(nn.Module):
+    """3x3 convolution, then objectness and deltas by 1x1; shared by the levels."""
+
+    def __init__(self, channels: int, anchors_per_cell: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cls = nn.Conv2d(channels, anchors_per_cell, 1)
+        self.box = nn.Conv2d(channels, anchors_per_cell * 4, 1)
+        for layer in (self.conv, self.cls, self.box):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Per level: logits (N, A_l) and deltas (N, A_l, 4), anchors in the order of `AnchorGenerator`."""
+        logits, deltas = [], []
+        for feature in features:
+            hidden = F.relu_(self.conv(feature))
+            logits.append(self.cls(hidden).permute(0, 2, 3, 1).flatten(1))
+            deltas.append(self.box(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
+        return logits, deltas
+
+
+class RPN(nn.Module):
+    """Head, anchors, losses and the selection of proposals; numbers as in `config.RPNConfig`.
+
+    The pairs of `pre_nms_topk` (per level) and `post_nms_topk` (per image) are (training, test).
+    """
+
+    def __init__(self, head: RPNHead, anchors: AnchorGenerator, *, pre_nms_topk: tuple[int, int] = (2000, 1000),
+                 post_nms_topk: tuple[int, int] = (1000, 1000), nms_thresh: float = 0.7, min_size: float = 0.0,
+                 batch_per_image: int = 256, positive_fraction: float = 0.5, fg_iou: float = 0.7, bg_iou: float = 0.3,
+                 box_loss: str = "l1", smooth_l1_beta: float = 1 / 9, box_loss_weight: float = 1.0):
+        super().__init__()
+        self.head, self.anchors = head, anchors
+        self.pre_nms_topk, self.post_nms_topk = pre_nms_topk, post_nms_topk
+        self.nms_thresh, self.min_size = nms_thresh, min_size
+        self.batch_per_image, self.positive_fraction = batch_per_image, positive_fraction
+        self.fg_iou, self.bg_iou = fg_iou, bg_iou
+        self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
+
+    def forward(self, features: list[Tensor], canvas: tuple[int, int], sizes: Tensor,
+                targets: Targets | None = None) -> tuple[Proposals, dict[str, Tensor]]:
+        """Proposals, best first, and the losses (none without targets). canvas: padded size; sizes (N, 2): contents."""
+        logits, deltas = self.head(features)
+        anchors = self.anchors([f.shape[-2:] for f in features], tuple(canvas), features[0].device)
+        training = targets is not None
+        proposals = self.select(logits, deltas, anchors, sizes, self.pre_nms_topk[not training],
+                                self.post_nms_topk[not training])
+        found = self.losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets) if training else {}
+        return proposals, found
+
+    @torch.no_grad()
+    def select(self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Tensor,
+               pre_nms_topk: int, post_nms_topk: int) -> Proposals:
+        """The best `pre_nms_topk` of each level, decoded, clipped, NMS within a level, the best of all levels."""
+        most = min(pre_nms_topk, max(level.shape[1] for level in logits))
+        boxes, scores = [], []
+        for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors):
+            score, index = level_logits.float().topk(min(most, level_logits.shape[1]), dim=1)  # (N, k)
+            delta = level_deltas.float().gather(1, index[..., None].expand(-1, -1, 4))
+            box = clip(decode(delta, level_anchors[index]), sizes)
+            missing = most - index.shape[1]  # small levels are padded: one (N, L, most) block for NMS
+            boxes.append(F.pad(box, (0, 0, 0, missing)))
+            scores.append(F.pad(score, (0, missing), value=-torch.inf))
+        box, score = torch.stack(boxes, 1), torch.stack(scores, 1)  # (N, L, most, 4), (N, L, most)
+        valid = larger_than(box, self.min_size) & score.isfinite()
+        keep = nms(box.flatten(0, 1), score.flatten(0, 1), valid.flatten(0, 1), self.nms_thresh).view_as(valid)
+        score = torch.where(keep, score, -torch.inf).flatten(1)
+        score, index = score.topk(min(post_nms_topk, score.shape[1]), dim=1)  # (N, P)
+        box = box.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
+        return Proposals(boxes=box, scores=score.sigmoid(), valid=score.isfinite())
+
+    def losses(self, logits: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
+        """logits (N, A), deltas (N, A, 4), anchors (A, 4)."""
+        match, gt_index = match_boxes(anchors, targets.boxes, targets.valid, self.fg_iou, self.bg_iou,
+                                      allow_low_quality=True)
+        index, match = sample_boxes(match, targets.seeds, self.batch_per_image, self.positive_fraction, salt=0)
+        four = index[..., None].expand(-1, -1, 4)
+        gt_boxes = targets.boxes.gather(1, gt_index.gather(1, index)[..., None].expand(-1, -1, 4))
+        return losses.rpn_losses(logits.gather(1, index), deltas.gather(1, four), anchors[index], gt_boxes, match,
+                                 **self.box_loss)

@@ -1,0 +1,138 @@
+"""torchvision's weights: ImageNet backbones by name or path, and its Faster and Mask R-CNN key names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from detres.config import ModelConfig
+
+# Files that torchvision publishes (models/resnet.py, IMAGENET1K_V1: the recipe nearest the paper's).
+IMAGENET_URLS = {
+    18: "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    34: "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    50: "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    101: "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+    152: "https://download.pytorch.org/models/resnet152-394f9c45.pth",
+}
+
+
+def load_backbone(model: nn.Module, config: ModelConfig) -> None:
+    """Put the weights that `config.backbone.weights` names into the model's ResNet; nothing if that is null.
+
+    'imagenet': torchvision's file for the depth, from the torch hub cache or downloaded into it, checksum verified.
+    Otherwise a path to a state dict of a ResNet under torchvision's key names (.pth, or .safetensors).
+    Raises FileNotFoundError, or ValueError with the keys that do not fit.
+    """
+    source, depth = config.backbone.weights, config.backbone.depth
+    if source is None:
+        return
+    if source == "imagenet":
+        if config.backbone.width != 64 or config.backbone.norm == "gn":
+            raise ValueError(f"model.backbone.weights 'imagenet' must have width 64 and batch norm, got width="
+                             f"{config.backbone.width}, norm={config.backbone.norm}. Set weights=null to train from scratch.")
+        state = torch.hub.load_state_dict_from_url(IMAGENET_URLS[depth], map_location="cpu", check_hash=True,
+                                                   weights_only=True)
+    else:
+        state = read_state_dict(Path(source))
+    load_resnet(model, state, source)
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """A plain state dict from .safetensors, or from a torch file without executing pickled code."""
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file must exist, got '{path}' (model.backbone.weights). "
+                                "Give a path, 'imagenet', or null.")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+        return load_file(path)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return state.get("state_dict", state.get("model", state))
+
+
+def load_resnet(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load a classifier's state dict into `model.backbone.body`, its conv5 into the box head of a C4 detector."""
+    body = model.backbone.body
+    parts: dict[str, nn.Module] = {"": body}
+    if not hasattr(body, "layer4"):
+        parts["layer4."] = model.roi_heads.box_head
+    wanted = {prefix + key: (module, key) for prefix, module in parts.items() for key in module.state_dict()}
+    ignored = re.compile(r"fc\.|.*num_batches_tracked$")
+    missing = [key for key in wanted if key not in state and not ignored.match(key)]
+    unexpected = [key for key in state if key not in wanted and not ignored.match(key)]
+    shapes = {key: module.state_dict()[name].shape for key, (module, name) in wanted.items()}
+    wrong = [f"{key} {tuple(state[key].shape)}, not {tuple(shape)}" for key, shape in shapes.items()
+             if key in state and state[key].shape != shape]
+    if missing or unexpected or wrong:
+        raise ValueError(f"backbone weights must fit the configured ResNet (model.backbone.weights='{source}'): "
+                         f"{_few('missing', missing)}{_few('unexpected', unexpected)}{_few('wrong shape', wrong)}"
+                         "Check model.backbone.depth, width and norm.")
+    for prefix, module in parts.items():
+        own = {name: state[prefix + name] for name in module.state_dict() if prefix + name in state}
+        module.load_state_dict(own, strict=False)
+
+
+def _few(what: str, keys: list[str]) -> str:
+    return f"{len(keys)} {what}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}. " if keys else ""
+
+
+# torchvision's detector keys -> ours; the optional ".0" is how newer versions nest the same layers
+DETECTOR_KEYS = [
+    (r"backbone\.fpn\.inner_blocks\.(\d)(?:\.0)?\.(weight|bias)", r"backbone.fpn.lateral.\1.\2"),
+    (r"backbone\.fpn\.layer_blocks\.(\d)(?:\.0)?\.(weight|bias)", r"backbone.fpn.output.\1.\2"),
+    (r"rpn\.head\.conv(?:\.0\.0)?\.(weight|bias)", r"rpn.head.conv.\1"),
+    (r"rpn\.head\.cls_logits\.(weight|bias)", r"rpn.head.cls.\1"),
+    (r"rpn\.head\.bbox_pred\.(weight|bias)", r"rpn.head.box.\1"),
+    (r"roi_heads\.box_head\.fc6\.(weight|bias)", r"roi_heads.box_head.fc1.\1"),
+    (r"roi_heads\.box_head\.fc7\.(weight|bias)", r"roi_heads.box_head.fc2.\1"),
+    (r"roi_heads\.mask_predictor\.conv5_mask\.(weight|bias)", r"roi_heads.mask_head.deconv.\1"),
+]
+
+
+def convert_rcnn(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """State dict of torchvision's fasterrcnn_resnet50_fpn or maskrcnn_resnet50_fpn under our names.
+
+    Its class 0 is background; ours is the last, and has no box or mask of its own. Raises ValueError on keys of
+    another model. `torchvision_config` gives the config that goes with them.
+    """
+    return dict(_convert(key, value) for key, value in state.items() if not key.endswith("num_batches_tracked"))
+
+
+def _convert(key: str, value: Tensor) -> tuple[str, Tensor]:
+    for pattern, name in DETECTOR_KEYS:
+        if match := re.fullmatch(pattern, key):
+            return match.expand(name), value
+    kind = key.rsplit(".", 1)[-1]
+    if key.startswith("backbone.body."):
+        return key, value
+    if key.startswith("roi_heads.box_predictor.cls_score."):
+        return f"roi_heads.box_predictor.cls.{kind}", torch.cat([value[1:], value[:1]])
+    if key.startswith("roi_heads.box_predictor.bbox_pred."):
+        return f"roi_heads.box_predictor.box.{kind}", value[4:]
+    if key.startswith("roi_heads.mask_predictor.mask_fcn_logits."):
+        return f"roi_heads.mask_head.predict.{kind}", value[1:]
+    if match := re.fullmatch(r"roi_heads\.mask_head\.(?:mask_fcn)?(\d)(?:\.0)?\.(weight|bias)", key):
+        first = 1 if "mask_fcn" in key else 0
+        return f"roi_heads.mask_head.convs.{int(match[1]) - first}.{kind}", value
+    raise ValueError(f"key must be of torchvision's Faster or Mask R-CNN with FPN, got '{key}'")
+
+
+def torchvision_config(name: str = "mask_rcnn", **changes) -> ModelConfig:
+    """The config under which detres computes what torchvision's {faster,mask}rcnn_resnet50_fpn computes.
+
+    `changes` override sections: torchvision_config(backbone={"norm_eps": 0.0}) for its published COCO weights.
+    """
+    sections = {
+        "input": {"antialias": False},
+        "backbone": {"weights": None, "freeze_stages": 2},
+        "anchors": {"convention": "torchvision"},
+        "rpn": {"min_size": 1e-3, "post_nms_topk_train": 2000, "box_loss": "smooth_l1"},
+        "pool": {"sampling_ratio": 2, "aligned": False},
+        "box_head": {"box_loss": "smooth_l1", "smooth_l1_beta": 1 / 9},
+    }
+    merged = {key: {**sections.get(key, {}), **changes.get(key, {})} for key in {*sections, *changes}}
+    return ModelConfig.model_validate({"name": name, **merged})
