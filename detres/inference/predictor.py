@@ -142,11 +142,19 @@ class Predictor:
 
 
 def load_model(path: str | Path, device: str = "auto") -> tuple[nn.Module, WeightsMeta, Config]:
-    """A model in eval mode, with what its weights file (or run folder) says about it."""
-    tensors, meta = load_weights(find_weights(path))
-    config = Config.model_validate(meta.config)
-    model = build_model(config.model, len(meta.classes))
-    model.load_state_dict(tensors)
+    """A model in eval mode, with what its weights file (or run folder) says about it.
+
+    Raises what `find_weights` and `load_weights` do, and ValueError for weights that do not fit their own model.
+    """
+    file = find_weights(path)
+    tensors, meta = load_weights(file)
+    try:
+        config = Config.model_validate(meta.config)
+        model = build_model(config.model, len(meta.classes))
+        model.load_state_dict(tensors)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"weights must fit the model that they describe, got {file}: {error}. "
+                         "They are probably of another version of detres; use that one, or train again.") from None
     return model.to(choose_device(device)).eval(), meta, config
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as rle
 
-from detres.config import InputConfig
+from detres.build import build_model
+from detres.config import Config, InputConfig
+from detres.engine.checkpoint import WeightsMeta, load_weights, save_weights
 from detres.inference.predictor import Predictor
 
 RED = (255, 0, 0)
@@ -104,3 +108,32 @@ def test_what_is_no_image_is_refused(predictor, tmp_path):
     for wrong in (np.zeros((5, 5, 7), np.uint8), np.zeros((5, 5, 3), np.float32), 3):
         with pytest.raises((ValueError, TypeError), match="uint8|image"):
             predictor.predict(wrong)
+
+
+@pytest.fixture(scope="module")
+def small_weights(tmp_path_factory):
+    """A weights file of a small Mask R-CNN, untrained."""
+    config = Config.model_validate({"model": {
+        "name": "mask_rcnn", "input": {"min_size": 64, "max_size": 128}, "fpn": {"channels": 16},
+        "backbone": {"depth": 18, "width": 8, "weights": None, "norm": "bn", "freeze_stages": 0},
+        "box_head": {"fc_dim": 16, "score_thresh": 0.0, "detections_per_image": 5}, "mask_head": {"channels": 16, "convs": 1}}})
+    model = build_model(config.model, 2)
+    meta = WeightsMeta(config.model_dump(mode="json"), ("cat", "dog"), (4, 9), step=3, metrics={})
+    path = tmp_path_factory.mktemp("run") / "checkpoints" / "best.safetensors"
+    save_weights(path, model.state_dict(), meta)
+    return path
+
+
+def test_a_weights_file_or_a_run_folder_is_all_that_is_needed(small_weights):
+    outs = [Predictor.from_weights(place, "cpu").predict(picture(), score_thresh=0.0)
+            for place in (small_weights, small_weights.parent.parent)]
+    assert 1 <= len(outs[0]) <= 5 and set(outs[0].category_ids) <= {4, 9} and set(outs[0].names) <= {"cat", "dog"}
+    assert outs[0].masks.shape == (len(outs[0]), 120, 160) and torch.equal(outs[0].boxes, outs[1].boxes)
+    assert (outs[0].boxes[:, 2:] <= torch.tensor([160, 120])).all() and outs[0].draw().size == (480, 360)
+
+
+def test_weights_that_do_not_fit_are_named(small_weights, tmp_path):
+    tensors, meta = load_weights(small_weights)
+    save_weights(tmp_path / "old.safetensors", tensors, replace(meta, classes=("cat",), category_ids=(4,)))
+    with pytest.raises(ValueError, match="old.safetensors.*(.|\n)*another version"):
+        Predictor.from_weights(tmp_path / "old.safetensors", "cpu")
