@@ -224,19 +224,19 @@ def _run_lengths(mask: np.ndarray) -> list[int]:
 
 def _panoptic(scene: Scene) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """COCO panoptic: pixels (H, W, 3) uint8 of segment ids, and the segments; one for each surface."""
-    pixels = np.zeros((*scene.stuff.shape, 3), np.uint8)
-    free = ~np.logical_or.reduce([thing.mask for thing in scene.objects] or [np.zeros(scene.stuff.shape, bool)])
     regions = [(thing.mask, thing.category_id, thing.crowd) for thing in scene.objects]
-    regions += [(free & (scene.stuff == id_), int(id_), False) for id_ in np.unique(scene.stuff[free])]
-    segments = []
-    for number, (mask, category_id, crowd) in enumerate(regions, 1):
-        rgb = _segment_colour(number)
-        pixels[mask] = rgb
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        x, y = int(columns[0]), int(rows[0])
-        segments.append({"id": rgb[0] + 256 * rgb[1] + 65536 * rgb[2], "category_id": category_id, "iscrowd": int(crowd),
-                         "area": int(mask.sum()), "bbox": [x, y, int(columns[-1]) + 1 - x, int(rows[-1]) + 1 - y]})
-    return pixels, segments
+    free = scene.owner == 0
+    regions += [(free & (scene.stuff == id_), id_, False) for id_ in STUFF_IDS.values()]
+    numbers, colours, segments = np.zeros(scene.owner.shape, np.uint8), [(0, 0, 0)], []
+    for mask, category_id, crowd in regions:
+        area = int(np.count_nonzero(mask))
+        if area:
+            red, green, blue = _segment_colour(len(colours))
+            numbers[mask] = len(colours)
+            colours.append((red, green, blue))
+            segments.append({"id": red + 256 * green + 65536 * blue, "category_id": category_id, "iscrowd": int(crowd),
+                             "area": area, "bbox": list(cv2.boundingRect(mask.view(np.uint8)))})
+    return np.array(colours, np.uint8)[numbers], segments
 
 
 def _segment_colour(number: int) -> tuple[int, int, int]:

@@ -150,10 +150,23 @@ def place(outline: Outline, radius: float, angle: float, squeeze: float, centre:
 def _coverage(parts: list[list[Contour]], top: int, left: int, height: int, width: int) -> np.ndarray:
     canvas = np.zeros((height * SUB, width * SUB), np.uint8)
     for part in parts:
-        # a sample's centre is a whole number for OpenCV; contours in 1/16 of a sample
-        corners = [np.round(((contour - (left, top)) * SUB - 0.5) * 16).astype(np.int32) for contour in part]
-        cv2.fillPoly(canvas, corners, SUB * SUB, cv2.LINE_8, 4)
-    return cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)  # the mean of 0s and 16s is the count
+        # whole numbers are the centres of samples; in steps of 1/256, so that no last bit of a sine shows
+        _fill(canvas, [np.round(((contour - (left, top)) * SUB - 0.5) * 256) / 256 for contour in part])
+    return cv2.resize(canvas * (SUB * SUB), (width, height), interpolation=cv2.INTER_AREA)  # mean of 0s and 16s
+
+
+def _fill(canvas: np.ndarray, contours: list[Contour]) -> None:
+    """Sets the samples whose centre is inside by the even-odd rule; `cv2.fillPoly` paints the rim too, not always alike."""
+    points = np.concatenate(contours)
+    (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int) + 1
+    turns = np.zeros((bottom - top, right - left + 1), np.uint8)  # 1 where a row changes between outside and inside
+    rows = np.arange(top, bottom)[:, None]
+    for contour in contours:
+        (x0, y0), (x1, y1) = contour.T, np.roll(contour, -1, 0).T
+        row, edge = np.nonzero((y0 <= rows) != (y1 <= rows))
+        x = x0[edge] + (row + top - y0[edge]) * (x1 - x0)[edge] / (y1 - y0)[edge]
+        np.bitwise_xor.at(turns, (row, np.floor(x).astype(int) + 1 - left), 1)
+    canvas[top:bottom, left:right] |= np.bitwise_xor.accumulate(turns, 1)[:, :-1]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ THING_IDS = {"disc": 1, "square": 2, "triangle": 4, "star": 7, "ring": 8, "cross
 STUFF_IDS = dict(zip(STUFF_COLOURS, (101, 102, 104, 105, 109, 110, 115), strict=True))
 KEYPOINT_CLASSES = ("arrow", "figure")
 
-_MIN_VISIBLE = 12  # pixels; whoever would show fewer is not put there
+_MIN_VISIBLE = 12  # pixels; a place where a thing would show fewer is not taken
+_MIN_DIAMETER = 8.0  # pixels; what is smaller has no shape to speak of
 _PRESETS: dict[str, dict[str, Any]] = {
     "full": dict(size=(240, 320), classes=tuple(THING_IDS), max_objects=12, min_size=0.05, max_size=0.75, occlusion=0.6,
                  touching=0.5, crowd=0.08, empty=0.05),
@@ -43,7 +44,7 @@ class ShapesOptions:
     size: tuple[int, int] | None = None  # (height, width) in pixels, each 32..2048
     classes: tuple[str, ...] | None = None  # of THING_IDS
     max_objects: int | None = None  # per image, 1..200
-    min_size: float | None = None  # diameter of the circle around an object, over the short side of the image
+    min_size: float | None = None  # diameter of the circle around an object, over the image's short side; >= 8 pixels
     max_size: float | None = None
     occlusion: float | None = None  # largest share of an object that others or the image border hide, 0..0.9
     touching: float | None = None  # chance that an object is put against or over another
@@ -53,20 +54,23 @@ class ShapesOptions:
     def __post_init__(self) -> None:
         if self.preset not in _PRESETS:
             raise ValueError(f"preset must be one of {', '.join(_PRESETS)}, got {self.preset!r} (ShapesOptions).")
+        least = _MIN_DIAMETER if self.min_size is None else 0  # the preset's min_size gives way in small images
         for name, value in _PRESETS[self.preset].items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         for name in ("size", "classes"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._require("size", len(self.size) == 2 and all(isinstance(s, int) and 32 <= s <= 2048 for s in self.size),
+                      "be (height, width), each of 32 to 2048 pixels")
+        object.__setattr__(self, "min_size", max(self.min_size, least / min(self.size)))
         self._check()
 
     def _check(self) -> None:
-        self._require("size", len(self.size) == 2 and all(32 <= side <= 2048 for side in self.size),
-                      "be (height, width), each of 32 to 2048 pixels")
         known = set(self.classes) <= set(THING_IDS) and len(set(self.classes)) == len(self.classes) > 0
         self._require("classes", known, f"be distinct names of {', '.join(THING_IDS)}")
         self._require("max_objects", 1 <= self.max_objects <= 200, "be 1 to 200")
-        self._require("min_size", 0 < self.min_size * min(self.size) >= 8, "be at least 8 pixels over the short side")
+        self._require("min_size", self.min_size * min(self.size) >= _MIN_DIAMETER,
+                      f"be at least {_MIN_DIAMETER:g} pixels over the short side")
         self._require("max_size", self.min_size <= self.max_size <= 1, "be between min_size and 1")
         self._require("occlusion", 0 <= self.occlusion <= 0.9, "be 0 to 0.9")
         for name in ("touching", "crowd", "empty"):
@@ -95,15 +99,14 @@ class SceneObject:
 class Scene:
     image: np.ndarray  # (H, W, 3) uint8 RGB
     objects: tuple[SceneObject, ...]  # back to front
+    owner: np.ndarray  # (H, W) uint8, 0 background, i + 1 where objects[i] is seen
     stuff: np.ndarray  # (H, W) uint8, category ids of the background surfaces, also where objects hide them
 
     @property
     def semantic(self) -> np.ndarray:
         """Category id of every pixel, (H, W) uint8."""
-        classes = self.stuff.copy()
-        for thing in self.objects:
-            classes[thing.mask] = thing.category_id
-        return classes
+        ids = np.array([0] + [thing.category_id for thing in self.objects], np.uint8)[self.owner]
+        return np.where(self.owner > 0, ids, self.stuff)
 
 
 def render(index: int, seed: int = 0, options: ShapesOptions = ShapesOptions()) -> Scene:
@@ -118,7 +121,7 @@ def render(index: int, seed: int = 0, options: ShapesOptions = ShapesOptions()) 
     for thing in table.things:
         _paint_thing(image, thing, light, rng, options.preset == "easy")
     image = _photograph(image, rng, options.preset == "easy")
-    return Scene(image, tuple(table.annotate(i) for i in range(len(table.things))), stuff)
+    return Scene(image, tuple(table.annotate(i) for i in range(len(table.things))), table.owner, stuff)
 
 
 @dataclass(frozen=True)
@@ -199,16 +202,16 @@ class _Table:
 
     def annotate(self, i: int) -> SceneObject:
         thing, mask = self.things[i], self.owner == i + 1
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        box = (float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1))
+        x, y, width, height = cv2.boundingRect(mask.view(np.uint8))
+        box = (float(x), float(y), float(x + width), float(y + height))
         below = self.under(thing.whole)
         assert below is not None, "add() refuses what lies outside"
-        keypoints = self._keypoints(i) if thing.joints else None
+        keypoints = self._keypoints(i) if thing.name in KEYPOINT_CLASSES else None
         return SceneObject(thing.name, THING_IDS[thing.name], mask, box, thing.crowd, int(below[1].sum()) / self.totals[i],
                            self.visible[i] / self.totals[i], keypoints)
 
     def _keypoints(self, i: int) -> np.ndarray:
-        """COCO's rule: 2 seen, 1 in the image but hidden by another object, 0 (and 0, 0) outside or not of this class."""
+        """COCO's rule: 2 seen, 1 in the image but hidden by another object, 0 (at 0, 0) outside, of another class, or a crowd."""
         keypoints = np.zeros((len(KEYPOINT_NAMES), 3))
         height, width = self.owner.shape
         for j, name in enumerate(KEYPOINT_NAMES):
@@ -298,21 +301,22 @@ def _background(rng: RandomState, options: ShapesOptions, light: Light) -> tuple
     height, width = options.size
     kinds = [list(STUFF_IDS)[rng.randint(len(STUFF_IDS))] for _ in range(1 + rng.randint(2))]
     contrast = (0.10, 0.30) if options.preset == "easy" else (0.15, 0.55)
-    layers = []
+    vividness = 0.6 if options.preset == "easy" else 0.9
+    ramps, textures = [], []
     for kind in kinds:
-        zoom = rng.uniform(0.6, 1.6) * min(height, width) / 240
-        layers.append(stuff_ramp(kind, rng, rng.uniform(*contrast), 0.6 if options.preset == "easy" else 0.9)[cut(kind, rng, height, width, zoom)])
-    image, stuff = layers[0], np.full((height, width), STUFF_IDS[kinds[0]], np.uint8)
+        ramps.append(stuff_ramp(kind, rng, rng.uniform(*contrast), vividness))
+        textures.append(cut(kind, rng, height, width, rng.uniform(0.6, 1.6) * min(height, width) / 240).astype(np.intp))
+    texture, stuff = textures[0], np.full((height, width), STUFF_IDS[kinds[0]], np.uint8)
     y, x = np.arange(height, dtype=np.int32)[:, None], np.arange(width, dtype=np.int32)[None]
     shade = np.full((height, width), 256, np.int32)
-    if len(layers) == 2:
+    if len(kinds) == 2:
         depth = y * 64 - int(rng.uniform(0.25, 0.75) * height) * 64 - (x - width // 2) * rng.randint(-12, 13)
-        image = np.where(depth[..., None] > 0, layers[1], image)
+        texture = np.where(depth > 0, textures[1] + 256, texture)  # the second ramp
         stuff[depth > 0] = STUFF_IDS[kinds[1]]
         shade -= np.maximum(70 - np.abs(depth) * 70 // (height * 4), 0)  # the corner where they meet gets less light
     v, u = ((n * 256 - size * 128) // max(height, width) for n, size in ((y, height), (x, width)))  # -128..128
     shade = shade + (light.x * u + light.y * v) * rng.randint(10, 70) // 32768 - (u * u + v * v) * rng.randint(40) // 16384
-    image = np.minimum(image * shade[..., None] >> 8, 255).astype(np.uint8)
+    image = np.minimum(np.concatenate(ramps)[texture] * shade[..., None] >> 8, 255).astype(np.uint8)
     blur = 2 * rng.randint(0, 3) + 1
     return cv2.GaussianBlur(image, (blur, blur), 0), stuff
 
@@ -324,7 +328,7 @@ def _paint_thing(image: np.ndarray, thing: _Thing, light: Light, rng: RandomStat
             continue
         rows, columns = part
         ground = image[rows.start + patch.top:rows.stop + patch.top, columns.start + patch.left:columns.stop + patch.left]
-        surface = _surface(rng, ground.reshape(-1, 3).mean(0), diameter, easy)
+        surface = _surface(rng, np.round(cv2.mean(ground)[:3]), diameter, easy)
         cast_shadow(image, patch, diameter, light)
         paint(image, patch, diameter, light, surface, rng)
 

@@ -153,7 +153,7 @@ def _haze(rng: RandomState) -> np.ndarray:
     for _ in range(420):
         x, y = rng.randint(SIDE, size=2)
         corners = rng.randint(-60, 61, (rng.randint(3, 7), 2)) + (x, y)
-        cv2.fillPoly(canvas, [cv2.convexHull(corners.astype(np.int32))], int(rng.randint(20, 240)))
+        cv2.fillConvexPoly(canvas, cv2.convexHull(corners.astype(np.int32)), int(rng.randint(20, 240)))
     return cv2.GaussianBlur(canvas, (65, 65), 0)
 
 
