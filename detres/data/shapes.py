@@ -38,7 +38,8 @@ Format = Literal["coco", "voc"]
 
 
 def write_shapes(out: str | Path, images: int, seed: int = 0, *, options: ShapesOptions | None = None,
-                 val_images: int | None = None, formats: tuple[Format, ...] = ("coco", "voc"), progress: bool = True) -> Path:
+                 val_images: int | None = None, formats: tuple[Format, ...] = ("coco", "voc"),
+                 progress: bool = True) -> Path:
     """Writes `images` training and `val_images` (default: a fifth, rounded down) held-out scenes under `out`.
 
     Image i is the same whatever the number of images. If `out` already holds exactly this, nothing is done; if it
@@ -137,7 +138,8 @@ class _SplitWriter:
         self.images.append({"id": image_id, "file_name": picture.name, "height": height, "width": width})
         if "coco" in self.formats:
             for thing in scene.objects:
-                self.annotations.append({"id": len(self.annotations) + 1, "image_id": image_id, **_coco_annotation(thing)})
+                number = len(self.annotations) + 1
+                self.annotations.append({"id": number, "image_id": image_id, **_coco_annotation(thing)})
             pixels, segments = _panoptic(scene)
             self.panoptic.append({"image_id": image_id, "file_name": f"{stem}.png", "segments_info": segments})
             _write_image(self.labels / f"panoptic_{self.split}" / f"{stem}.png", pixels)
@@ -256,7 +258,8 @@ def _voc_xml(file_name: str, scene: Scene) -> bytes:
     for thing in scene.objects:
         node = ElementTree.SubElement(root, "object")
         _children(node, name=thing.name, pose="Unspecified", truncated=int(thing.in_frame < 0.95),
-                  occluded=int(thing.visible < 0.95 * thing.in_frame), difficult=int(thing.crowd or thing.visible < 0.5))
+                  occluded=int(thing.visible < 0.95 * thing.in_frame),
+                  difficult=int(thing.crowd or thing.visible < 0.5))
         x0, y0, x1, y1 = (int(v) for v in thing.box)
         _children(ElementTree.SubElement(node, "bndbox"), xmin=x0 + 1, ymin=y0 + 1, xmax=x1, ymax=y1)
     ElementTree.indent(root)

@@ -126,7 +126,8 @@ OUTLINES: dict[str, Callable[[RandomState, float], Outline]] = {
 }
 
 
-def place(outline: Outline, radius: float, angle: float, squeeze: float, centre: tuple[float, float]) -> tuple[Patch, Joints]:
+def place(outline: Outline, radius: float, angle: float, squeeze: float,
+          centre: tuple[float, float]) -> tuple[Patch, Joints]:
     """Turns, scales and moves an outline into the picture; `radius` and `centre` in pixels, `angle` in radians.
 
     `squeeze` narrows it along its own x axis. The patch has a margin for blur and shadow around the shape.
@@ -156,7 +157,7 @@ def _coverage(parts: list[list[Contour]], top: int, left: int, height: int, widt
 
 
 def _fill(canvas: np.ndarray, contours: list[Contour]) -> None:
-    """Sets the samples whose centre is inside by the even-odd rule; `cv2.fillPoly` paints the rim too, not always alike."""
+    """Sets the samples with their centre inside, even-odd. `cv2.fillPoly` paints the rim too, and varies by version."""
     points = np.concatenate(contours)
     (left, top), (right, bottom) = np.floor(points.min(0)).astype(int), np.ceil(points.max(0)).astype(int) + 1
     turns = np.zeros((bottom - top, right - left + 1), np.uint8)  # 1 where a row changes between outside and inside
@@ -171,12 +172,12 @@ def _fill(canvas: np.ndarray, contours: list[Contour]) -> None:
 
 @dataclass(frozen=True)
 class Light:
-    """Where it comes from (x, y in 1/256 of a unit vector), how dark its shadows are (0..255), and how far they reach."""
+    """Where light comes from, and its shadows."""
 
-    x: int
+    x: int  # of a unit vector, in 1/256
     y: int
-    shadow: int
-    reach: float  # of an object's size
+    shadow: int  # how dark, 0..255
+    reach: float  # how far, in object sizes
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,7 @@ def cast_shadow(image: np.ndarray, patch: Patch, size: float, light: Light) -> N
     blur = 2 * int(0.11 * size) + 3
     soft = cv2.GaussianBlur(patch.cover * 15, (blur, blur), 0).astype(np.uint16)
     shift_y, shift_x = (-round(v * size * light.reach / 256) for v in (light.y, light.x))
-    inside = _overlap(image, patch, shift_y, shift_x)
+    inside = overlap(image, patch, shift_y, shift_x)
     if inside is not None:
         region, part = inside
         region[:] = region * (256 - (soft[part] * light.shadow >> 8))[..., None] >> 8
@@ -205,7 +206,7 @@ def paint(image: np.ndarray, patch: Patch, size: float, light: Light, surface: S
     height, width = patch.cover.shape
     texture = cut(surface.texture, rng, height, width, surface.zoom)
     bright, gleam = _relief(patch.cover, size, light, surface)
-    inside = _overlap(image, patch, 0, 0)
+    inside = overlap(image, patch)
     if inside is None:
         return
     region, part = inside
@@ -228,23 +229,16 @@ def _relief(cover: np.ndarray, size: float, light: Light, surface: Surface) -> t
     return np.clip(bright, 60, 400), gleam
 
 
-def _overlap(image: np.ndarray, patch: Patch, down: int, right: int) -> tuple[np.ndarray, tuple[slice, slice]] | None:
-    """The view of `image` under a patch moved by (down, right), and the matching part of the patch."""
-    part = clip(patch, image.shape[0], image.shape[1], down, right)
-    if part is None:
-        return None
-    rows, columns = part
-    top, left = patch.top + down, patch.left + right
-    return image[rows.start + top:rows.stop + top, columns.start + left:columns.stop + left], part
-
-
-def clip(patch: Patch, height: int, width: int, down: int = 0, right: int = 0) -> tuple[slice, slice] | None:
-    """Rows and columns of a patch moved by (down, right) that lie in a picture of that size; None where none does."""
-    spans = []
-    for start, length, limit in ((patch.top + down, patch.cover.shape[0], height),
-                                 (patch.left + right, patch.cover.shape[1], width)):
+def overlap(canvas: np.ndarray, patch: Patch, down: int = 0,
+            right: int = 0) -> tuple[np.ndarray, tuple[slice, slice]] | None:
+    """The view of `canvas` (H, W, ...) under a patch moved by (down, right), and the rows and columns of the patch that
+    lie on it; None where none do."""
+    over, within = [], []
+    for start, length, limit in ((patch.top + down, patch.cover.shape[0], canvas.shape[0]),
+                                 (patch.left + right, patch.cover.shape[1], canvas.shape[1])):
         low, high = max(0, -start), min(length, limit - start)
         if low >= high:
             return None
-        spans.append(slice(low, high))
-    return spans[0], spans[1]
+        over.append(slice(low + start, high + start))
+        within.append(slice(low, high))
+    return canvas[tuple(over)], (within[0], within[1])

@@ -15,7 +15,8 @@ import cv2
 import numpy as np
 from numpy.random import RandomState
 
-from detres.data.shapes_draw import KEYPOINT_NAMES, OUTLINES, Joints, Light, Patch, Surface, cast_shadow, clip, paint, place
+from detres.data.shapes_draw import (KEYPOINT_NAMES, OUTLINES, Joints, Light, Patch, Surface, cast_shadow, overlap,
+                                     paint, place)
 from detres.data.shapes_texture import STUFF_COLOURS, colour, cut, ramp, stuff_ramp
 
 # Category ids have gaps on purpose, as COCO's do. Stuff ids stay below 256: they are pixels of the semantic map.
@@ -69,7 +70,7 @@ class ShapesOptions:
         known = set(self.classes) <= set(THING_IDS) and len(set(self.classes)) == len(self.classes) > 0
         self._require("classes", known, f"be distinct names of {', '.join(THING_IDS)}")
         self._require("max_objects", 1 <= self.max_objects <= 200, "be 1 to 200")
-        self._require("min_size", self.min_size * min(self.size) >= _MIN_DIAMETER,
+        self._require("min_size", round(self.min_size * min(self.size), 6) >= _MIN_DIAMETER,
                       f"be at least {_MIN_DIAMETER:g} pixels over the short side")
         self._require("max_size", self.min_size <= self.max_size <= 1, "be between min_size and 1")
         self._require("occlusion", 0 <= self.occlusion <= 0.9, "be 0 to 0.9")
@@ -113,7 +114,8 @@ def render(index: int, seed: int = 0, options: ShapesOptions = ShapesOptions()) 
     """Scene number `index` (>= 0) of the endless series that `seed` (>= 0) begins; depends on nothing else."""
     rng = RandomState([index & 0xFFFFFFFF, index >> 32, seed & 0xFFFFFFFF, seed >> 32])
     turn = rng.uniform(0, 2 * math.pi)
-    light = Light(round(256 * math.cos(turn)), round(256 * math.sin(turn)), int(rng.randint(60, 170)), rng.uniform(0.03, 0.12))
+    light = Light(round(256 * math.cos(turn)), round(256 * math.sin(turn)), shadow=int(rng.randint(60, 170)),
+                  reach=rng.uniform(0.03, 0.12))
     image, stuff = _background(rng, options, light)
     table = _Table(options)
     if rng.random_sample() >= options.empty:
@@ -164,12 +166,8 @@ class _Table:
 
     def under(self, patch: Patch) -> tuple[np.ndarray, np.ndarray] | None:
         """The view of `owner` beneath a patch and the patch's mask there."""
-        part = clip(patch, *self.owner.shape)
-        if part is None:
-            return None
-        rows, columns = part
-        return self.owner[rows.start + patch.top:rows.stop + patch.top,
-                          columns.start + patch.left:columns.stop + patch.left], patch.mask[part]
+        inside = overlap(self.owner, patch)
+        return inside and (inside[0], patch.mask[inside[1]])
 
     def add(self, thing: _Thing) -> bool:
         """Puts a thing on top, unless that would hide too much of it or of another."""
@@ -178,8 +176,8 @@ class _Table:
             return False
         owners, mask = below
         counts = np.bincount(owners[mask], minlength=len(self.things) + 1)
-        totals, visible = self.totals + [int(thing.whole.mask.sum())], [v - int(c) for v, c in zip(self.visible, counts[1:])]
-        visible.append(int(counts.sum()))
+        totals = self.totals + [int(thing.whole.mask.sum())]
+        visible = [v - int(c) for v, c in zip(self.visible, counts[1:])] + [int(counts.sum())]
         share = 1 - self.options.occlusion
         if any(left < max(share * total, _MIN_VISIBLE) for left, total in zip(visible, totals)):
             return False
@@ -207,11 +205,11 @@ class _Table:
         below = self.under(thing.whole)
         assert below is not None, "add() refuses what lies outside"
         keypoints = self._keypoints(i) if thing.name in KEYPOINT_CLASSES else None
-        return SceneObject(thing.name, THING_IDS[thing.name], mask, box, thing.crowd, int(below[1].sum()) / self.totals[i],
-                           self.visible[i] / self.totals[i], keypoints)
+        in_frame, visible = int(below[1].sum()) / self.totals[i], self.visible[i] / self.totals[i]
+        return SceneObject(thing.name, THING_IDS[thing.name], mask, box, thing.crowd, in_frame, visible, keypoints)
 
     def _keypoints(self, i: int) -> np.ndarray:
-        """COCO's rule: 2 seen, 1 in the image but hidden by another object, 0 (at 0, 0) outside, of another class, or a crowd."""
+        """COCO's rule: 2 seen, 1 hidden by another object, 0 (at 0, 0) outside the image, of another class, of a crowd."""
         keypoints = np.zeros((len(KEYPOINT_NAMES), 3))
         height, width = self.owner.shape
         for j, name in enumerate(KEYPOINT_NAMES):
@@ -223,7 +221,7 @@ class _Table:
 
 
 def _into(patch: Patch, x: float, y: float) -> tuple[float, float]:
-    """The point, or where it lies on a pixel that a thin part only grazes, the centre of the nearest pixel of the mask."""
+    """The point; where a thin part only grazes its pixel, the centre of the nearest pixel of the mask."""
     row, column = math.floor(y) - patch.top, math.floor(x) - patch.left
     if patch.mask[row, column]:
         return round(x, 2), round(y, 2)
@@ -315,7 +313,8 @@ def _background(rng: RandomState, options: ShapesOptions, light: Light) -> tuple
         stuff[depth > 0] = STUFF_IDS[kinds[1]]
         shade -= np.maximum(70 - np.abs(depth) * 70 // (height * 4), 0)  # the corner where they meet gets less light
     v, u = ((n * 256 - size * 128) // max(height, width) for n, size in ((y, height), (x, width)))  # -128..128
-    shade = shade + (light.x * u + light.y * v) * rng.randint(10, 70) // 32768 - (u * u + v * v) * rng.randint(40) // 16384
+    shade = shade + (light.x * u + light.y * v) * rng.randint(10, 70) // 32768
+    shade = shade - (u * u + v * v) * rng.randint(40) // 16384
     image = np.minimum(np.concatenate(ramps)[texture] * shade[..., None] >> 8, 255).astype(np.uint8)
     blur = 2 * rng.randint(0, 3) + 1
     return cv2.GaussianBlur(image, (blur, blur), 0), stuff
@@ -323,34 +322,32 @@ def _background(rng: RandomState, options: ShapesOptions, light: Light) -> tuple
 
 def _paint_thing(image: np.ndarray, thing: _Thing, light: Light, rng: RandomState, easy: bool) -> None:
     for patch, diameter in thing.members:
-        part = clip(patch, *image.shape[:2])
-        if part is None:
-            continue
-        rows, columns = part
-        ground = image[rows.start + patch.top:rows.stop + patch.top, columns.start + patch.left:columns.stop + patch.left]
-        surface = _surface(rng, np.round(cv2.mean(ground)[:3]), diameter, easy)
-        cast_shadow(image, patch, diameter, light)
-        paint(image, patch, diameter, light, surface, rng)
+        inside = overlap(image, patch)
+        if inside is not None:
+            surface = _surface(rng, np.round(cv2.mean(inside[0])[:3]), diameter, easy)
+            cast_shadow(image, patch, diameter, light)
+            paint(image, patch, diameter, light, surface, rng)
 
 
 def _surface(rng: RandomState, ground: np.ndarray, diameter: float, easy: bool) -> Surface:
     """A material whose colour stands out from the mean colour (3,) of the ground, clearly so if `easy`."""
-    saturation, value, apart = ((0.6, 1.0), (0.5, 1.0), 130) if easy else ((0.1, 1.0), (0.15, 1.0), 60)
+    saturations, values, apart = ((0.6, 1.0), (0.5, 1.0), 130) if easy else ((0.1, 1.0), (0.15, 1.0), 60)
     best, most = (0.0, 0.0, 0.0), -1.0
     for _ in range(12):
-        hsv = rng.random_sample(), rng.uniform(*saturation), rng.uniform(*value)
+        hsv = rng.random_sample(), rng.uniform(*saturations), rng.uniform(*values)
         distance = float(((colour(*hsv) - ground) ** 2).sum())
         if distance > most:
             best, most = hsv, distance
         if most > apart ** 2:
             break
-    hue, saturation_, value_ = best
-    dark, light = colour(hue, saturation_, value_ * 0.78), colour(hue, saturation_ * 0.9, value_ * 1.12)
+    hue, pure, value = best
+    dark, light = colour(hue, pure, value * 0.78), colour(hue, pure * 0.9, value * 1.12)
     texture = ("plaster", "plaster", "wood", "fabric", "gravel", "stripes", "dots")[rng.randint(7)]
     if texture in ("stripes", "dots"):
-        light = colour(hue + rng.uniform(-0.1, 0.1), saturation_ * rng.uniform(0.2, 0.7), value_ + rng.uniform(0.1, 0.4))
-    return Surface(texture, max(diameter / 80, 0.5) * rng.uniform(0.7, 1.5), ramp(dark, light), int(rng.randint(90, 230)),
-                   rng.uniform(0.06, 0.4), int(rng.randint(0, 200)))
+        light = colour(hue + rng.uniform(-0.1, 0.1), pure * rng.uniform(0.2, 0.7), value + rng.uniform(0.1, 0.4))
+    zoom = max(diameter / 80, 0.5) * rng.uniform(0.7, 1.5)
+    return Surface(texture, zoom, ramp(dark, light), relief=int(rng.randint(90, 230)), bevel=rng.uniform(0.06, 0.4),
+                   gloss=int(rng.randint(0, 200)))
 
 
 def _photograph(image: np.ndarray, rng: RandomState, easy: bool) -> np.ndarray:

@@ -110,7 +110,8 @@ def _wood(rng: RandomState) -> np.ndarray:
     return 3 * rings + 2 * fibres + 4 * (planks + joints)[None]
 
 
-def _scatter(rng: RandomState, count: int, long: tuple[float, float], flat: float, shades: tuple[int, int]) -> np.ndarray:
+def _scatter(rng: RandomState, count: int, long: tuple[float, float], flat: float,
+             shades: tuple[int, int]) -> np.ndarray:
     """`count` small ellipses in random greys, one over the other, (SIDE, SIDE) uint8."""
     canvas = np.full((SIDE, SIDE), shades[0], np.uint8)
     for _ in range(count):
@@ -119,7 +120,8 @@ def _scatter(rng: RandomState, count: int, long: tuple[float, float], flat: floa
         shade = int(rng.randint(*shades))
         axes = (axis, max(8, int(axis * flat * rng.uniform(0.7, 1.3))))
         cv2.ellipse(canvas, (x, y), axes, turn, 0, 360, shade // 2, -1, cv2.LINE_8, 4)  # its dark rim
-        cv2.ellipse(canvas, (x - 8, y - 8), (axes[0] * 7 // 8, axes[1] * 7 // 8), turn, 0, 360, shade, -1, cv2.LINE_8, 4)
+        inner = (axes[0] * 7 // 8, axes[1] * 7 // 8)
+        cv2.ellipse(canvas, (x - 8, y - 8), inner, turn, 0, 360, shade, -1, cv2.LINE_8, 4)
     return cv2.GaussianBlur(canvas, (3, 3), 0)
 
 
