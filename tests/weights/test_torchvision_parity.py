@@ -1,0 +1,137 @@
+"""Given torchvision's weights, detres computes torchvision's outputs and losses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+from torchvision.models.detection.rpn import AnchorGenerator as TVAnchorGenerator
+
+from detres.build import build_model
+from detres.ops.paste_masks import paste_masks
+from detres.structures import ImageBatch, Proposals, Targets
+from detres.weights.torchvision import convert_rcnn, torchvision_config
+
+HEIGHT, WIDTH = 160, 208  # P5 is 5 x 7: P6 has the odd grid whose stride torchvision rounds
+BUILDERS = {"faster_rcnn": torchvision.models.detection.fasterrcnn_resnet50_fpn,
+            "mask_rcnn": torchvision.models.detection.maskrcnn_resnet50_fpn}
+
+
+def calibrate(model, images) -> None:
+    """Random weights that behave like trained ones: normalised activations, varied scores and boxes."""
+    generator = torch.Generator().manual_seed(1)
+    for name, module in model.named_modules():
+        if isinstance(module, torchvision.ops.FrozenBatchNorm2d):
+            module.weight.copy_(torch.rand(module.weight.shape, generator=generator) * 0.4 + 0.5)
+            module.bias.copy_(torch.randn(module.bias.shape, generator=generator) * 0.1)
+            if name.endswith(("bn3", "downsample.1")):
+                module.weight.mul_(0.5)
+
+            def set_statistics(module, inputs):
+                module.running_mean.copy_(inputs[0].mean((0, 2, 3)))
+                module.running_var.copy_(inputs[0].var((0, 2, 3)))
+            module.handle = module.register_forward_pre_hook(set_statistics)
+    if model.roi_heads.mask_predictor is not None:  # else every mask is 0.5, give or take rounding
+        model.roi_heads.mask_predictor.mask_fcn_logits.weight.data.normal_(std=0.5, generator=generator)
+    with torch.no_grad():
+        model.backbone(images)
+        for module in model.modules():
+            if hasattr(module, "handle"):
+                module.handle.remove()
+        for layer, std in ((model.rpn.head.cls_logits, 0.05), (model.rpn.head.bbox_pred, 0.02),
+                           (model.roi_heads.box_predictor.cls_score, 0.1), (model.roi_heads.box_predictor.bbox_pred, 0.05)):
+            layer.weight.normal_(std=std, generator=generator)
+
+
+def batch(pixels) -> ImageBatch:
+    """On a canvas padded to a multiple of 32, as torchvision pads."""
+    return ImageBatch(torch.nn.functional.pad(pixels, (0, 224 - WIDTH)), torch.tensor([[HEIGHT, WIDTH]] * len(pixels)))
+
+
+@pytest.fixture(scope="module", params=["faster_rcnn", "mask_rcnn"])
+def pair(request):
+    torch.manual_seed(0)
+    theirs = BUILDERS[request.param](weights=None, weights_backbone=None, num_classes=5, min_size=HEIGHT, max_size=WIDTH)
+    theirs.backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None,  # without weights it would be plain BN
+                                          norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    pixels = torch.nn.functional.interpolate(torch.rand(2, 3, 20, 26) * 255, (HEIGHT, WIDTH), mode="bilinear").byte()
+    calibrate(theirs, torch.randn(2, 3, HEIGHT, WIDTH))
+    ours = build_model(torchvision_config(request.param), num_classes=4)
+    ours.load_state_dict(convert_rcnn(theirs.state_dict()))
+    return theirs.eval(), ours.eval(), pixels
+
+
+@torch.no_grad()
+def test_detections_agree(pair):
+    theirs, ours, pixels = pair
+    expected = theirs(list(pixels.float() / 255))
+    found = ours(batch(pixels))
+    for i, image in enumerate(expected):
+        valid = found.valid[i]
+        assert valid.sum() == len(image["boxes"]) > 20
+        torch.testing.assert_close(found.scores[i][valid], image["scores"], atol=1e-4, rtol=0)
+        distance = (found.boxes[i][valid][:, None] - image["boxes"]).abs().amax(-1)  # order may differ among equal scores
+        distance[found.labels[i][valid][:, None] + 1 != image["labels"]] = torch.inf
+        nearest, partner = distance.min(1)
+        assert nearest.max() < 1e-2 and len(partner.unique()) == len(partner)
+        if found.masks is not None:
+            # in their boxes: pasting cuts to whole pixels, where a difference of 1e-5 px may move an edge by one
+            bitmaps = paste_masks(found.masks[i][valid], image["boxes"][partner], (HEIGHT, WIDTH))
+            theirs_bitmaps = image["masks"][partner, 0] >= 0.5
+            union = (bitmaps | theirs_bitmaps).sum((1, 2))
+            iou = (bitmaps & theirs_bitmaps).sum((1, 2)) / union
+            assert (iou[union > 0] > 0.999).all()
+
+
+def test_losses_agree_when_all_boxes_are_sampled(pair):
+    """Sampling is fixed by asking for more boxes than there are, so both take all of them."""
+    theirs, ours, pixels = pair
+    boxes = torch.tensor([[[10.0, 20, 90, 100], [60, 40, 180, 150]], [[30, 30, 60, 70], [0, 0, 1, 1]]])
+    labels = torch.tensor([[0, 3], [1, 0]])
+    valid = torch.tensor([[True, True], [True, False]])
+    masks = torch.zeros(3, HEIGHT, WIDTH, dtype=torch.uint8)
+    for mask, box in zip(masks, boxes[valid].int().tolist()):
+        mask[box[1] + 5: box[3], box[0]: box[2] - 7] = 1
+    targets = Targets(boxes=boxes, labels=labels, valid=valid, seeds=torch.zeros(2, dtype=torch.int64),
+                      masks=torch.nn.functional.pad(masks, (0, 224 - WIDTH)))
+    tv_targets = [{"boxes": b[v], "labels": c[v] + 1, "masks": m} for b, c, v, m in
+                  zip(boxes, labels, valid, masks.split([2, 1]))]
+    everything = 10**6
+    for module in (theirs.rpn.fg_bg_sampler, theirs.roi_heads.fg_bg_sampler):
+        module.batch_size_per_image, module.positive_fraction = everything, 0.5
+    for module in (ours.rpn, ours.roi_heads):
+        module.batch_per_image, module.positive_fraction = everything, 1.0
+    kept = {}
+    hook = theirs.rpn.register_forward_hook(lambda module, inputs, output: kept.update(boxes=output[0]))
+    theirs.train()  # frozen norms: nothing else changes
+    expected = theirs(list(pixels.float() / 255), tv_targets)
+    theirs.eval()
+    hook.remove()
+    images = batch(pixels)
+    features = ours.backbone(ours.normalize(images))
+    found = ours.rpn(features, images.pixels.shape[-2:], images.sizes, targets)[1]
+    proposals = torch.nn.utils.rnn.pad_sequence(kept["boxes"], batch_first=True)  # the same for both
+    counts = torch.tensor([len(b) for b in kept["boxes"]])
+    proposals = Proposals(proposals, torch.zeros(proposals.shape[:2]), torch.arange(proposals.shape[1]) < counts[:, None])
+    found |= ours.roi_heads.losses(features, proposals, targets)
+    names = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_box", "loss_classifier": "loss_cls",
+             "loss_box_reg": "loss_box", "loss_mask": "loss_mask"}
+    for name, value in expected.items():
+        assert value > 1e-4
+        torch.testing.assert_close(found[names[name]], value, rtol=1e-4, atol=0)
+
+
+def test_anchors_agree_on_odd_grids():
+    sizes, ratios = ((32,), (64,)), (0.5, 1.0, 2.0)
+    theirs = TVAnchorGenerator(sizes, (ratios,) * 2)
+    image_list = torchvision.models.detection.image_list.ImageList(torch.zeros(1, 3, 96, 160), [(96, 160)])
+    maps = [torch.zeros(1, 1, 24, 40), torch.zeros(1, 1, 7, 13)]
+    from detres.models.anchors import AnchorGenerator
+    ours = AnchorGenerator(sizes, ratios, [4, 16], "torchvision")([(24, 40), (7, 13)], (96, 160), torch.device("cpu"))
+    assert torch.equal(torch.cat(ours), theirs(image_list, maps)[0])
+
+
+def test_keys_of_another_model_are_refused():
+    with pytest.raises(ValueError, match="head.classification_head"):
+        convert_rcnn({"head.classification_head.cls_logits.weight": torch.zeros(1)})
