@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from detres.config import SourceConfig
-from detres.engine.distributed import is_distributed, rank, world_size
+from detres.engine.distributed import gather, rank, world_size
 from detres.evaluation.base import EvalResult, Evaluator
 from detres.evaluation.coco import CocoEvaluator
 from detres.evaluation.voc import VocEvaluator
@@ -86,12 +85,7 @@ class _LossMeans:
 
 def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
     """Results over all ranks."""
-    states = [None] * world_size()
-    own = (means.state(), [evaluator.state() for evaluator in evaluators])
-    if is_distributed():
-        dist.all_gather_object(states, own)
-    else:
-        states = [own]
+    states = gather((means.state(), [evaluator.state() for evaluator in evaluators]))
     result = EvalResult({})
     for i, evaluator in enumerate(evaluators):
         evaluator.merge([state[i] for _, state in states])

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from detres.build import build_model
 from detres.config import Config, InputConfig
-from detres.data.images import read_image, to_rgb_array
+from detres.data.images import to_rgb_array
 from detres.data.loader import pad_images
 from detres.data.transforms import resize_for_eval
 from detres.engine.checkpoint import WeightsMeta, find_weights, load_weights
+from detres.engine.distributed import pick_device
 from detres.evaluation.base import encode_masks
 from detres.inference.draw import draw
 from detres.ops.paste_masks import paste_masks
@@ -110,7 +111,7 @@ class Predictor:
         default, is meant for evaluation). `min_size` and `max_size` replace the side lengths in pixels that images
         are resized to. A list is run in padded batches of `batch_size`.
 
-        Raises ImageError for a file that is no readable image, ValueError for an array that is no RGB image.
+        Raises ImageError for a file that is no readable image, ValueError or TypeError for what is no RGB image.
         """
         one = not isinstance(images, (list, tuple))
         items = [images] if one else list(images)
@@ -123,7 +124,7 @@ class Predictor:
     @torch.no_grad()
     def _predict(self, items: list[ImageLike], score_thresh: float, preprocessing: InputConfig) -> list[Prediction]:
         paths = [str(item) if isinstance(item, (str, Path)) else None for item in items]
-        images = [to_rgb_array(item) if path is None else read_image(path) for item, path in zip(items, paths)]
+        images = [to_rgb_array(item) for item in items]
         batch = pad_images([resize_for_eval(image, preprocessing) for image in images], preprocessing.size_divisor)
         batch = batch.to(next(self.model.parameters()).device)
         sizes = torch.tensor([image.shape[:2] for image in images])
@@ -155,11 +156,4 @@ def load_model(path: str | Path, device: str = "auto") -> tuple[nn.Module, Weigh
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"weights must fit the model that they describe, got {file}: {error}. "
                          "They are probably of another version of detres; use that one, or train again.") from None
-    return model.to(choose_device(device)).eval(), meta, config
-
-
-def choose_device(name: str) -> torch.device:
-    """"auto" is cuda where there is one, else cpu."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return model.to(pick_device(device)).eval(), meta, config

@@ -11,11 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from detres.data.images import ImageError, read_image
+from detres.data.images import IMAGE_SUFFIXES, ImageError, read_image
 from detres.inference.predictor import Prediction, Predictor
 from detres.progress import track
-
-SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif"))
 
 
 class UnreadableImages(ValueError):
@@ -70,13 +68,13 @@ def find_images(inputs: Sequence[str | Path], skip: Path | None = None) -> list[
         if path.is_file():
             matches = [path]
         elif path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+            matches = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file()
                              and skip not in p.parents)
         else:
             matches = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
         if not matches:
             raise FileNotFoundError(f"inputs must be image files, folders with images or globs, got {text}, which matches "
-                                    f"none. Check the path; images in folders end with {', '.join(sorted(SUFFIXES))}.")
+                                    f"none. Check the path; images in folders end with {', '.join(sorted(IMAGE_SUFFIXES))}.")
         found.update(dict.fromkeys(matches))
     return list(found)
 

@@ -11,9 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detres.config import SourceConfig
+from detres.data.dataset import load_dataset
+from detres.data.masks import rasterize
 from detres.evaluation.coco import CocoEvaluator, coco_dict, coco_metrics
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -195,3 +199,40 @@ def test_large_states_stay_small(make_dataset, make_batch):
     found = {1: [(0, tuple(map(float, rng.uniform(0, 100, 4))), float(rng.uniform())) for _ in range(1000)]}
     state = evaluated(dataset, make_batch, found, iou_types=("bbox",)).state()
     assert len(pickle.dumps(state)) < 26 * 1000
+
+
+@pytest.mark.data
+def test_coco_mini_equals_pycocotools_on_its_own_file(shared_data, make_batch):
+    """Ids with gaps, crowds, RLE: through the reader, against the annotation file as it is."""
+    folder = shared_data / "coco_mini"
+    file = folder / "annotations" / "instances_val2017.json"
+    dataset = load_dataset(SourceConfig(path=str(folder)), "val")
+    dataset = replace(dataset, records=dataset.records[:20])
+    evaluator = CocoEvaluator(dataset, ("bbox",))
+    rng = np.random.default_rng(0)
+    for record in dataset.records:
+        found = [(item.label, tuple(np.add(item.box, rng.normal(0, 3, 4))), round(float(rng.uniform(0.1, 1)), 1))
+                 for item in record.annotations for _ in range(2) if not item.crowd]
+        evaluator.update(*make_batch(dataset, {record.id: found}))
+    truth = json.loads(file.read_text())
+    kept = {record.id for record in dataset.records}
+    truth["images"] = [image for image in truth["images"] if image["id"] in kept]
+    truth["annotations"] = [item for item in truth["annotations"] if item["image_id"] in kept]
+    expected = pycocotools_metrics(truth, evaluator.results(), "bbox")
+    assert evaluator.compute().metrics == {f"bbox/{name}": value for name, value in expected.items()}
+    assert 0.2 < expected["AP"] < 0.9 and len(truth["annotations"]) > 50
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", ["coco_mini", "nuts"])
+def test_ground_truth_of_real_data_scores_one(shared_data, name):
+    dataset = load_dataset(SourceConfig(path=str(shared_data / name)), "val")
+    dataset = replace(dataset, records=dataset.records[:40])
+    sizes = {record.id: (record.height, record.width) for record in dataset.records}
+    truth = coco_dict(dataset)
+    results = [{"image_id": item["image_id"], "category_id": item["category_id"], "bbox": item["bbox"], "score": 0.5,
+                "segmentation": rle.encode(np.asfortranarray(rasterize(item["segmentation"], *sizes[item["image_id"]])))}
+               for item in truth["annotations"] if not item["iscrowd"]]
+    for kind in ("bbox", "segm"):
+        metrics = coco_metrics(truth, results, kind)[0]
+        assert [metrics["AP"], metrics["AP50"], metrics["AR100"]] == [ONE] * 3
