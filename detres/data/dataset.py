@@ -1,0 +1,109 @@
+"""A data set in memory: which images there are and what is annotated in them, whatever format it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from detres.config import SourceConfig
+from detres.data.problems import InvalidDataError, OnInvalid, Problem
+
+__all__ = ["Annotation", "Dataset", "ImageRecord", "InvalidDataError", "Problem", "Role", "load_dataset"]
+
+Role = Literal["train", "val", "test"]
+
+# Names that splits go by, per role.
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One object.
+
+    `box` is xyxy in continuous 0-based pixels of the image as a viewer shows it, as annotated: it may reach past the
+    image (training clips it). `segmentation` is COCO's: polygons, each a flat sequence x1, y1, x2, y2 ... (the readers
+    give `array('d')`: an eighth of the memory, and worker processes do not copy it), or an RLE dict. `keypoints` are
+    the file's: x, y, visibility for each of the data set's J names. `crowd` (COCO) and `difficult` (VOC) objects do
+    not train; evaluation handles them as its protocol says.
+    """
+
+    id: int
+    label: int
+    box: tuple[float, float, float, float]
+    segmentation: list[Sequence[float]] | dict[str, Any] | None = None
+    keypoints: tuple[float, ...] | None = None
+    area: float = 0.0
+    crowd: bool = False
+    difficult: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRecord:
+    """One image. The size is as annotated, in pixels; the loader checks it against the file."""
+
+    id: int | str
+    path: Path
+    height: int
+    width: int
+    annotations: tuple[Annotation, ...] = ()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1."""
+
+    name: str
+    format: Literal["coco", "voc", "yolo"]
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    records: tuple[ImageRecord, ...]
+    keypoint_names: tuple[str, ...] = ()
+    flip_pairs: tuple[tuple[int, int], ...] = ()  # keypoints that a mirror swaps: left and right
+
+
+def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "error") -> Dataset:
+    """Read a data set; the format is recognised from the path.
+
+    - COCO: a JSON file, or a folder with `annotations/instances_<split>*.json` or with a JSON beside the images.
+    - VOC: a folder with `Annotations/` and `ImageSets/Main/`, or a VOCdevkit above it.
+    - YOLO: a YAML file, or a folder with `data.yaml`.
+
+    `source.split` names the image set; without it, the role does.
+
+    Raises:
+        FileNotFoundError: nothing at the path, or nothing there that is a data set or that split.
+        InvalidDataError: entries that cannot be used, all of them listed; with on_invalid='drop' they are left out,
+            and the log says how many of what.
+        ValueError: an annotation file that is no annotation file.
+    """
+    from detres.data import coco, voc, yolo  # they import this module
+
+    path = Path(source.path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"data set must exist, got {source.path} (seen from {Path.cwd()}). Check the path.")
+    if path.suffix == ".json" and path.is_file():
+        _unused(source, "split")
+        return coco.read_coco(path, source.images, on_invalid=on_invalid)
+    if path.suffix in (".yaml", ".yml") and path.is_file():
+        _unused(source, "images")
+        return yolo.read_yolo(path, role, source.split, on_invalid)
+    if voc.is_root(path):
+        return voc.read_voc([path], role, source.split, source.images, on_invalid)
+    if (yaml := yolo.find_yaml(path)) is not None:
+        _unused(source, "images")
+        return yolo.read_yolo(yaml, role, source.split, on_invalid)
+    if coco.json_files(path):
+        return coco.read_coco(coco.find_annotations(path, role, source.split), source.images, on_invalid=on_invalid)
+    if roots := voc.find_roots(path):
+        return voc.read_voc(roots, role, source.split, source.images, on_invalid)
+    raise FileNotFoundError(
+        f"data set must be in COCO, VOC or YOLO format, got {path}. Looked for: a .json, .yaml or .yml file; in a folder, "
+        "annotations/*.json or *.json (COCO), Annotations/ with ImageSets/Main/ (VOC), data.yaml (YOLO).")
+
+
+def _unused(source: SourceConfig, field: str) -> None:
+    if (value := getattr(source, field)) is not None:
+        raise ValueError(f"{field} must be null for {source.path}, which says it itself, got {value!r}. Take it out.")

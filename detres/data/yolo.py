@@ -1,0 +1,181 @@
+"""YOLO txt: `data.yaml`, and a text file of rows in fractions of the image for each image.
+
+A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon. An image without a text file has no objects.
+"""
+
+from __future__ import annotations
+
+import itertools
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
+from detres.data.images import IMAGE_SUFFIXES, ImageError, read_size
+from detres.data.masks import mask_area
+from detres.data.problems import OnInvalid, Problems, segmentation_problem
+
+
+def find_yaml(folder: Path) -> Path | None:
+    """The description of a YOLO data set in a folder."""
+    return next((file for name in ("data.yaml", "data.yml", "dataset.yaml") if (file := folder / name).is_file()), None)
+
+
+def read_yolo(file: Path, role: str, split: str | None = None, on_invalid: OnInvalid = "error") -> Dataset:
+    """The data set of a `data.yaml`: `names`, and `train`, `val`, `test` as folders or lists of images, under `path`.
+
+    Boxes and polygons become pixels of the image; a polygon's box is its extent. Image ids are paths below the root.
+    Raises as `load_dataset`.
+    """
+    content = _parse(file)
+    classes = _names(content, file)
+    root = _root(content, file)
+    name = next((name for name in ([split] if split else SPLITS[role]) if content.get(name)), None)
+    if name is None:
+        raise FileNotFoundError(f"data set must have the split '{split or role}', got {sorted(set(content) - {'names', 'nc'})} "
+                                f"({file}). Add it to the file.")
+    listed = [image for entry in _as_list(content[name]) for image in _images(entry, root, file)]
+    images = list(dict.fromkeys(listed))  # folders may overlap
+    if images and not any(_labels(image).is_file() for image in images):
+        raise FileNotFoundError(f"labels must be beside the images, got none for {len(images)} images, such as "
+                                f"{_labels(images[0])} ({file}). Put them in labels/ where images are in images/.")
+    problems = Problems(f"{file.parent.name} {name}")
+    records = _Reader(problems, root, len(classes)).read(images)
+    problems.close(on_invalid)
+    return Dataset(problems.name, "yolo", classes, tuple(range(len(classes))), records)
+
+
+def _parse(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"data set file must be YAML, got {' '.join(str(error).split())} ({file}). Correct it.") from None
+    if not isinstance(content, dict) or not content.get("names"):
+        raise ValueError(f"YOLO data set file must have 'names', got {content!r:.200} ({file}). Add the names of the classes.")
+    if "kpt_shape" in content:
+        raise ValueError(f"YOLO labels must be boxes or polygons, got kpt_shape={content['kpt_shape']} ({file}). "
+                         "Convert keypoints to COCO JSON.")
+    return content
+
+
+def _names(content: dict[str, Any], file: Path) -> tuple[str, ...]:
+    names = content["names"]
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if not isinstance(names, dict) or set(names) != set(range(len(names))):
+        raise ValueError(f"names must be a list, or numbered from 0 without gaps, got {names!r:.200} ({file}). Correct it.")
+    if content.get("nc", len(names)) != len(names):
+        raise ValueError(f"nc must be the number of names, got {content['nc']} for {len(names)} names ({file}). Delete nc.")
+    return tuple(str(names[label]) for label in range(len(names)))
+
+
+def _root(content: dict[str, Any], file: Path) -> Path:
+    """`path` is seen from the file, else from the working folder."""
+    given = Path(content.get("path") or ".").expanduser()
+    for root in (file.parent / given, given):
+        if root.is_dir():
+            return root
+    raise FileNotFoundError(f"path must be a folder, got {given} (in {file}, seen from there and from {Path.cwd()}). Correct it.")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _images(entry: Any, root: Path, file: Path) -> list[Path]:
+    """Image files of a folder, or of a text file that lists them."""
+    entry = str(entry)
+    # Exporters write ../train/images for what lies beside the file.
+    for path in (root / entry, root / entry.removeprefix("../")):
+        if path.is_dir():
+            return sorted(image for image in path.rglob("*") if image.suffix.lower() in IMAGE_SUFFIXES)
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines()
+            return [path.parent / line.strip() for line in lines if line.strip()]
+    raise FileNotFoundError(f"images must be in a folder, or listed in a text file, got {entry} ({root / entry} does not "
+                            f"exist; {file}). Correct it, or 'path'.")
+
+
+def _labels(image: Path) -> Path:
+    """The text file of an image: images/ becomes labels/, the last one in the path."""
+    parts = list(image.parts)
+    for i in range(len(parts) - 2, -1, -1):
+        if parts[i] == "images":
+            parts[i] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+@dataclass(frozen=True)
+class _Row:
+    record: ImageRecord
+    line: int
+    label: int
+    box: list[float]  # xyxy in pixels
+    polygon: list[array] | None
+
+
+@dataclass
+class _Reader:
+    problems: Problems
+    root: Path
+    classes: int
+
+    def read(self, images: list[Path]) -> tuple[ImageRecord, ...]:
+        records = [record for image in images if (record := self._record(image)) is not None]
+        rows = [row for record in records for row in self._rows(record)]
+        kept = self.problems.check_boxes([row.box for row in rows], [(row.record.height, row.record.width) for row in rows],
+                                         lambda i, reason: self._add(rows[i].record, rows[i].line, "box", rows[i].box, reason))
+        found: dict[int | str, list[Annotation]] = {record.id: [] for record in records}
+        for number, (row, keep) in enumerate(zip(rows, kept), 1):
+            if keep:
+                found[row.record.id].append(_annotation(number, row))
+        return tuple(replace(record, annotations=tuple(found[record.id])) for record in records)
+
+    def _record(self, image: Path) -> ImageRecord | None:
+        image_id = image.relative_to(self.root).as_posix() if image.is_relative_to(self.root) else image.as_posix()
+        try:
+            return ImageRecord(image_id, image, *read_size(image))
+        except ImageError as error:
+            self.problems.add(image, image_id, None, "image", str(error),
+                              "must be readable (replace it, or delete it with its labels)")
+            return None
+
+    def _rows(self, record: ImageRecord) -> Iterator[_Row]:
+        """The rows of an image's text file that can be read."""
+        labels = _labels(record.path)
+        lines = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else []
+        for line, text in enumerate(lines, 1):
+            if text.strip() and (row := self._row(record, line, text)) is not None:
+                yield row
+
+    def _row(self, record: ImageRecord, line: int, text: str) -> _Row | None:
+        try:
+            label, *values = (float(word) for word in text.split())
+        except ValueError:
+            return self._add(record, line, "row", text, "must be numbers (the class, then fractions of the image)")
+        if label not in range(self.classes):
+            return self._add(record, line, "class", text.split()[0],
+                             f"must be the number of a name in the YAML file (0 to {self.classes - 1})")
+        if len(values) == 4:
+            x, y, w, h = (value * side for value, side in zip(values, (record.width, record.height) * 2))
+            return _Row(record, line, int(label), [x - w / 2, y - h / 2, x + w / 2, y + h / 2], None)
+        sides = itertools.cycle((record.width, record.height))
+        polygon = array("d", (value * side for value, side in zip(values, sides)))
+        if problem := segmentation_problem([polygon], record.height, record.width):
+            return self._add(record, line, "polygon", text, problem[1])
+        xs, ys = polygon[::2], polygon[1::2]
+        return _Row(record, line, int(label), [min(xs), min(ys), max(xs), max(ys)], [polygon])
+
+    def _add(self, record: ImageRecord, line: int, field: str, value: Any, reason: str) -> None:
+        self.problems.add(_labels(record.path), record.id, line, field, value, reason)
+
+
+def _annotation(number: int, row: _Row) -> Annotation:
+    x1, y1, x2, y2 = row.box
+    area = mask_area(row.polygon, row.record.height, row.record.width) if row.polygon else (x2 - x1) * (y2 - y1)
+    return Annotation(number, row.label, (x1, y1, x2, y2), row.polygon, area=area)
