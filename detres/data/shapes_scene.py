@@ -209,7 +209,7 @@ class _Table:
         return SceneObject(thing.name, THING_IDS[thing.name], mask, box, thing.crowd, in_frame, visible, keypoints)
 
     def _keypoints(self, i: int) -> np.ndarray:
-        """COCO's rule: 2 seen, 1 hidden by another object, 0 (at 0, 0) outside the image, of another class, of a crowd."""
+        """COCO's rule: 2 seen, 1 hidden by another object, 0 (at 0, 0) outside, of another class, of a crowd."""
         keypoints = np.zeros((len(KEYPOINT_NAMES), 3))
         height, width = self.owner.shape
         for j, name in enumerate(KEYPOINT_NAMES):
@@ -253,7 +253,7 @@ def _put(table: _Table, thing: _Thing, rng: RandomState) -> _Thing:
     way, angle = rng.random_sample() / max(table.options.touching, 1e-9), rng.uniform(0, 2 * math.pi)
     if table.things and way < 1:
         other = rng.randint(len(table.things))
-        if way < 0.5:
+        if way < 0.5 or not table.options.occlusion:
             return table.slide(thing, other, angle)
         x, y = table.things[other].centre
         distance = rng.uniform(0.3, 0.5) * (table.things[other].diameter + thing.diameter)
