@@ -1,0 +1,275 @@
+"""Records to padded batches, in worker processes, as a pure function of (seed, step).
+
+Which images make up step k follows from the seed alone; what chance does to an image follows from (seed, epoch, number
+of the record). No worker has a state, so any number of them gives the same batches, and a resumed run only replays the
+drawing of numbers up to its step.
+
+Legend: N images, G padded objects, M objects of the batch, J keypoints, (H, W) the padded canvas.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import signal
+import struct
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from detres.config import DataConfig, InputConfig
+from detres.data.dataset import Annotation, Dataset, ImageRecord
+from detres.data.images import ImageError, read_image
+from detres.data.masks import rasterize
+from detres.data.transforms import ResizeShortSide, Sample, Transform, build_train_transforms
+from detres.structures import Batch, ImageBatch, Targets
+
+Key = tuple[int, int]  # epoch, number of the record in the data set
+
+
+def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *, batch_size: int, training: bool,
+                 with_masks: bool, with_keypoints: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1,
+                 start_step: int = 0, device_type: str = "cpu") -> Loader:
+    """An iterable of `Batch` on the CPU, in pinned memory if `device_type` is cuda.
+
+    Training: endless, from `start_step` on. `batch_size` images make a step over all ranks, of which this rank gets its
+    slice; it must be a multiple of `world_size`. Images are shuffled anew each epoch; what an epoch leaves over goes
+    with the next one.
+    Evaluation: one pass in the order of the data set, `batch_size` images at a time; this rank gets every
+    `world_size`-th. The targets are there too, for validation losses.
+
+    Raises ValueError for arguments or data that do not fit; while iterating, ImageError for an image that cannot be used.
+    """
+    _check_data(dataset, with_masks, with_keypoints)
+    if training:
+        transform = build_train_transforms(data.augment, model_input, dataset)
+        batches: Iterable[list[Key]] = _TrainingBatches(dataset, data, batch_size, seed, rank, world_size, start_step)
+    else:
+        transform = ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias)
+        keys = [(0, number) for number in range(rank, len(dataset.records), world_size)]
+        batches = [keys[start:start + batch_size] for start in range(0, len(keys), batch_size)]
+    reader = _Reader(dataset.records, transform, with_masks, len(dataset.keypoint_names) if with_keypoints else 0, seed,
+                     model_input.size_divisor, data.augment.crop_size or 0 if training else 0)
+    return Loader(reader, batches, data.workers, device_type == "cuda", seed)
+
+
+class Loader:
+    """Iterable of `Batch`; has a length, in batches, unless it is endless."""
+
+    def __init__(self, reader: _Reader, batches: Iterable[list[Key]], workers: int, pin_memory: bool, seed: int):
+        self._batches = batches
+        self._loader = DataLoader(
+            reader, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, pin_memory=pin_memory,
+            worker_init_fn=_start_worker, persistent_workers=workers > 0,
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # pickling 10^6 records is slow
+            generator=torch.Generator().manual_seed(seed))  # else it draws from the generator that training uses
+
+    def __len__(self) -> int:
+        if not isinstance(self._batches, list):
+            raise TypeError("a training loader has no length: it is endless")
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._loader:
+            if isinstance(batch, ImageError):
+                raise batch
+            yield batch
+
+
+def _as_is(batch: Batch | ImageError) -> Batch | ImageError:
+    return batch
+
+
+def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
+def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool) -> None:
+    if not dataset.records:
+        raise ValueError(f"data set must have images, got none ({dataset.name}). Check its path and split.")
+    if with_keypoints and not dataset.keypoint_names:
+        raise ValueError(f"data set must have keypoints for a model with keypoints, got none ({dataset.name}).")
+    if with_masks:
+        bare = [(record, item) for record in dataset.records for item in trainable(record) if not item.segmentation]
+        if bare:
+            raise ValueError(f"annotations must have a segmentation for a model with masks, got {len(bare)} without, such as "
+                             f"annotation {bare[0][1].id} of {bare[0][0].path} ({dataset.name}, {dataset.format}). "
+                             "Use model.name=faster_rcnn, or add polygons.")
+
+
+def trainable(record: ImageRecord) -> list[Annotation]:
+    """What trains: neither crowds (as in the references) nor difficult objects (as in py-faster-rcnn)."""
+    return [item for item in record.annotations if not (item.crowd or item.difficult)]
+
+
+# Which images, when
+
+
+@dataclass(frozen=True)
+class _TrainingBatches:
+    """The keys of each step's images, of this rank."""
+
+    dataset: Dataset
+    data: DataConfig
+    batch_size: int
+    seed: int
+    rank: int
+    world_size: int
+    start_step: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size % self.world_size:
+            raise ValueError(f"train.batch_size must be a multiple of the number of processes, got {self.batch_size} for "
+                             f"{self.world_size}. Change one of them.")
+        if not self._numbers():
+            raise ValueError(f"data set must have images with objects to train on, got none ({self.dataset.name}). "
+                             "Check its annotations, or set data.skip_empty=false.")
+
+    def _numbers(self) -> list[int]:
+        return [number for number, record in enumerate(self.dataset.records) if not self.data.skip_empty or trainable(record)]
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        wide = [record.width > record.height and self.data.aspect_ratio_grouping for record in self.dataset.records]
+        steps = _grouped(_shuffled(self._numbers(), self.seed), wide, self.batch_size)
+        share = self.batch_size // self.world_size
+        for keys in itertools.islice(steps, self.start_step, None):
+            yield keys[self.rank * share:(self.rank + 1) * share]
+
+
+def _shuffled(numbers: Sequence[int], seed: int) -> Iterator[Key]:
+    for epoch in itertools.count():
+        for place in np.random.default_rng([seed, epoch]).permutation(len(numbers)).tolist():
+            yield epoch, numbers[place]
+
+
+def _grouped(keys: Iterator[Key], wide: Sequence[bool], batch_size: int) -> Iterator[list[Key]]:
+    """Batches of one shape, as they fill up."""
+    filling: dict[bool, list[Key]] = {False: [], True: []}
+    for key in keys:
+        group = filling[wide[key[1]]]
+        group.append(key)
+        if len(group) == batch_size:
+            yield group.copy()
+            group.clear()
+
+
+def sample_seed(seed: int, epoch: int, number: int) -> int:
+    """63 bits for one appearance of one record."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", seed, epoch, number), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+# Reading
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes a batch of keys: this is what runs in the workers."""
+
+    records: Sequence[ImageRecord]
+    transform: Transform
+    with_masks: bool
+    keypoints: int  # J, 0: none
+    seed: int
+    size_divisor: int
+    canvas: int  # least side of the canvas
+
+    def __getitems__(self, keys: list[Key]) -> Batch | ImageError:
+        """The error is given back rather than raised: it reaches the main process without the worker's traceback."""
+        try:
+            seeds = [sample_seed(self.seed, *key) for key in keys]
+            samples = [self._sample(self.records[number], seed) for (_, number), seed in zip(keys, seeds)]
+        except ImageError as error:
+            return error
+        return collate(samples, [self.records[number] for _, number in keys], seeds, self.size_divisor, self.canvas)
+
+    def _sample(self, record: ImageRecord, seed: int) -> Sample:
+        image = read_image(record.path)
+        _check_size(record, image)
+        sample = make_sample(record, image, self.with_masks, self.keypoints)
+        try:
+            return self.transform(sample, np.random.default_rng(seed))
+        except ImageError as error:
+            raise ImageError(f"{error} ({record.path})") from error
+
+
+def _check_size(record: ImageRecord, image: np.ndarray) -> None:
+    size = image.shape[:2]
+    if size != (record.height, record.width):
+        turned = size == (record.width, record.height)
+        fix = "Were the annotations made without the file's EXIF orientation? Take out the tag" if turned else "Correct the annotations"
+        raise ImageError(f"image file must have the size that its annotations state, {record.width} x {record.height} px (width "
+                         f"x height), got {size[1]} x {size[0]} ({record.path}). {fix}, or restore the original file.")
+
+
+def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoints: int = 0) -> Sample:
+    """The image (H, W, 3) with its trainable annotations; boxes clipped to it. Raises ImageError for a damaged mask."""
+    items = trainable(record)
+    height, width = image.shape[:2]
+    boxes = np.array([item.box for item in items], np.float32).reshape(-1, 4)
+    boxes = boxes.clip(0, np.array([width, height] * 2, np.float32))
+    masks = points = None
+    if with_masks:
+        masks = np.zeros((len(items), height, width), np.uint8)
+        for row, item in enumerate(items):
+            try:
+                masks[row] = rasterize(item.segmentation, height, width)
+            except ValueError as error:
+                raise ImageError(f"{error} ({record.path}, annotation {item.id})") from None
+    if keypoints:
+        absent = (0.0,) * 3 * keypoints
+        points = np.array([item.keypoints or absent for item in items], np.float32).reshape(-1, keypoints, 3)
+    return Sample(image, boxes, np.array([item.label for item in items], np.int64), masks, points)
+
+
+# Batching
+
+
+def collate(samples: Sequence[Sample], records: Sequence[ImageRecord], seeds: Sequence[int], size_divisor: int,
+            canvas: int = 0) -> Batch:
+    images = pad_images([sample.image for sample in samples], size_divisor, canvas)
+    targets = _targets(samples, seeds, images.pixels.shape[-2:])
+    original = torch.tensor([(record.height, record.width) for record in records])
+    return Batch(images, targets, tuple(record.id for record in records), tuple(str(record.path) for record in records),
+                 original)
+
+
+def pad_images(images: Sequence[np.ndarray], size_divisor: int, canvas: int = 0) -> ImageBatch:
+    """Images (H, W, 3) of any sizes, uint8 or float32, on one canvas: at least `canvas` a side, a multiple of the divisor."""
+    sizes = [image.shape[:2] for image in images]
+    height, width = (-(-max(canvas, *side) // size_divisor) * size_divisor for side in zip(*sizes))
+    pixels = np.zeros((len(images), 3, height, width), images[0].dtype)
+    for padded, image in zip(pixels, images):
+        padded[:, :image.shape[0], :image.shape[1]] = image.transpose(2, 0, 1)
+    return ImageBatch(torch.from_numpy(pixels), torch.tensor(sizes))
+
+
+def _targets(samples: Sequence[Sample], seeds: Sequence[int], size: Sequence[int]) -> Targets:
+    count = [len(sample.boxes) for sample in samples]
+    padded = max(1, *count)
+
+    def rows(arrays: Sequence[np.ndarray]) -> torch.Tensor:
+        out = np.zeros((len(arrays), padded, *arrays[0].shape[1:]), arrays[0].dtype)
+        for place, array in zip(out, arrays):
+            place[:len(array)] = array
+        return torch.from_numpy(out)
+
+    masks = keypoints = None
+    if samples[0].masks is not None:
+        bitmaps = np.zeros((sum(count), *size), np.uint8)
+        places = np.split(bitmaps, np.cumsum(count)[:-1])
+        for place, sample in zip(places, samples):
+            place[:, :sample.masks.shape[1], :sample.masks.shape[2]] = sample.masks
+        masks = torch.from_numpy(bitmaps)
+    if samples[0].keypoints is not None:
+        keypoints = rows([sample.keypoints for sample in samples])
+    valid = torch.arange(padded) < torch.tensor(count)[:, None]
+    return Targets(rows([sample.boxes for sample in samples]), rows([sample.labels for sample in samples]), valid,
+                   torch.tensor(seeds), masks, keypoints)
