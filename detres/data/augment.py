@@ -24,7 +24,7 @@ WHERE = "data.augment.albumentations"
 
 
 class Albumentations:
-    """A pipeline that keeps boxes, masks, keypoints and labels in step, and draws all chance from the sample's generator.
+    """A pipeline that keeps boxes, masks, keypoints and labels in step, its chance all from the sample's generator.
 
     After a geometric transform the boxes of objects with masks fit these again (a rotated box would be too large), and
     objects that left the image are dropped. Mirrored keypoints change places as `flip_pairs` say, which albumentations
@@ -74,7 +74,8 @@ class Albumentations:
             return self.pipeline(image=sample.image, **fields)
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise ImageError(f"{WHERE} must apply to every image, got {reason} for one of {height} x {width} px.") from error
+            raise ImageError(f"{WHERE} must apply to every image, got {reason} for one of {width} x {height} px "
+                             "(width x height). Correct its parameters.") from error
 
     def _keypoints(self, sample: Sample, points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """(G, J, 3): moved; exchanged left for right if the corner of three points went from one hand to the other."""
@@ -88,7 +89,8 @@ class Albumentations:
 
 def _build_all(entries: Any, where: str) -> list[Any]:
     if not isinstance(entries, (list, tuple)) or not entries:
-        raise ValueError(f"{where} must be a list of transforms, got {entries!r}. Write it as [{{HorizontalFlip: {{p: 0.5}}}}].")
+        raise ValueError(f"{where} must be a list of transforms, got {entries!r}. "
+                         "Write it as [{HorizontalFlip: {p: 0.5}}].")
     return [_build(entry, f"{where}[{number}]") for number, entry in enumerate(entries)]
 
 
@@ -97,7 +99,8 @@ def _build(entry: Any, where: str) -> Any:
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, Mapping) or len(entry) != 1 or not isinstance(next(iter(entry.values())) or {}, Mapping):
-        raise ValueError(f"{where} must be one name with its parameters, got {entry!r}. Write it as {{HorizontalFlip: {{p: 0.5}}}}.")
+        raise ValueError(f"{where} must be one name with its parameters, got {entry!r}. "
+                         "Write it as {HorizontalFlip: {p: 0.5}}.")
     name, parameters = next(iter(entry.items()))
     kind, parameters, where = _kind(name, where), dict(parameters or {}), f"{where}.{name}"
     if "transforms" in parameters:
@@ -112,12 +115,14 @@ def _build(entry: Any, where: str) -> Any:
             return kind(**parameters)
     except (TypeError, ValueError, UserWarning) as error:
         reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
-        raise ValueError(f"{where} must have valid parameters, got {parameters}: {reason}. There are: {', '.join(known)}.") from None
+        raise ValueError(f"{where} must have valid parameters, got {parameters}: {reason}. "
+                         f"There are: {', '.join(known)}.") from None
 
 
 def _kind(name: str, where: str) -> type:
     bases = (albumentations.BasicTransform, albumentations.BaseCompose)
-    kinds = {key: value for key, value in vars(albumentations).items() if inspect.isclass(value) and issubclass(value, bases)}
+    kinds = {key: value for key, value in vars(albumentations).items()
+             if inspect.isclass(value) and issubclass(value, bases)}
     if name not in kinds:
         raise ValueError(f"{where} must name a transform of albumentations {albumentations.__version__}, got {name!r}."
                          f"{_nearest(name, kinds)}")

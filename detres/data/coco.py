@@ -22,7 +22,8 @@ from detres.data.masks import mask_area
 from detres.data.problems import OnInvalid, Problems, numbers, segmentation_problem
 
 # Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json.
-_OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources", "shapes")
+_OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources",
+                "shapes")
 
 
 def read_coco(file: Path, images: str | None = None, *, on_invalid: OnInvalid = "error") -> Dataset:
@@ -83,8 +84,9 @@ def find_annotations(folder: Path, role: str, split: str | None) -> Path:
     if len(instances) != 1:
         wanted = f"split '{split}'" if split else f"role '{role}' ({', '.join(SPLITS[role])})"
         raise FileNotFoundError(
-            f"COCO folder must have one annotation file for {wanted}, such as annotations/instances_{split or role}.json, "
-            f"got {[str(file.relative_to(folder)) for file in instances or files]} ({folder}). Give the file itself as path.")
+            f"COCO folder must have one annotation file for {wanted}, such as annotations/"
+            f"instances_{split or role}.json, got {[str(file.relative_to(folder)) for file in instances or files]} "
+            f"({folder}). Give the file itself as path.")
     return instances[0]
 
 
@@ -153,7 +155,8 @@ def _categories(entries: list[Any], file: Path) -> list[dict[str, Any]]:
     for key in ("id", "name"):
         values = [entry[key] for entry in entries]
         if twice := {value for value in values if values.count(value) > 1}:
-            raise ValueError(f"categories must differ in {key}, got {sorted(twice)} more than once ({file}). Correct them.")
+            raise ValueError(f"categories must differ in {key}, got {sorted(twice)} more than once ({file}). "
+                             "Correct them.")
     if not entries:
         raise ValueError(f"categories must be one or more, got none ({file}). Add them to the file.")
     return sorted(entries, key=lambda entry: entry["id"])
@@ -165,11 +168,10 @@ def _keypoints(categories: list[dict[str, Any]], name: str, problems: Problems
     layouts = {tuple(category["keypoints"]) for category in categories if category.get("keypoints")}
     if len(layouts) > 1:
         problems.add(name, None, None, "categories[].keypoints", sorted(layouts),
-                     "must be the same for all categories that have some (use a file for each; 'drop' reads no keypoints)")
+                     "must be the same for all categories that have some (use a file for each)")
     names = layouts.pop() if len(layouts) == 1 else ()
-    swapped = {name: name.replace("left", "right") for name in names}
-    pairs = [(names.index(left), names.index(right)) for left, right in swapped.items() if left != right and right in names]
-    return names, tuple(pairs)
+    swapped = ((name, name.replace("left", "right")) for name in names if "left" in name)
+    return names, tuple((names.index(left), names.index(right)) for left, right in swapped if right in names)
 
 
 def _images(entries: list[Any], file: Path, images: str | None, problems: Problems) -> dict[Any, ImageRecord | None]:
@@ -182,17 +184,21 @@ def _images(entries: list[Any], file: Path, images: str | None, problems: Proble
         entry = entry if isinstance(entry, dict) else {}
         image_id, name = entry.get("id"), entry.get("file_name")
         if type(image_id) not in (int, str):
-            problems.add(file, name, None, f"images[{number}].id", image_id, "must be a whole number or a string (add it)")
+            problems.add(file, name, None, f"images[{number}].id", image_id,
+                         "must be a whole number or a string (add it)")
             continue
         if image_id in found:
-            problems.add(file, image_id, None, "id", image_id, "must differ from other images' (give it another, or delete it)")
+            problems.add(file, image_id, None, "id", image_id,
+                         "must differ from other images' (give it another, or delete it)")
             continue
         found[image_id] = None
         side = {key: entry.get(key) for key in ("height", "width")}
         if bad := [key for key, value in side.items() if type(value) is not int or value < 1]:
-            problems.add(file, image_id, None, bad[0], side[bad[0]], "must be a whole number above zero (state the file's size)")
+            problems.add(file, image_id, None, bad[0], side[bad[0]],
+                         "must be a whole number above zero (state the file's size)")
         elif not isinstance(name, str) or not exists(folder / name):
-            problems.add(file, image_id, None, "file_name", name, f"must be an image file (in {folder}: add it, or delete the entry)")
+            problems.add(file, image_id, None, "file_name", name,
+                         f"must be an image file (in {folder}: add it, or delete the entry)")
         else:
             found[image_id] = ImageRecord(image_id, folder / name, side["height"], side["width"])
     return found
@@ -237,7 +243,8 @@ class _Reader:
         kept, boxes = [], []
         for number, entry in enumerate(entries):
             if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-                self.problems.add(self.file, None, None, f"annotations[{number}]", entry, "must be an object with a whole number as id (add it)")
+                self.problems.add(self.file, None, None, f"annotations[{number}]", entry,
+                                  "must be an object with a whole number as id (add it)")
                 continue
             if problem := self._link_problem(entry, seen):
                 self._add(entry, *problem)
@@ -257,9 +264,9 @@ class _Reader:
         if entry["id"] in seen:
             return "id", entry["id"], "must differ from other annotations' (give it another, or delete it)"
         if type(image_id) not in (int, str) or image_id not in self.images:
-            return "image_id", image_id, "must be the id of an image (of the same file: add the image, or delete the annotation)"
+            return "image_id", image_id, "must be the id of an image (in this file: add it, or delete the annotation)"
         if type(category_id) is not int or category_id not in self.label_of:
-            return "category_id", category_id, "must be the id of a category (of the same file: add the category, or correct it)"
+            return "category_id", category_id, "must be the id of a category (in this file: add it, or correct this)"
         return None
 
     def _annotation(self, entry: dict[str, Any], box: tuple[float, ...]) -> Annotation | None:
@@ -279,9 +286,9 @@ class _Reader:
             keypoints = numbers(entry["keypoints"], 3 * self.keypoints)
             if keypoints is None or not all(map(math.isfinite, keypoints)):
                 return self._add(entry, "keypoints", entry["keypoints"],
-                                 f"must be finite numbers, x, y, visibility for each name ({3 * self.keypoints} in all)")
-        return Annotation(entry["id"], self.label_of[entry["category_id"]], box, segmentation, keypoints and tuple(keypoints),
-                          area, bool(crowd))
+                                 f"must be finite: x, y and visibility for each name ({3 * self.keypoints} numbers)")
+        return Annotation(entry["id"], self.label_of[entry["category_id"]], box, segmentation,
+                          keypoints and tuple(keypoints), area, bool(crowd))
 
     def _size(self, entry: dict[str, Any]) -> tuple[int, int]:
         image = self.images[entry["image_id"]]

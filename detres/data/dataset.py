@@ -100,8 +100,8 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
     if roots := voc.find_roots(path):
         return voc.read_voc(roots, role, source.split, source.images, on_invalid)
     raise FileNotFoundError(
-        f"data set must be in COCO, VOC or YOLO format, got {path}. Looked for: a .json, .yaml or .yml file; in a folder, "
-        "annotations/*.json or *.json (COCO), Annotations/ with ImageSets/Main/ (VOC), data.yaml (YOLO).")
+        f"data set must be in COCO, VOC or YOLO format, got {path}. Looked for: a .json, .yaml or .yml file; in a "
+        "folder, annotations/*.json or *.json (COCO), Annotations/ with ImageSets/Main/ (VOC), data.yaml (YOLO).")
 
 
 def _unused(source: SourceConfig, field: str) -> None:

@@ -55,7 +55,8 @@ def to_rgb_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         raise TypeError(f"image must be a path, a PIL image or a numpy array, got {type(image).__name__}. "
                         "Convert it, such as a tensor (3, H, W) with .permute(1, 2, 0).numpy().")
     if image.dtype != np.uint8:
-        raise ValueError(f"image array must be uint8 of 0-255, got {image.dtype}. Scale it to 0-255 and use .astype('uint8').")
+        raise ValueError(f"image array must be uint8 of 0-255, got {image.dtype}. "
+                         "Scale it to 0-255 and use .astype('uint8').")
     if image.ndim == 2:
         image = image[..., None]
     if image.ndim != 3 or image.shape[2] not in (1, 3, 4) or 0 in image.shape:

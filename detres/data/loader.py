@@ -43,7 +43,8 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     Evaluation: one pass in the order of the data set, `batch_size` images at a time; this rank gets every
     `world_size`-th. The targets are there too, for validation losses.
 
-    Raises ValueError for arguments or data that do not fit; while iterating, ImageError for an image that cannot be used.
+    Raises ValueError for arguments or data that do not fit; while iterating, ImageError for an image that cannot be
+    used.
     """
     _check_data(dataset, with_masks, with_keypoints)
     if training:
@@ -66,7 +67,8 @@ class Loader:
         self._loader = DataLoader(
             reader, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, pin_memory=pin_memory,
             worker_init_fn=_start_worker, persistent_workers=workers > 0,
-            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,  # pickling 10^6 records is slow
+            # Elsewhere, and by default from Python 3.14 on, each worker is sent all records: slow for 10^6 of them.
+            multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             generator=torch.Generator().manual_seed(seed))  # else it draws from the generator that training uses
 
     def __len__(self) -> int:
@@ -99,9 +101,9 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool) -> Non
     if with_masks:
         bare = [(record, item) for record in dataset.records for item in trainable(record) if not item.segmentation]
         if bare:
-            raise ValueError(f"annotations must have a segmentation for a model with masks, got {len(bare)} without, such as "
-                             f"annotation {bare[0][1].id} of {bare[0][0].path} ({dataset.name}, {dataset.format}). "
-                             "Use model.name=faster_rcnn, or add polygons.")
+            raise ValueError(f"annotations must have a segmentation for a model with masks, got {len(bare)} without, "
+                             f"such as annotation {bare[0][1].id} of {bare[0][0].path} ({dataset.name}, "
+                             f"{dataset.format}). Use model.name=faster_rcnn, or add polygons.")
 
 
 def trainable(record: ImageRecord) -> list[Annotation]:
@@ -126,14 +128,15 @@ class _TrainingBatches:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
-            raise ValueError(f"train.batch_size must be a multiple of the number of processes, got {self.batch_size} for "
-                             f"{self.world_size}. Change one of them.")
+            raise ValueError(f"train.batch_size must be a multiple of the number of processes, got {self.batch_size} "
+                             f"for {self.world_size}. Change one of them.")
         if not self._numbers():
             raise ValueError(f"data set must have images with objects to train on, got none ({self.dataset.name}). "
                              "Check its annotations, or set data.skip_empty=false.")
 
     def _numbers(self) -> list[int]:
-        return [number for number, record in enumerate(self.dataset.records) if not self.data.skip_empty or trainable(record)]
+        return [number for number, record in enumerate(self.dataset.records)
+                if not self.data.skip_empty or trainable(record)]
 
     def __iter__(self) -> Iterator[list[Key]]:
         wide = [record.width > record.height and self.data.aspect_ratio_grouping for record in self.dataset.records]
@@ -203,14 +206,15 @@ class _Reader:
 def _check_size(record: ImageRecord, image: np.ndarray) -> None:
     size = image.shape[:2]
     if size != (record.height, record.width):
-        turned = size == (record.width, record.height)
-        fix = "Were the annotations made without the file's EXIF orientation? Take out the tag" if turned else "Correct the annotations"
-        raise ImageError(f"image file must have the size that its annotations state, {record.width} x {record.height} px (width "
-                         f"x height), got {size[1]} x {size[0]} ({record.path}). {fix}, or restore the original file.")
+        fix = "Correct the annotations, or restore the original file."
+        if size == (record.width, record.height):
+            fix = "If they were made without its EXIF orientation, take that tag out of the file."
+        raise ImageError(f"image file must have the size that its annotations state, {record.width} x {record.height} "
+                         f"px (width x height), got {size[1]} x {size[0]} ({record.path}). {fix}")
 
 
 def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoints: int = 0) -> Sample:
-    """The image (H, W, 3) with its trainable annotations; boxes clipped to it. Raises ImageError for a damaged mask."""
+    """The image (H, W, 3) with its trainable annotations; boxes clipped to it."""
     items = trainable(record)
     height, width = image.shape[:2]
     boxes = np.array([item.box for item in items], np.float32).reshape(-1, 4)
@@ -219,10 +223,7 @@ def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoi
     if with_masks:
         masks = np.zeros((len(items), height, width), np.uint8)
         for row, item in enumerate(items):
-            try:
-                masks[row] = rasterize(item.segmentation, height, width)
-            except ValueError as error:
-                raise ImageError(f"{error} ({record.path}, annotation {item.id})") from None
+            masks[row] = rasterize(item.segmentation, height, width)
     if keypoints:
         absent = (0.0,) * 3 * keypoints
         points = np.array([item.keypoints or absent for item in items], np.float32).reshape(-1, keypoints, 3)
@@ -242,7 +243,8 @@ def collate(samples: Sequence[Sample], records: Sequence[ImageRecord], seeds: Se
 
 
 def pad_images(images: Sequence[np.ndarray], size_divisor: int, canvas: int = 0) -> ImageBatch:
-    """Images (H, W, 3) of any sizes, uint8 or float32, on one canvas: at least `canvas` a side, a multiple of the divisor."""
+    """Images (H, W, 3) of any sizes, uint8 or float32, on one canvas: at least `canvas` a side, a multiple of
+    `size_divisor`."""
     sizes = [image.shape[:2] for image in images]
     height, width = (-(-max(canvas, *side) // size_divisor) * size_divisor for side in zip(*sizes))
     pixels = np.zeros((len(images), 3, height, width), images[0].dtype)

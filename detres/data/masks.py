@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
 
+_COMPRESSED = re.compile("(?:[P-o]{0,7}[0-O])+")
+
 
 def rasterize(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> np.ndarray:
-    """(H, W) uint8, 1 inside; of several polygons the union. Raises ValueError for an RLE that is damaged."""
-    try:
-        return coco_mask.decode(_rle(segmentation, height, width))
-    except Exception as error:
-        raise ValueError(f"segmentation must be a mask of {height} x {width} pixels, got {error}. Correct it.") from None
+    """(H, W) uint8, 1 inside; of several polygons the union. An RLE must be sound, as `run_lengths` tells."""
+    return coco_mask.decode(_rle(segmentation, height, width))
 
 
 def mask_area(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> int:
@@ -27,3 +27,25 @@ def _rle(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> d
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def run_lengths(compressed: str) -> list[int] | None:
+    """The counts of a compressed RLE; None if it is none.
+
+    Each is a signed number in groups of 5 bits, low ones first, as characters from '0' on, the upper 32 of which say
+    that more follows; from the fourth on it is the difference from the last but one. pycocotools does not check:
+    of a damaged string it reads and writes beyond its memory, and what too few counts leave open is not even zero.
+    """
+    if not _COMPRESSED.fullmatch(compressed):
+        return None
+    counts: list[int] = []
+    value = shift = 0
+    for character in compressed.encode("ascii"):
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if bits < 32:
+            value -= (bits & 16) << (shift - 4)  # the sign
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts

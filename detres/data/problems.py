@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from detres.data.masks import run_lengths
+
 log = logging.getLogger("detres")
 
 OnInvalid = Literal["error", "drop"]
@@ -51,7 +53,7 @@ def _short(value: Any, limit: int = 100) -> str:
 
 
 class InvalidDataError(ValueError):
-    """A data set with problems. `.problems` has all of them; the message tells the first in full, and counts the rest."""
+    """A data set with problems. `.problems` has all; the message tells the first in full, and counts the rest."""
 
     def __init__(self, name: str, problems: Sequence[Problem]):
         super().__init__(name, problems)
@@ -82,8 +84,8 @@ class Problems:
 
     def check_boxes(self, boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]],
                     report: Callable[[int, str], None]) -> np.ndarray:
-        """Which of boxes (A, 4) xyxy on images of (height, width) can be used, (A,) bool; reports the row and the reason
-        of each other. Boxes that reach past their image by more than rounding does are only counted, in the log."""
+        """Which of boxes (A, 4) xyxy on images of (height, width) can be used, (A,) bool; reports row and reason of
+        each other. Boxes that reach past their image by more than rounding does are only counted, in the log."""
         table, limits = np.array(boxes, float).reshape(-1, 4), np.array(sizes, float).reshape(-1, 2)
         kept = np.ones(len(table), bool)
         for row, reason in _box_problems(table, limits):
@@ -105,7 +107,7 @@ class Problems:
 
 def numbers(values: Any, count: int) -> list[float] | None:
     """`values` as a list of `count` floats; None if it is anything else. NaN passes."""
-    if not isinstance(values, (list, tuple)) or len(values) != count or not all(type(v) in (int, float) for v in values):
+    if not isinstance(values, list) or len(values) != count or not all(type(v) in (int, float) for v in values):
         return None
     try:
         return [float(value) for value in values]
@@ -136,13 +138,13 @@ def segmentation_problem(segmentation: Any, height: int, width: int) -> tuple[An
     if not isinstance(segmentation, dict):
         return segmentation, "must be polygons or an RLE (a list of lists of x, y; or an object with size and counts)"
     if segmentation.get("size") != [height, width]:
-        return segmentation.get("size"), f"must have the size of its image (RLE size is [height, width], here [{height}, {width}])"
+        return segmentation.get("size"), f"must have the size of its image (as [height, width]: [{height}, {width}])"
     counts = segmentation.get("counts")
-    if isinstance(counts, list):
-        if not all(type(count) is int and count >= 0 for count in counts) or sum(counts) != height * width:
-            return counts, f"must have counts that add up to its image (whole numbers, in all {height * width} pixels)"
-    elif not isinstance(counts, (str, bytes)):
+    runs = run_lengths(counts) if isinstance(counts, str) else counts
+    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
         return counts, "must have counts (a list of whole numbers, or COCO's compressed string)"
+    if sum(runs) != height * width:
+        return sum(runs), f"must have counts that cover its image (in all {height * width} pixels)"
     return None
 
 

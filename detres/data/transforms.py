@@ -168,10 +168,14 @@ def flip(sample: Sample, flip_pairs: Sequence[tuple[int, int]] = ()) -> Sample:
     x1, y1, x2, y2 = sample.boxes.T
     boxes = np.stack([width - x2, y1, width - x1, y2], -1).astype(np.float32)
     masks, keypoints = sample.masks, sample.keypoints
+    if masks is not None:
+        masks = np.empty_like(masks)
+        for row, mask in enumerate(sample.masks):
+            cv2.flip(mask, 1, dst=masks[row])  # several times faster than copying a reversed view
     if keypoints is not None:
         keypoints = swap_pairs(keypoints, flip_pairs)
         keypoints[..., 0] = np.where(keypoints[..., 2] > 0, width - keypoints[..., 0], 0)
-    return Sample(sample.image[:, ::-1], boxes, sample.labels, None if masks is None else masks[..., ::-1], keypoints)
+    return Sample(cv2.flip(sample.image, 1), boxes, sample.labels, masks, keypoints)
 
 
 def swap_pairs(keypoints: np.ndarray, flip_pairs: Sequence[tuple[int, int]]) -> np.ndarray:

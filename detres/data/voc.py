@@ -16,8 +16,8 @@ from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES, ImageError, read_size
 from detres.data.problems import EMPTY, OnInvalid, Problems
 
-VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
-               "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
+VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
+               "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
 
 
 def is_root(folder: Path) -> bool:
@@ -40,7 +40,8 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
     """
     parts = _image_sets(roots, role, split)
     problems = Problems("+".join(f"{root.name} {file.stem}" for root, file in parts))
-    trees = {root: {file.stem: _parse(file) for file in sorted((root / "Annotations").glob("*.xml"))} for root, _ in parts}
+    trees = {root: {file.stem: _parse(file) for file in sorted((root / "Annotations").glob("*.xml"))}
+             for root in dict.fromkeys(root for root, _ in parts)}
     names = {thing.name for root in trees.values() for tree in root.values() if isinstance(tree, _Tree)
              for thing in tree.things if thing.name}
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
@@ -63,8 +64,8 @@ def _image_set(roots: Sequence[Path], names: Sequence[str]) -> tuple[Path, Path]
     if year:
         roots, names = [root for root in roots if root.name.endswith(year[1])], [year[2]]
     if len(roots) != 1:
-        raise FileNotFoundError(f"VOC data set must be one of a year, got {[str(root) for root in roots]} for '{names[0]}'. "
-                                "Give its folder as path, or name the year in the split, such as '2007_trainval'.")
+        raise FileNotFoundError(f"VOC data set must be of one year, got {[str(root) for root in roots]} for "
+                                f"'{names[0]}'. Give its folder as path, or the year in the split, as in '2007_train'.")
     folder = roots[0] / "ImageSets" / "Main"
     for name in names:
         if (folder / f"{name}.txt").is_file():
@@ -117,8 +118,8 @@ def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, 
         if image_id in seen:
             problems.add(image_set, image_id, None, "image id", image_id, "must be listed once (delete the line)")
         elif isinstance(tree, str):
-            problems.add(xml_folder / f"{image_id}.xml", image_id, None, "file", tree, "must be an XML file (correct it, or take "
-                         f"the image out of {image_set.name})")
+            problems.add(xml_folder / f"{image_id}.xml", image_id, None, "file", tree,
+                         f"must be an XML file (correct it, or take the image out of {image_set.name})")
         elif path := stems.get(image_id) or images.get(tree.filename):
             if size := _size(tree, path, image_id, problems):
                 yield ImageRecord(image_id, path, *size), tree
@@ -143,7 +144,8 @@ def _size(tree: _Tree, path: Path, image_id: str, problems: Problems) -> tuple[i
     try:
         return read_size(path)
     except ImageError as error:
-        problems.add(tree.file, image_id, None, "size", tree.size, f"must be stated, or the image be readable ({error})")
+        problems.add(tree.file, image_id, None, "size", tree.size,
+                     f"must be stated, or the image be readable ({error})")
         return None
 
 

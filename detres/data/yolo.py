@@ -36,8 +36,8 @@ def read_yolo(file: Path, role: str, split: str | None = None, on_invalid: OnInv
     root = _root(content, file)
     name = next((name for name in ([split] if split else SPLITS[role]) if content.get(name)), None)
     if name is None:
-        raise FileNotFoundError(f"data set must have the split '{split or role}', got {sorted(set(content) - {'names', 'nc'})} "
-                                f"({file}). Add it to the file.")
+        raise FileNotFoundError(f"data set must have the split '{split or role}', got "
+                                f"{sorted(set(content) - {'names', 'nc'})} ({file}). Add it to the file.")
     listed = [image for entry in _as_list(content[name]) for image in _images(entry, root, file)]
     images = list(dict.fromkeys(listed))  # folders may overlap
     if images and not any(_labels(image).is_file() for image in images):
@@ -53,9 +53,11 @@ def _parse(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"data set file must be YAML, got {' '.join(str(error).split())} ({file}). Correct it.") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"data set file must be YAML, got {reason} ({file}). Correct it.") from None
     if not isinstance(content, dict) or not content.get("names"):
-        raise ValueError(f"YOLO data set file must have 'names', got {content!r:.200} ({file}). Add the names of the classes.")
+        raise ValueError(f"YOLO data set file must have 'names', got {content!r:.200} ({file}). "
+                         "Add the names of the classes.")
     if "kpt_shape" in content:
         raise ValueError(f"YOLO labels must be boxes or polygons, got kpt_shape={content['kpt_shape']} ({file}). "
                          "Convert keypoints to COCO JSON.")
@@ -67,9 +69,11 @@ def _names(content: dict[str, Any], file: Path) -> tuple[str, ...]:
     if isinstance(names, list):
         names = dict(enumerate(names))
     if not isinstance(names, dict) or set(names) != set(range(len(names))):
-        raise ValueError(f"names must be a list, or numbered from 0 without gaps, got {names!r:.200} ({file}). Correct it.")
+        raise ValueError(f"names must be a list, or numbered from 0 without gaps, got {names!r:.200} ({file}). "
+                         "Correct it.")
     if content.get("nc", len(names)) != len(names):
-        raise ValueError(f"nc must be the number of names, got {content['nc']} for {len(names)} names ({file}). Delete nc.")
+        raise ValueError(f"nc must be the number of names, got {content['nc']} for {len(names)} names ({file}). "
+                         "Delete nc.")
     return tuple(str(names[label]) for label in range(len(names)))
 
 
@@ -79,7 +83,8 @@ def _root(content: dict[str, Any], file: Path) -> Path:
     for root in (file.parent / given, given):
         if root.is_dir():
             return root
-    raise FileNotFoundError(f"path must be a folder, got {given} (in {file}, seen from there and from {Path.cwd()}). Correct it.")
+    raise FileNotFoundError(f"path must be a folder, got {given} (in {file}, seen from there and from {Path.cwd()}). "
+                            "Correct it.")
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -96,8 +101,8 @@ def _images(entry: Any, root: Path, file: Path) -> list[Path]:
         if path.is_file():
             lines = path.read_text(encoding="utf-8").splitlines()
             return [path.parent / line.strip() for line in lines if line.strip()]
-    raise FileNotFoundError(f"images must be in a folder, or listed in a text file, got {entry} ({root / entry} does not "
-                            f"exist; {file}). Correct it, or 'path'.")
+    raise FileNotFoundError(f"images must be in a folder, or listed in a text file, got {entry} ({root / entry} does "
+                            f"not exist; {file}). Correct it, or 'path'.")
 
 
 def _labels(image: Path) -> Path:
@@ -128,8 +133,9 @@ class _Reader:
     def read(self, images: list[Path]) -> tuple[ImageRecord, ...]:
         records = [record for image in images if (record := self._record(image)) is not None]
         rows = [row for record in records for row in self._rows(record)]
-        kept = self.problems.check_boxes([row.box for row in rows], [(row.record.height, row.record.width) for row in rows],
-                                         lambda i, reason: self._add(rows[i].record, rows[i].line, "box", rows[i].box, reason))
+        sizes = [(row.record.height, row.record.width) for row in rows]
+        kept = self.problems.check_boxes([row.box for row in rows], sizes, lambda i, reason: self._add(
+            rows[i].record, rows[i].line, "box", rows[i].box, reason))
         found: dict[int | str, list[Annotation]] = {record.id: [] for record in records}
         for number, (row, keep) in enumerate(zip(rows, kept), 1):
             if keep:
