@@ -107,6 +107,19 @@ def test_half_right_is_solved_by_hand(make_dataset, make_batch):
     assert metrics["bbox/AR1"] == 0.0 and metrics["bbox/AR10"] == pytest.approx(0.15)
 
 
+def test_masks_are_small_or_large_by_their_own_area(make_dataset):
+    truth = coco_dict(make_dataset({1: [(0, (0, 0, 10, 10))]}))
+
+    def result(box: list[int], corner: int, score: float) -> dict:
+        mask = np.zeros((100, 120), np.uint8, order="F")
+        mask[corner:corner + 10, corner:corner + 10] = 1
+        return {"image_id": 1, "category_id": 1, "bbox": box, "score": score, "segmentation": rle.encode(mask)}
+
+    # The wrong one, first, is small by its mask and large by its box.
+    metrics, _ = coco_metrics(truth, [result([0, 0, 100, 100], 80, 0.9), result([0, 0, 10, 10], 0, 0.8)], "segm")
+    assert metrics["APs"] == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("found", [{}, {1: []}], ids=["never updated", "nothing found"])
 def test_no_detections_score_zero(make_dataset, make_batch, found):
     dataset = make_dataset({1: [(0, (0, 0, 50, 50))], 2: []})

@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import nn
 
 from detres import progress
-from detres.evaluation.run import align_classes, build_evaluators, evaluate, save_results
+from detres.build import build_model
+from detres.config import Config, SourceConfig
+from detres.data.dataset import load_dataset
+from detres.data.shapes import ShapesOptions, write_shapes
+from detres.engine.checkpoint import WeightsMeta, load_weights, save_weights
+from detres.evaluation.coco import coco_metrics
+from detres.evaluation.run import align_classes, build_evaluators, evaluate, evaluate_weights, save_results
 from detres.structures import Targets
 
 TRUTHS = {i: [(0, (10, 10, 60, 60)), (1, (5, 5, 30, 90))] for i in (4, 2, 7)}
@@ -130,3 +136,49 @@ def test_two_processes_give_the_result_of_one(make_dataset, make_batch, tmp_path
             assert {key: result.metrics[key] for key in whole.metrics} == whole.metrics
             assert result.per_class == whole.per_class
             assert result.metrics["val/loss_cls"] == pytest.approx(1.0 if name == "uneven" else 5 / 3)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """The run folder of a small untrained Mask R-CNN, and the built-in data set that it would have been trained on."""
+    folder = tmp_path_factory.mktemp("run")
+    write_shapes(folder / "shapes", 3, val_images=3, options=ShapesOptions("easy", size=(64, 64)), progress=False)
+    data = load_dataset(SourceConfig(path=str(folder / "shapes")), "val")
+    config = Config.model_validate({
+        "data": {"val": str(folder / "shapes"), "workers": 0},
+        "model": {"name": "mask_rcnn", "input": {"min_size": 64, "max_size": 64}, "fpn": {"channels": 16},
+                  "backbone": {"depth": 18, "width": 8, "weights": None, "norm": "bn", "freeze_stages": 0},
+                  "box_head": {"fc_dim": 16, "score_thresh": 0.0}, "mask_head": {"channels": 16, "convs": 1}}})
+    model = build_model(config.model, len(data.classes))
+    meta = WeightsMeta(config.model_dump(mode="json"), data.classes, data.category_ids, step=3, metrics={})
+    save_weights(folder / "checkpoints" / "best.safetensors", model.state_dict(), meta)
+    return folder
+
+
+def test_a_run_folder_is_evaluated_on_its_own_data(weights, tmp_path, capsys):
+    metrics = evaluate_weights(weights, save=tmp_path / "found.json", metrics=("voc", "coco"), batch_size=2, device="cpu")
+    assert {"bbox/AP", "segm/APl", "voc/AP50_11point"} < set(metrics) and "val/loss_cls" not in metrics
+    shown = capsys.readouterr().out
+    assert "3 images" in shown and "step 3" in shown and all(name in shown for name in ("segm", "AR100", "triangle"))
+    results = json.loads((tmp_path / "found.json").read_text())
+    assert results and all({"image_id", "category_id", "bbox", "score", "segmentation"} == set(result) for result in results)
+    truth = json.loads((weights / "shapes" / "annotations" / "instances_val.json").read_text())
+    assert {result["image_id"] for result in results} <= {image["id"] for image in truth["images"]}
+    for name, value in coco_metrics(truth, results, "segm")[0].items():
+        assert metrics[f"segm/{name}"] == value
+
+
+def test_other_data_can_be_named(weights):
+    assert evaluate_weights(weights, split="train", device="cpu") != evaluate_weights(weights, device="cpu")
+    metrics = evaluate_weights(weights, data=str(weights / "shapes" / "voc"), split="val", metrics=("voc",), device="cpu")
+    assert set(metrics) == {"voc/AP", "voc/AP50", "voc/AP50_11point"}
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        evaluate_weights(weights, data="nowhere", device="cpu")
+
+
+def test_weights_without_data_must_be_told_one(weights, tmp_path):
+    tensors, meta = load_weights(weights / "checkpoints" / "best.safetensors")
+    config = Config.model_validate({**meta.config, "data": {}})
+    save_weights(tmp_path / "a.safetensors", tensors, replace(meta, config=config.model_dump(mode="json")))
+    with pytest.raises(ValueError, match="a data set must be given.*--data"):
+        evaluate_weights(tmp_path / "a.safetensors", device="cpu")

@@ -132,3 +132,7 @@ def test_text_can_be_read_on_every_plate(index):
     luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
     contrast = 1.05 / (luminance + 0.05) if ink == "white" else (luminance + 0.05) / 0.05
     assert contrast >= 3
+
+
+def test_text_is_white_where_that_is_readable():
+    assert [module._ink(color) for color in (color_of(0), color_of(1), (0, 0, 0), (255, 255, 255))] == ["white", "black", "white", "black"]
