@@ -39,8 +39,9 @@ class EvalResult:
     def table(self) -> str:
         """A table for each protocol, as text: a row for all, then one for each class."""
         classes = {name: _grouped(numbers) for name, numbers in self.per_class.items()}
-        return "\n\n".join(_table(group, {"all": numbers} | {name: of[group] for name, of in classes.items() if group in of})
-                           for group, numbers in _grouped(self.metrics).items())
+        tables = [_table(group, {"all": numbers, **{name: own[group] for name, own in classes.items() if group in own}})
+                  for group, numbers in _grouped(self.metrics).items()]
+        return "\n\n".join(tables)
 
 
 def _grouped(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -95,8 +96,8 @@ class Evaluator:
         Raises ValueError for images that the data set does not have and for numbers that are not finite.
         """
         detections = detections.rescale(batch.images.sizes, batch.original_sizes)
-        columns = (detections.boxes, detections.scores[..., None], detections.labels[..., None], detections.valid[..., None])
-        table = torch.cat([column.float() for column in columns], -1).cpu().numpy()  # (N, D, 7): one copy to the host
+        singles = torch.stack([x.float() for x in (detections.scores, detections.labels, detections.valid)], -1)
+        table = torch.cat([detections.boxes.float(), singles], -1).cpu().numpy()  # (N, D, 7): one copy to the host
         for i, image_id in enumerate(batch.image_ids):
             rows = np.flatnonzero(table[i, :, 6])
             boxes, scores, labels = np.split(table[i, rows, :6], (4, 5), axis=1)

@@ -119,7 +119,8 @@ def _summary(precision: np.ndarray, recall: np.ndarray) -> Metrics:
 
     T thresholds .5:.05:.95, R recalls 0:.01:1, A areas all, small, medium, large, M bounds 1, 10, 100 on detections.
     """
-    return {"AP": _mean(precision[..., 0, 2]), "AP50": _mean(precision[0, ..., 0, 2]), "AP75": _mean(precision[5, ..., 0, 2]),
+    return {"AP": _mean(precision[..., 0, 2]),
+            "AP50": _mean(precision[0, ..., 0, 2]), "AP75": _mean(precision[5, ..., 0, 2]),
             **{f"AP{size}": _mean(precision[..., area, 2]) for area, size in enumerate("sml", 1)},
             **{f"AR{bound}": _mean(recall[..., 0, m]) for m, bound in enumerate((1, 10, 100))},
             **{f"AR{size}": _mean(recall[..., area, 2]) for area, size in enumerate("sml", 1)}}

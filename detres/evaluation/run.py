@@ -20,7 +20,7 @@ from detres.evaluation.voc import VocEvaluator
 from detres.progress import track
 
 if TYPE_CHECKING:
-    from detres.data.dataset import Dataset
+    from detres.data.dataset import Dataset, ImageRecord
     from detres.structures import Batch
 
 
@@ -129,7 +129,7 @@ def device_of(model: nn.Module) -> torch.device:
 def _source(default: SourceConfig | None, data: str | None, split: str | None, weights: str | Path) -> SourceConfig:
     source = SourceConfig(path=data) if data is not None else default
     if source is None:
-        raise ValueError(f"a data set must be given, as these weights were trained without one to validate on, got none "
+        raise ValueError("a data set must be given for weights that were trained without one to validate on, got none "
                          f"({weights}). Say which with --data.")
     return source if split is None else source.model_copy(update={"split": split})
 
@@ -157,7 +157,9 @@ def align_classes(dataset: Dataset, classes: Sequence[str], category_ids: Sequen
     free = iter(range(max([*own.values(), *category_ids]) + 1, 2**31))
     spare = {name: i if i not in own.values() else next(free) for name, i in zip(classes, category_ids)}
     label = [tuple(classes).index(name) for name in dataset.classes]
-    records = tuple(replace(record, annotations=tuple(replace(item, label=label[item.label]) for item in record.annotations))
-                    for record in dataset.records)
+
+    def relabelled(record: ImageRecord) -> ImageRecord:
+        return replace(record, annotations=tuple(replace(item, label=label[item.label]) for item in record.annotations))
+
     return replace(dataset, classes=tuple(classes), category_ids=tuple(own.get(name, spare[name]) for name in classes),
-                   records=records)
+                   records=tuple(map(relabelled, dataset.records)))

@@ -3,8 +3,9 @@
 The kit's coordinates are 1-based and inclusive: xmin = x1 + 1, xmax = x2, and widths are xmax - xmin + 1. That is
 x2 - x1 in this project's continuous boxes, so plain IoU on them *is* the kit's IoU.
 
-Where the kit's ports differ: a match needs IoU >= threshold, as in the kit (VOCevaldet.m) and in COCO, while the port in
-py-faster-rcnn wants IoU > threshold; equal scores are ordered by image, then by the model's order, on every machine.
+Where the kit's ports differ: a match needs IoU >= threshold, as in the kit (VOCevaldet.m) and in COCO, while the port
+in py-faster-rcnn, which Detectron2 took over, wants IoU > threshold. Equal scores are ordered by image, then by the
+model's order, on every machine.
 
 Legend: D detections of one class over all images, best first; G ground truths of that class.
 """

@@ -194,7 +194,8 @@ def _draw_plate(picture: Image.Image, plate: np.ndarray, text: str, font: ImageF
     x1, y1, x2, y2 = plate.astype(int)
     fine = 4  # PIL does not smooth shapes: draw large, shrink
     cover = Image.new("L", ((x2 - x1) * fine, (y2 - y1) * fine))
-    ImageDraw.Draw(cover).rounded_rectangle((0, 0, cover.width - 1, cover.height - 1), radius=pad * fine * 0.6, fill=235)
+    outline = (0, 0, cover.width - 1, cover.height - 1)
+    ImageDraw.Draw(cover).rounded_rectangle(outline, radius=pad * fine * 0.6, fill=235)
     picture.paste(Image.new("RGB", (x2 - x1, y2 - y1), color), (x1, y1), cover.reduce(fine))
     ImageDraw.Draw(picture).text((x1 + pad, (y1 + y2) / 2), text, fill=_ink(color), font=font, anchor="lm")
 

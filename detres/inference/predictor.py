@@ -93,7 +93,8 @@ class Prediction:
 class Predictor:
     """A model with its classes and preprocessing."""
 
-    def __init__(self, model: nn.Module, classes: Sequence[str], category_ids: Sequence[int], preprocessing: InputConfig):
+    def __init__(self, model: nn.Module, classes: Sequence[str], category_ids: Sequence[int],
+                 preprocessing: InputConfig):
         self.model = model.eval()
         self.classes, self.category_ids, self.preprocessing = tuple(classes), tuple(category_ids), preprocessing
 
@@ -103,8 +104,9 @@ class Predictor:
         model, meta, config = load_model(path, device)
         return cls(model, meta.classes, meta.category_ids, config.model.input)
 
-    def predict(self, images: ImageLike | Sequence[ImageLike], score_thresh: float = 0.5, *, min_size: int | None = None,
-                max_size: int | None = None, batch_size: int = 8) -> Prediction | list[Prediction]:
+    def predict(self, images: ImageLike | Sequence[ImageLike], score_thresh: float = 0.5, *,
+                min_size: int | None = None, max_size: int | None = None,
+                batch_size: int = 8) -> Prediction | list[Prediction]:
         """Detect in an image (a path, a PIL image, or an RGB array (H, W, 3) uint8), or in each of a list of them.
 
         `score_thresh` 0.5 keeps what is worth looking at; 0 keeps all that the model gives (its own threshold, 0.05 by
@@ -115,8 +117,8 @@ class Predictor:
         """
         one = not isinstance(images, (list, tuple))
         items = [images] if one else list(images)
-        changes = {"min_size": min_size, "max_size": max_size}
-        preprocessing = InputConfig(**(self.preprocessing.model_dump() | {k: v for k, v in changes.items() if v is not None}))
+        changes = {name: side for name, side in (("min_size", min_size), ("max_size", max_size)) if side is not None}
+        preprocessing = InputConfig(**{**self.preprocessing.model_dump(), **changes})
         found = [prediction for start in range(0, len(items), batch_size)
                  for prediction in self._predict(items[start:start + batch_size], score_thresh, preprocessing)]
         return found[0] if one else found
@@ -132,7 +134,8 @@ class Predictor:
         return [self._prediction(detections, i, image, path, score_thresh)
                 for i, (image, path) in enumerate(zip(images, paths))]
 
-    def _prediction(self, found: Detections, i: int, image: np.ndarray, path: str | None, score_thresh: float) -> Prediction:
+    def _prediction(self, found: Detections, i: int, image: np.ndarray, path: str | None,
+                    score_thresh: float) -> Prediction:
         keep = found.valid[i] & (found.scores[i] >= score_thresh)
         boxes, labels = found.boxes[i, keep].float(), found.labels[i, keep].cpu()
         masks = None

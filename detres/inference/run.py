@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import json
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def predict_files(weights: str | Path, inputs: Sequence[str | Path], out: str | 
     """Predict on files, folders (searched through) and globs. Writes a picture of each image and `predictions.json`.
 
     The JSON is a list with, for each image, "file", "picture", "height", "width" and "detections", each of which has
-    "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (RLE as in COCO).
+    "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (COCO's RLE).
 
     Returns the path of the JSON. Raises FileNotFoundError for an input that matches no image, and, after all others
     are done, UnreadableImages.
@@ -46,7 +46,8 @@ def predict_files(weights: str | Path, inputs: Sequence[str | Path], out: str | 
     parts = [files[i:i + batch_size] for i in range(0, len(files), batch_size)]
     for part in track(parts, len(files), "predict", len):
         images = dict(_readable(part, problems))
-        for file, prediction in zip(images, predictor.predict(list(images.values()), score_thresh, batch_size=batch_size)):
+        found = predictor.predict(list(images.values()), score_thresh, batch_size=batch_size)
+        for file, prediction in zip(images, found):
             _save_picture(prediction.draw(), out / pictures[file])
             entries.append(_entry(prediction, file, pictures[file]))
     path = out / "predictions.json"
@@ -73,8 +74,9 @@ def find_images(inputs: Sequence[str | Path], skip: Path | None = None) -> list[
         else:
             matches = sorted(p for p in map(Path, glob.glob(text, recursive=True)) if p.is_file())
         if not matches:
-            raise FileNotFoundError(f"inputs must be image files, folders with images or globs, got {text}, which matches "
-                                    f"none. Check the path; images in folders end with {', '.join(sorted(IMAGE_SUFFIXES))}.")
+            raise FileNotFoundError(f"inputs must be image files, folders with images or globs, got {text}, which "
+                                    f"matches none. Check the path; in folders, {', '.join(sorted(IMAGE_SUFFIXES))} "
+                                    "count as images.")
         found.update(dict.fromkeys(matches))
     return list(found)
 
@@ -84,18 +86,14 @@ def picture_names(files: Sequence[Path]) -> dict[Path, str]:
 
     PNG where the file is one, else JPEG.
     """
-    suffixes = [".png" if file.suffix.lower() == ".png" else ".jpg" for file in files]
-    taken = Counter(file.stem for file in files)
-    names: dict[Path, str] = {}
-    used = {stem for stem, count in taken.items() if count == 1}
-    for file, suffix in zip(files, suffixes):
-        stem, number = file.stem, 1
-        while taken[file.stem] > 1 and stem in used:
-            number += 1
-            stem = f"{file.stem}_{number}"
-        used.add(stem)
-        names[file] = stem + suffix
-    return names
+    taken = {file.stem for file in files}
+    free = {stem: _numbered(stem, taken) for stem in taken}
+    return {file: next(free[file.stem]) + (".png" if file.suffix.lower() == ".png" else ".jpg") for file in files}
+
+
+def _numbered(stem: str, taken: set[str]) -> Iterator[str]:
+    yield stem
+    yield from (name for number in itertools.count(2) if (name := f"{stem}_{number}") not in taken)
 
 
 def _spare_inputs(pictures: dict[Path, str], out: Path) -> None:
@@ -121,6 +119,6 @@ def _entry(prediction: Prediction, file: Path, picture: str) -> dict:
     height, width = prediction.image.shape[:2]
     detections = []
     for name, box, coco in zip(prediction.names, prediction.boxes.tolist(), prediction.to_coco(str(file))):
-        extra = {"segmentation": coco["segmentation"]} if "segmentation" in coco else {}
-        detections.append({"name": name, "category_id": coco["category_id"], "score": coco["score"], "box": box, **extra})
+        kept = {key: coco[key] for key in ("category_id", "score", "segmentation") if key in coco}
+        detections.append({"name": name, "box": box, **kept})
     return {"file": str(file), "picture": picture, "height": height, "width": width, "detections": detections}

@@ -22,12 +22,12 @@ from detres.evaluation.coco import CocoEvaluator, coco_dict, coco_metrics
 
 NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 ONE = pytest.approx(1.0, abs=3e-16)  # a class with one object scores 1 / (1 + 2^-52) in pycocotools, and so here
-PUBLISHED = {  # detection_results/README.md
-    ("cocoapi_fake100/instances_val2014_100.json", "cocoapi_fake100/instances_val2014_fakebbox100_results.json", "bbox"):
+PUBLISHED = {  # detection_results/README.md: folder, ground truth, results, kind
+    ("cocoapi_fake100", "instances_val2014_100.json", "instances_val2014_fakebbox100_results.json", "bbox"):
         (.50458, .69697, .57298, .58563, .51940, .50140, .38681, .59368, .59535, .63981, .56642, .56429),
-    ("cocoapi_fake100/instances_val2014_100.json", "cocoapi_fake100/instances_val2014_fakesegm100_results.json", "segm"):
+    ("cocoapi_fake100", "instances_val2014_100.json", "instances_val2014_fakesegm100_results.json", "segm"):
         (.31955, .56229, .29893, .38737, .31018, .32693, .26823, .41545, .41684, .46945, .37676, .38147),
-    ("coco_bboxarea100/gt.json", "coco_bboxarea100/dt_results.json", "bbox"):
+    ("coco_bboxarea100", "gt.json", "dt_results.json", "bbox"):
         (.503647, .696973, .571667, .593252, .557991, .489363, .386813, .593680, .595353, .654764, .603130, .553744)}
 
 
@@ -48,13 +48,14 @@ def pycocotools_metrics(ground_truth: dict, results: list[dict], iou_type: str) 
 
 
 @pytest.mark.data
-@pytest.mark.parametrize("files", PUBLISHED, ids=lambda files: f"{files[0].split('/')[0]}-{files[2]}")
+@pytest.mark.parametrize("files", PUBLISHED, ids=lambda files: f"{files[0]}-{files[3]}")
 def test_published_numbers_and_pycocotools_to_the_last_bit(shared_data, files):
-    folder = shared_data / "detection_results"
-    ground_truth, results = (json.loads((folder / name).read_text()) for name in files[:2])
-    metrics, _ = coco_metrics(ground_truth, results, files[2])
+    folder, *names, kind = files
+    folder = shared_data / "detection_results" / folder
+    ground_truth, results = (json.loads((folder / name).read_text()) for name in names)
+    metrics, _ = coco_metrics(ground_truth, results, kind)
     assert tuple(metrics.values()) == pytest.approx(PUBLISHED[files], abs=5e-6)
-    assert metrics == pycocotools_metrics(ground_truth, results, files[2])
+    assert metrics == pycocotools_metrics(ground_truth, results, kind)
 
 
 def evaluated(dataset, make_batch, found, **options):
@@ -64,7 +65,8 @@ def evaluated(dataset, make_batch, found, **options):
 
 
 def test_ground_truth_as_detections_scores_one(make_dataset, make_batch):
-    dataset = make_dataset({7: [(0, (10, 10, 30, 40)), (1, (50, 20, 90, 90))], 3: [(0, (0, 0, 100, 80))]}, category_ids=(4, 90))
+    truths = {7: [(0, (10, 10, 30, 40)), (1, (50, 20, 90, 90))], 3: [(0, (0, 0, 100, 80))]}
+    dataset = make_dataset(truths, category_ids=(4, 90))
     found = {7: [(0, (10, 10, 30, 40), 0.9), (1, (50, 20, 90, 90), 0.8)], 3: [(0, (0, 0, 100, 80), 0.7)]}
     result = evaluated(dataset, make_batch, found).compute()
     assert [name for name in result.metrics] == [f"{kind}/{name}" for kind in ("bbox", "segm") for name in NAMES]
@@ -149,7 +151,8 @@ def test_image_ids_may_be_strings(make_dataset, make_batch):
 
 def test_ranks_and_batches_may_come_in_any_order(make_dataset, make_batch):
     truths = {i: [(0, (10, 10, 60, 60)), (1, (5, 5, 30, 90))] for i in (5, 2, 9)}
-    found = {i: [(0, (10 + i, 10, 60, 60), 0.5), (0, (10, 10, 60, 58), 0.5), (1, (5, 5, 30, 80), 0.5)] for i in truths}  # ties
+    found = {i: [(0, (10 + i, 10, 60, 60), 0.5), (0, (10, 10, 60, 58), 0.5), (1, (5, 5, 30, 80), 0.5)]  # ties
+             for i in truths}
     dataset = make_dataset(truths)
     whole = evaluated(dataset, make_batch, found)
     parts = [evaluated(dataset, make_batch, {i: found[i] for i in ids}).state() for ids in ((9,), (2, 5))]
@@ -182,7 +185,7 @@ def test_refuses_what_cannot_be_evaluated(make_dataset, make_batch):
         coco_metrics(coco_dict(dataset), [{"image_id": 9, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 1}], "bbox")
 
 
-BOX = st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(1, 12)] * 2).map(lambda b: [8 * b[0], 8 * b[1], 8 * b[2], 8 * b[3]])
+BOX = st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(1, 12)] * 2).map(lambda box: [8 * number for number in box])
 
 
 @settings(max_examples=25, deadline=None)
@@ -190,10 +193,11 @@ BOX = st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(1, 12)] * 2).map(lambda
 def test_equals_pycocotools_on_anything(data):
     image_ids, category_ids = [3, 11, 4], [1, 7]
     places = st.tuples(st.sampled_from(image_ids), st.sampled_from(category_ids), BOX)
-    truths = [{"id": i, "image_id": image, "category_id": category, "bbox": box, "iscrowd": data.draw(st.sampled_from([0, 0, 1])),
+    crowd, score = st.sampled_from([0, 0, 1]), st.sampled_from([0.3, 0.5, 0.9])
+    truths = [{"id": i, "image_id": image, "category_id": category, "bbox": box, "iscrowd": data.draw(crowd),
                "area": box[2] * box[3], "segmentation": square(*box)}
               for i, (image, category, box) in enumerate(data.draw(st.lists(places, max_size=8)), 1)]
-    results = [{"image_id": image, "category_id": category, "bbox": box, "score": data.draw(st.sampled_from([0.3, 0.5, 0.9]))}
+    results = [{"image_id": image, "category_id": category, "bbox": box, "score": data.draw(score)}
                for image, category, box in data.draw(st.lists(places, min_size=1, max_size=8))]
     ground_truth = {"images": [{"id": i, "height": 200, "width": 200} for i in image_ids],
                     "categories": [{"id": i, "name": str(i)} for i in category_ids], "annotations": truths}
@@ -243,8 +247,12 @@ def test_ground_truth_of_real_data_scores_one(shared_data, name):
     dataset = replace(dataset, records=dataset.records[:40])
     sizes = {record.id: (record.height, record.width) for record in dataset.records}
     truth = coco_dict(dataset)
+
+    def mask(item: dict) -> dict:
+        return rle.encode(np.asfortranarray(rasterize(item["segmentation"], *sizes[item["image_id"]])))
+
     results = [{"image_id": item["image_id"], "category_id": item["category_id"], "bbox": item["bbox"], "score": 0.5,
-                "segmentation": rle.encode(np.asfortranarray(rasterize(item["segmentation"], *sizes[item["image_id"]])))}
+                "segmentation": mask(item)}
                for item in truth["annotations"] if not item["iscrowd"]]
     for kind in ("bbox", "segm"):
         metrics = coco_metrics(truth, results, kind)[0]

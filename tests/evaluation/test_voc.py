@@ -46,7 +46,8 @@ def evaluated(make_dataset, make_batch, truths: list, found: list, classes=("cat
 
 
 def test_perfect_and_absent_classes(make_dataset, make_batch):
-    result = evaluated(make_dataset, make_batch, [(0, (0, 0, 10, 10))], [(0, (0, 0, 10, 10), 0.9), (1, (0, 0, 9, 9), 0.9)]).compute()
+    found = [(0, (0, 0, 10, 10), 0.9), (1, (0, 0, 9, 9), 0.9)]
+    result = evaluated(make_dataset, make_batch, [(0, (0, 0, 10, 10))], found).compute()
     assert result.metrics == {"voc/AP": 1.0, "voc/AP50": 1.0, "voc/AP50_11point": pytest.approx(1.0)}
     assert set(result.per_class["dog"].values()) == {-1.0}
 

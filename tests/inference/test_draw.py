@@ -80,7 +80,8 @@ def test_odd_images_and_boxes(size, with_masks):
     boxes = [(0, 0, size[1], size[0]), (0, 0, 0, 0), (0, 0, 1, 1)]
     masks = np.stack([np.ones(size, bool), np.zeros(size, bool), np.ones(size, bool)]) if with_masks else None
     scale = max(1, -(-480 // max(size)))
-    picture = draw(grey(*size), found(boxes, [0, 1, 2], masks, ["a", "κόσμος", "very long name of a class " * 5]), boxes=True)
+    names = ["a", "κόσμος", "very long name of a class " * 5]
+    picture = draw(grey(*size), found(boxes, [0, 1, 2], masks, names), boxes=True)
     assert picture.size == (size[1] * scale, size[0] * scale)
 
 
@@ -135,4 +136,5 @@ def test_text_can_be_read_on_every_plate(index):
 
 
 def test_text_is_white_where_that_is_readable():
-    assert [module._ink(color) for color in (color_of(0), color_of(1), (0, 0, 0), (255, 255, 255))] == ["white", "black", "white", "black"]
+    inks = [module._ink(color) for color in (color_of(0), color_of(1), (0, 0, 0), (255, 255, 255))]
+    assert inks == ["white", "black", "white", "black"]

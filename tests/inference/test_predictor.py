@@ -116,7 +116,8 @@ def small_weights(tmp_path_factory):
     config = Config.model_validate({"model": {
         "name": "mask_rcnn", "input": {"min_size": 64, "max_size": 128}, "fpn": {"channels": 16},
         "backbone": {"depth": 18, "width": 8, "weights": None, "norm": "bn", "freeze_stages": 0},
-        "box_head": {"fc_dim": 16, "score_thresh": 0.0, "detections_per_image": 5}, "mask_head": {"channels": 16, "convs": 1}}})
+        "box_head": {"fc_dim": 16, "score_thresh": 0.0, "detections_per_image": 5},
+        "mask_head": {"channels": 16, "convs": 1}}})
     model = build_model(config.model, 2)
     meta = WeightsMeta(config.model_dump(mode="json"), ("cat", "dog"), (4, 9), step=3, metrics={})
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "best.safetensors"

@@ -55,15 +55,16 @@ def test_unreadable_images_are_named_at_the_end_and_the_others_done(weights, tmp
     with pytest.raises(UnreadableImages, match="1 image.s. could not be read(.|\n)*b.jpg") as error:
         predict_files(weights, [tmp_path / "*.*g"], tmp_path / "out")
     assert error.value.paths == (tmp_path / "b.jpg",)
-    assert [entry["picture"] for entry in json.loads((tmp_path / "out" / "predictions.json").read_text())] == ["a.png", "c.png"]
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [entry["picture"] for entry in entries] == ["a.png", "c.png"]
 
 
 def test_inputs_are_found_once_and_in_order(tmp_path):
     for name in ("b.jpg", "a.png", "sub/c.JPG", "out/old.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    names = [p.name for p in find_images([tmp_path / "b.jpg", tmp_path, str(tmp_path / "**" / "*.JPG")], skip=tmp_path / "out")]
-    assert names == ["b.jpg", "a.png", "c.JPG"]
+    inputs = [tmp_path / "b.jpg", tmp_path, str(tmp_path / "**" / "*.JPG")]
+    assert [p.name for p in find_images(inputs, skip=tmp_path / "out")] == ["b.jpg", "a.png", "c.JPG"]
     for wrong in ("absent.jpg", "*.gif"):
         with pytest.raises(FileNotFoundError, match="matches none"):
             find_images([tmp_path / wrong])
