@@ -79,7 +79,10 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             if isinstance(batch, ImageError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    del batch  # else error and frame hold each other, and with them the workers
             yield batch
 
 

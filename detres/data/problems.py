@@ -20,6 +20,7 @@ log = logging.getLogger("detres")
 OnInvalid = Literal["error", "drop"]
 
 LISTED = 20  # problems that a message tells in full
+FARTHEST = 1e6  # pixels from the origin: pycocotools walks along edges pixel by pixel, and crashes on 1e9
 ROUNDING = 1.0  # pixels that a box may reach past its image without a warning
 
 EMPTY = "must have a width and a height above zero (redraw the box or delete the annotation)"
@@ -157,4 +158,6 @@ def _polygon_reason(polygon: Any) -> str | None:
         return "must have polygons of 3 points or more (redraw or delete it)"
     if not math.isfinite(sum(polygon)):
         return "must have polygons of finite numbers (correct or delete it)"
+    if max(polygon) > FARTHEST or min(polygon) < -FARTHEST:
+        return "must have polygons near their image (correct or delete it)"
     return None

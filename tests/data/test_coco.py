@@ -46,6 +46,7 @@ def test_values_of_the_wrong_kind_are_all_told_at_once(coco):
         21: {"segmentation": {"size": [80, 60], "counts": [4800]}},
         22: {"segmentation": {"size": [60, 80], "counts": [1, 2, 3]}},
         23: {"segmentation": {"size": [60, 80], "counts": "~~~"}}, 24: {"segmentation": 5},
+        31: {"segmentation": [[1, 2, 3, 4, 1e9, 6]]},
         30: {"segmentation": {"size": [60, 80], "counts": "PP0"}}, 25: {"iscrowd": 2},
         26: {"area": float("inf")}, 27: {"image_id": 8}, 28: {"bbox": [-30, 0, 20, 20]}, 29: {"bbox": None},
     }
@@ -55,9 +56,9 @@ def test_values_of_the_wrong_kind_are_all_told_at_once(coco):
         coco.load()
     told = {(problem.annotation_id, problem.field) for problem in caught.value.problems}
     assert told == {
-        (None, "id"), (None, "file_name"), (None, "height"), (None, "images[5].id"), (None, "annotations[25]"),
+        (None, "id"), (None, "file_name"), (None, "height"), (None, "images[5].id"), (None, "annotations[26]"),
         (10, "image_id"), (11, "category_id"), *((number, "bbox") for number in (12, 13, 14, 15, 16, 28, 29)),
-        *((number, "segmentation") for number in (*range(17, 25), 30)), (25, "iscrowd"), (26, "area"), (1, "id")}
+        *((number, "segmentation") for number in (*range(17, 25), 30, 31)), (25, "iscrowd"), (26, "area"), (1, "id")}
     by_id = {problem.annotation_id: problem for problem in caught.value.problems}
     assert by_id[13].image == 7 and by_id[13].value == [80, 0, 9, 9] and by_id[13].file == str(coco.file)
     assert "80 px wide, 60 px high" in by_id[13].reason
