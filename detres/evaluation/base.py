@@ -6,18 +6,15 @@ Legend: N images, D detections, S side of a predicted mask, K classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from pycocotools import mask as rle
 from torch import Tensor
 
+from detres.data.dataset import Dataset, ImageRecord
 from detres.ops.paste_masks import paste_masks
-
-if TYPE_CHECKING:
-    from detres.data.dataset import Dataset, ImageRecord
-    from detres.structures import Batch, Detections
+from detres.structures import Batch, Detections
 
 
 @dataclass(frozen=True)
@@ -79,16 +76,21 @@ class ImageDetections:
 class Evaluator:
     """Collects detections image by image; a subclass adds `compute`.
 
-    An image seen again replaces what was kept of it, so that one evaluator can serve many evaluations. The order of
-    results is that of the data set, whatever the order of batches or ranks.
+    An image seen again replaces what was kept of it. The order of results is that of the data set, whatever the order
+    of batches or ranks.
     """
 
     with_masks = False
+    metric_names: tuple[str, ...]  # of what `compute` gives
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
         self._records = {record.id: record for record in dataset.records}
         self._seen: dict[int | str, ImageDetections] = {}
+
+    def reset(self) -> None:
+        """Forget all detections."""
+        self._seen = {}
 
     def update(self, detections: Detections, batch: Batch) -> None:
         """Add a batch of N images. `detections` are in pixels of the padded batch, on the model's device.

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detres.data.dataset import Dataset
 from detres.evaluation.base import EvalResult, Evaluator
-
-if TYPE_CHECKING:
-    from detres.data.dataset import Dataset
 
 IouType = Literal["bbox", "segm"]
 Metrics = dict[str, float]
+NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 class CocoEvaluator(Evaluator):
@@ -34,6 +33,7 @@ class CocoEvaluator(Evaluator):
     def __init__(self, dataset: Dataset, iou_types: tuple[IouType, ...] = ("bbox", "segm")):
         super().__init__(dataset)
         self.iou_types = iou_types
+        self.metric_names = tuple(f"{iou_type}/{name}" for iou_type in iou_types for name in NAMES)
         self.with_masks = "segm" in iou_types
         if self.with_masks:
             _require_masks(dataset)
@@ -119,11 +119,10 @@ def _summary(precision: np.ndarray, recall: np.ndarray) -> Metrics:
 
     T thresholds .5:.05:.95, R recalls 0:.01:1, A areas all, small, medium, large, M bounds 1, 10, 100 on detections.
     """
-    return {"AP": _mean(precision[..., 0, 2]),
-            "AP50": _mean(precision[0, ..., 0, 2]), "AP75": _mean(precision[5, ..., 0, 2]),
-            **{f"AP{size}": _mean(precision[..., area, 2]) for area, size in enumerate("sml", 1)},
-            **{f"AR{bound}": _mean(recall[..., 0, m]) for m, bound in enumerate((1, 10, 100))},
-            **{f"AR{size}": _mean(recall[..., area, 2]) for area, size in enumerate("sml", 1)}}
+    parts = [precision[..., 0, 2], precision[0, ..., 0, 2], precision[5, ..., 0, 2],
+             *(precision[..., area, 2] for area in (1, 2, 3)),
+             *(recall[..., 0, bound] for bound in (0, 1, 2)), *(recall[..., area, 2] for area in (1, 2, 3))]
+    return dict(zip(NAMES, map(_mean, parts)))
 
 
 def _mean(values: np.ndarray) -> float:

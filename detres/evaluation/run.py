@@ -7,21 +7,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from detres.config import SourceConfig
+from detres.data.dataset import Dataset, ImageRecord, load_dataset
+from detres.data.loader import build_loader
 from detres.engine.distributed import gather, rank, world_size
 from detres.evaluation.base import EvalResult, Evaluator
 from detres.evaluation.coco import CocoEvaluator
 from detres.evaluation.voc import VocEvaluator
+from detres.inference.predictor import load_model
 from detres.progress import track
-
-if TYPE_CHECKING:
-    from detres.data.dataset import Dataset, ImageRecord
-    from detres.structures import Batch
+from detres.structures import Batch
 
 
 def build_evaluators(dataset: Dataset, metrics: Sequence[Literal["coco", "voc"]], with_masks: bool) -> list[Evaluator]:
@@ -35,13 +35,15 @@ def build_evaluators(dataset: Dataset, metrics: Sequence[Literal["coco", "voc"]]
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Evaluator], device: torch.device | str, *,
              precision: Literal["fp32", "bf16"] = "fp32", losses: bool = False, progress: bool = True) -> EvalResult:
-    """Run the model in eval mode over a loader and compute every evaluator's numbers.
+    """Run the model in eval mode over a loader and compute every evaluator's numbers, of this run alone.
 
     `losses` adds the validation losses, "val/loss_cls" ..., averaged over images (this costs a second forward pass).
     With processes that train together each loads its own part, and every one returns the result of the whole.
     """
     device = torch.device(device)
     means = _LossMeans()
+    for evaluator in evaluators:
+        evaluator.reset()
     batches = loader
     if progress and evaluators and rank() == 0:
         own_images = -(-len(evaluators[0].dataset.records) // world_size())
@@ -104,10 +106,6 @@ def evaluate_weights(path: str | Path, *, data: str | None = None, split: str | 
     `data` and `split` default to what the weights were validated on in training, `metrics` and `batch_size` to their
     config. `save` is a file for the detections as COCO results, which pycocotools' `loadRes` reads.
     """
-    from detres.data.dataset import load_dataset
-    from detres.data.loader import build_loader
-    from detres.inference.predictor import load_model
-
     model, meta, config = load_model(path, device)
     dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
     dataset = align_classes(dataset, meta.classes, meta.category_ids)

@@ -34,22 +34,24 @@ class Matches(NamedTuple):
 class VocEvaluator(Evaluator):
     """VOC AP of boxes. Difficult objects (and crowds) are ignored; a second detection of an object is wrong."""
 
+    metric_names = ("voc/AP", "voc/AP50", "voc/AP50_11point")
+
     def compute(self) -> EvalResult:
         """Metrics "voc/AP50" (area under the curve, VOC 2010 on), "voc/AP50_11point" (VOC 2007) and "voc/AP" (area,
         mean over IoU .5:.05:.95), each a mean over the classes that have ground truth; -1 where there is none."""
         per_class = {name: self._class_metrics(label) for label, name in enumerate(self.dataset.classes)}
         measured = [numbers for numbers in per_class.values() if numbers["voc/AP50"] != -1]
-        names = ("voc/AP", "voc/AP50", "voc/AP50_11point")
-        return EvalResult({name: float(np.mean([numbers[name] for numbers in measured])) if measured else -1.0
-                           for name in names}, per_class)
+        means = {name: float(np.mean([numbers[name] for numbers in measured])) if measured else -1.0
+                 for name in self.metric_names}
+        return EvalResult(means, per_class)
 
     def _class_metrics(self, label: int) -> dict[str, float]:
         matches = self.matches(label)
         if matches.difficult.all():
-            return {"voc/AP": -1.0, "voc/AP50": -1.0, "voc/AP50_11point": -1.0}
+            return dict.fromkeys(self.metric_names, -1.0)
         curves = [curve(matches, threshold) for threshold in THRESHOLDS]
-        return {"voc/AP": float(np.mean([area(*points) for points in curves])), "voc/AP50": area(*curves[0]),
-                "voc/AP50_11point": eleven_point(*curves[0])}
+        mean = float(np.mean([area(*points) for points in curves]))
+        return dict(zip(self.metric_names, (mean, area(*curves[0]), eleven_point(*curves[0]))))
 
     def matches(self, label: int) -> Matches:
         """The best overlap of each detection of a class."""

@@ -59,6 +59,7 @@ def test_all_protocols_and_losses_in_one_result(make_dataset, make_batch):
     evaluators = build_evaluators(dataset, ("coco", "voc"), with_masks=True)
     result = evaluate(model, map(with_targets, loader), evaluators, "cpu", losses=True, progress=False)
     assert {"bbox/AP", "segm/AP", "voc/AP50"} < set(result.metrics)
+    assert [name for evaluator in evaluators for name in evaluator.metric_names] == list(result.metrics)[:-2]
     assert result.metrics["val/loss_cls"] == pytest.approx((2 * 2 + 1 * 1) / 3)
     assert result.metrics["val/loss_box"] == 0.5
     assert set(result.per_class["dog"]) > {"bbox/AP", "voc/AP50"} and "loss_cls" in result.table()
@@ -113,6 +114,8 @@ def _rank(number, store, parts, dataset, out):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=number, world_size=2)
     model, loader = Answers([found for found, _ in parts[number]]), [with_targets(batch) for _, batch in parts[number]]
     evaluators = build_evaluators(dataset, ("coco", "voc"), with_masks=True)
+    nothing = Answers([replace(found, valid=torch.zeros_like(found.valid)) for found, _ in parts[number]])
+    assert evaluate(nothing, loader, evaluators, "cpu", progress=False).metrics["bbox/AP"] == 0.0
     torch.save(evaluate(model, loader, evaluators, "cpu", losses=True, progress=False), out / f"{number}.pt")
     dist.destroy_process_group()
 
