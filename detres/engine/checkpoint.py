@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from detres.engine.distributed import gather, rank
+from detres.engine.optim import EMA
 
 META_KEY = "detres"
 
@@ -59,7 +65,7 @@ def save_weights(path: str | Path, state_dict: dict[str, Tensor], meta: WeightsM
     """Writes a weights file: tensors, and `meta` as JSON in its header."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_dict.items()}
     with atomic_write(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata={META_KEY: json.dumps(asdict(meta))})
+        temporary.write_bytes(save(tensors, metadata={META_KEY: json.dumps(asdict(meta))}))
 
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], WeightsMeta]:
@@ -114,3 +120,103 @@ def find_weights(path: str | Path) -> Path:
                                 "interrupted before. Resume it with --resume.")
     found = "a folder without weights" if path.is_dir() else "which does not exist"
     raise FileNotFoundError(f"weights must be a .safetensors file or a run folder, got {path}, {found}.")
+
+
+# ---- training state ------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TrainState:
+    """Everything that a run resumes from, besides its config and data."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: EMA | None = None
+    step: int = 0  # updates done
+    evaluated: int = 0  # step of the last evaluation
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    best: dict[str, float] = field(default_factory=dict)  # those of the best evaluation, and its "step"
+    stale: int = 0  # evaluations since the best
+    rows: list[dict[str, float]] = field(default_factory=list)  # the log
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The model to evaluate and to keep: the averaged weights where there are any."""
+        return self.ema.model if self.ema else self.model
+
+    def is_best(self, metrics: dict[str, float], keep_best: str) -> bool:
+        """Takes note of an evaluation at this step; says whether it is the best so far by the metric `keep_best`.
+
+        "auto": the AP of masks, of boxes or of VOC, the first that there is. Validation losses are better when lower.
+        """
+        name = keep_best
+        if name == "auto":
+            name = next(known for known in ("segm/AP", "bbox/AP", "voc/AP") if known in metrics)
+        sign = -1 if name.startswith("val/") else 1
+        is_better = not self.best or sign * metrics[name] > sign * self.best[name]
+        self.evaluated, self.metrics = self.step, metrics
+        self.stale = 0 if is_better else self.stale + 1
+        if is_better:
+            self.best = {**metrics, "step": self.step}
+        return is_better
+
+    def save(self, path: Path, **about: Any) -> None:
+        """Writes `last.pt` on rank 0, with `about` (plain values: config, classes ...). To be called on every rank."""
+        rng = gather(rng_state())
+        if rank() == 0:
+            state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                     "ema": self.ema.model.state_dict() if self.ema else None,
+                     "rng": rng, **{name: getattr(self, name) for name in _PLAIN}, **about}
+            with atomic_write(path) as temporary:
+                torch.save(state, temporary)
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `load_state` read, except for the random numbers (`restore_rng`)."""
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        if self.ema:
+            self.ema.model.load_state_dict(saved["ema"])
+        for name in _PLAIN:
+            setattr(self, name, saved[name])
+
+
+_PLAIN = ("step", "evaluated", "metrics", "best", "stale", "rows")
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Reads `last.pt`; no code in it is run. Raises ValueError if it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"a training state must be readable, got {path} ({error}). It is damaged: delete it to start "
+                         "from the beginning.") from None
+
+
+def rng_state() -> dict[str, Any]:
+    """States of all random number generators of this process, as tensors and plain values."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()
+    version, words, normal = random.getstate()
+    return {"torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,  # of this rank's device
+            "numpy": [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+            "python": [version, list(words), normal]}
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    keys, *rest = state["numpy"]
+    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
+    version, words, normal = state["python"]
+    random.setstate((version, tuple(words), normal))
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """What the block draws leaves no trace: evaluating more often does not change the training."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        restore_rng(state)

@@ -5,9 +5,17 @@ Every function is the identity (or a no-op) in a single process, so callers neve
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_distributed() -> bool:
@@ -22,15 +30,107 @@ def world_size() -> int:
     return dist.get_world_size() if is_distributed() else 1
 
 
-@torch.no_grad()
 def mean_over_ranks(count: Tensor) -> Tensor:
     """The average of a tensor over ranks, as float; for the normaliser of a loss.
 
     DistributedDataParallel averages gradients, so a loss of `sum / mean_over_ranks(count)` on each rank trains as
-    `sum over ranks / count over ranks`: the loss of one process that has the whole batch.
+    `sum over ranks / count over ranks`: the loss of one process that has the whole batch. Without gradients it is the
+    identity: in an evaluation ranks may have different numbers of batches, and must not wait for each other.
     """
-    count = count.detach().to(torch.float32, copy=True)
+    count = count.detach().float()
+    return average(count) if torch.is_grad_enabled() else count
+
+
+def average(values: Tensor) -> Tensor:
+    """The mean of a float tensor over ranks."""
     if is_distributed():
-        dist.all_reduce(count)
-        count /= world_size()
-    return count
+        values = values.clone()
+        dist.all_reduce(values)
+        values /= world_size()
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank. Host memory only: nothing waits for an accelerator."""
+    if not is_distributed():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
+
+
+def gather(value: Any) -> list[Any]:
+    """The values of all ranks, in the order of ranks."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def barrier() -> None:
+    any_rank(False)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device that config.device names. Raises ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got '{name}'.") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be present, got '{name}' with {torch.cuda.device_count()} CUDA devices. "
+                         "Take device=cpu, or check the driver with nvidia-smi.")
+    return device
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, if it did; yields this rank's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield pick_device(device)
+        return
+    chosen = pick_device(device)
+    if chosen.type == "cuda":  # one device per process
+        chosen = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(chosen)
+    # Gloo also beside NCCL: what the host decides is agreed on without waiting for the device.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
+    try:
+        yield chosen
+    finally:
+        if not isinstance(sys.exc_info()[1], Exception):  # else other ranks may be waiting in a collective
+            dist.destroy_process_group()
+
+
+@contextmanager
+def first_on_each_machine() -> Iterator[None]:
+    """The block runs on local rank 0, then on the others, which find what it downloaded."""
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def wrap(model: nn.Module) -> nn.Module:
+    """DistributedDataParallel where there are several ranks. Every rank must start from the same weights."""
+    if not is_distributed():
+        return model
+    has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())  # frozen ones never differ
+    return DistributedDataParallel(model, broadcast_buffers=has_statistics, gradient_as_bucket_view=True)
+
+
+def launch(processes: int, command: Sequence[str]) -> NoReturn:
+    """Becomes torchrun with `processes` processes on this machine, each running `python *command`.
+
+    The process is replaced, so that signals reach torchrun directly and its exit status is the command's.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [*torchrun, *command])

@@ -1,0 +1,110 @@
+"""Optimizers, learning rate, gradient norm and averaged weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from detres.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The learning rate as a pure function of the step: nothing to store, nothing to restore."""
+
+    lr: float
+    steps: int
+    kind: Literal["multistep", "cosine"] = "cosine"
+    milestones: tuple[int, ...] = ()
+    warmup_steps: int = 0
+    warmup_factor: float = 1e-3
+
+    @classmethod
+    def scaled(cls, train: TrainConfig) -> Schedule:
+        """The linear rule (arXiv 1706.02677, section 2.1): k times the batch, k times lr, 1/k of the steps."""
+        ratio = train.batch_size / train.reference_batch_size
+        return cls(lr=train.lr * ratio, steps=max(1, round(train.steps / ratio)), kind=train.schedule,
+                   milestones=tuple(round(milestone / ratio) for milestone in train.milestones),
+                   warmup_steps=round(train.warmup_steps / ratio), warmup_factor=train.warmup_factor)
+
+    def at(self, step: int) -> float:
+        """The learning rate of update `step`, counted from 0."""
+        warmup = 1.0
+        if step < self.warmup_steps:
+            warmup = self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        if self.kind == "cosine":  # arXiv 1608.03983, one period
+            return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.lr * warmup * 0.1 ** bisect_right(self.milestones, step)
+
+    def describe(self, train: TrainConfig) -> str:
+        """One line for the log: what the rule made of the config."""
+        decay = f", milestones {', '.join(map(str, self.milestones))}" if self.kind == "multistep" else ""
+        text = f"{self.kind}: lr {self.lr:g}, {self.steps} steps, warm-up {self.warmup_steps}{decay}"
+        if train.batch_size == train.reference_batch_size:
+            return f"{text} (batch {train.batch_size}, as stated: no scaling)"
+        return (f"{text} (linear rule: x{train.batch_size / train.reference_batch_size:g} for batch {train.batch_size}, "
+                f"stated for {train.reference_batch_size}: lr {train.lr:g}, {train.steps} steps)")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias: bool) -> list[dict]:
+    """Trainable parameters, those of norms and biases without decay if asked: they are the ones of one dimension."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if decay_norm_and_bias:
+        return [{"params": trainable, "weight_decay": weight_decay}]
+    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(model: nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """SGD with momentum, or AdamW (arXiv 1711.05101). The learning rate is set before each step."""
+    groups = parameter_groups(model, train.weight_decay, train.decay_norm_and_bias)
+    if not groups:
+        raise ValueError("the model must have a trainable parameter, got none. Lower model.backbone.freeze_stages.")
+    fused = groups[0]["params"][0].device.type in ("cpu", "cuda")  # one pass over the memory instead of five
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.lr, fused=fused)
+    return torch.optim.SGD(groups, lr=train.lr, momentum=train.momentum, fused=fused)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, max_norm: float | None) -> Tensor:
+    """Bounds the global L2 norm of the gradient if `max_norm` is given. Returns the norm before that, on the device."""
+    with_grad = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = get_total_norm([parameter.grad for parameter in with_grad])
+    if max_norm is not None:
+        clip_grads_with_norm_(with_grad, max_norm, norm)
+    return norm
+
+
+class EMA:
+    """An exponential moving average of the weights, in a copy of the model that can be evaluated and saved.
+
+    The decay at update t is min(decay, (1 + t) / (10 + t)): the first weights, which are random, are soon forgotten.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Moves the average towards `model` after update `step`, counted from 0. Integers are copied."""
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        floats = [(average, value) for average, value in pairs if average.is_floating_point()]
+        averages, values = zip(*floats)
+        torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + step) / (10 + step)))
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)

@@ -1,0 +1,261 @@
+"""Training: one loop that reads from top to bottom.
+
+    train    from a config: data, model, evaluators
+    fit      the loop
+    backward one step's gradients
+
+The state of a run is in `checkpoint.TrainState`; the batch of a step, its learning rate and its sampling depend on
+nothing but the seed and the step. So a run that was killed and resumed gives the weights of one that was not: bit for
+bit on the CPU, and on a GPU as far as its kernels are deterministic.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from detres.build import build_model
+from detres.config import Config, TrainConfig
+from detres.data.dataset import Dataset, load_dataset
+from detres.data.loader import build_loader
+from detres.engine import distributed
+from detres.engine.checkpoint import TrainState, WeightsMeta, atomic_write, preserved_rng, restore_rng, save_weights
+from detres.engine.failures import explain_out_of_memory
+from detres.engine.interrupt import Interrupt, Interrupted, start
+from detres.engine.log import LossWindow, RunLog
+from detres.engine.optim import EMA, Schedule, build_optimizer, clip_gradients, set_lr
+from detres.engine.plots import plot_curves
+from detres.engine.run_folder import open_run, resume_command, write_config
+from detres.evaluation.base import EvalResult, Evaluator
+from detres.evaluation.run import align_classes, build_evaluators, evaluate
+from detres.structures import Batch, Targets
+from detres.weights.torchvision import load_backbone
+
+Metrics = dict[str, float]
+
+
+def train(config: Config, *, resume: bool = False) -> Metrics:
+    """Trains what the config describes in the folder `config.output`; returns the metrics of its best weights.
+
+    With `resume`, goes on from the last checkpoint in the folder, or from the beginning if there is none. Raises
+    FileExistsError if the folder is in use, ValueError for data or a config that is wrong, FloatingPointError for a
+    loss that is not finite, torch.OutOfMemoryError; SystemExit(128 + signal) after Ctrl-C or SIGTERM, saved.
+    """
+    with distributed.process_group(config.device) as device:
+        interrupt = Interrupt()
+        _check_parts(config.train)
+        if config.data.train is None:
+            raise ValueError("data.train must be given to train, got null. Say data.train=PATH.")
+        saved = open_run(config, resume)
+        seed_everything(config.train.seed)
+        dataset = load_dataset(config.data.train, "train", config.data.on_invalid)
+        with_masks = config.model.name == "mask_rcnn"
+        ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "device_type": device.type}
+        loader = partial(build_loader, dataset, config.model.input, config.data, batch_size=config.train.batch_size,
+                         training=True, with_masks=with_masks, seed=config.train.seed, **ranks)
+        model = build_model(config.model, len(dataset.classes))
+        if saved is None:
+            with distributed.first_on_each_machine():
+                load_backbone(model, config.model)
+        validate = _validation(config, dataset, device, with_masks, interrupt, ranks) if config.data.val else None
+        about = {"classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
+        return fit(config, model, lambda step: loader(start_step=step), validate, device, interrupt, about, saved)
+
+
+def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch]],
+        validate: Callable[[nn.Module], Metrics] | None, device: torch.device, interrupt: Interrupt,
+        about: dict[str, Any], saved: dict[str, Any] | None = None) -> Metrics:
+    """The loop. `loader(step)` gives the batches from a step on; `about` is kept with the weights: classes, ids."""
+    options, folder = config.train, Path(config.output)
+    schedule = Schedule.scaled(options)
+    model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format).train()
+    state = TrainState(model, build_optimizer(model, options), EMA(model, options.ema) if options.ema else None)
+    if saved:
+        state.restore(saved)
+    if options.compile:
+        model.backbone.compile()
+    forward = distributed.wrap(model)
+    window = LossWindow()
+    about = {**about, "config": config.model_dump(mode="json")}
+
+    def save() -> None:
+        window.check()  # weights that are not finite must never replace those that are
+        state.save(folder / "checkpoints" / "last.pt", **about)
+
+    def is_due(every: int | None) -> bool:
+        return state.step == schedule.steps or every is not None and state.step > 0 and state.step % every == 0
+
+    write_config(config)
+    with interrupt, RunLog(folder, state.rows, state.step, schedule.steps, options.batch_size) as log:
+        log.say(schedule.describe(options))
+        log.say(f"{'Resuming at' if saved else 'Starting at'} step {state.step} on {device}, in {folder}")
+        batches = start(loader(state.step)) if state.step < schedule.steps else iter(())
+        _seed_rank(options.seed, saved)
+        try:
+            while True:
+                interrupt.check()
+                if validate and is_due(options.eval_every) and state.evaluated < state.step:
+                    with log.paused(), preserved_rng():
+                        metrics = validate(state.averaged)
+                    if state.is_best(metrics, options.keep_best):
+                        _write_weights(folder, "best", state, about)
+                    log.evaluation(metrics)
+                    log.say(_evaluated(state, metrics))
+                    save()
+                if state.step >= schedule.steps or options.patience and state.stale >= options.patience:
+                    break
+
+                batch = log.next(batches)
+                lr = schedule.at(state.step)
+                set_lr(state.optimizer, lr)
+                with explain_out_of_memory(config, batch, state.step + 1):
+                    losses = backward(forward, batch, device, options)
+                    norm = clip_gradients(state.optimizer, options.grad_clip)
+                    window.add(state.step + 1, {**losses, "grad_norm": norm}, batch)
+                    if device.type == "cpu":  # elsewhere it would wait for the device
+                        window.check()
+                    state.optimizer.step()
+                    state.optimizer.zero_grad()
+                if state.ema:
+                    state.ema.update(model, state.step)
+                state.step += 1
+
+                log.advance(state.step)
+                if is_due(options.log_every):
+                    log.train(window.means(), lr)
+                if is_due(options.checkpoint_every) or validate and is_due(options.eval_every):
+                    save()
+        except Interrupted:
+            save()
+            log.say(f"Saved at step {state.step} of {schedule.steps}. Resume with:\n  {resume_command(config)}")
+            raise SystemExit(interrupt.exit_code) from None
+    return _finish(config, state, about)
+
+
+def backward(model: nn.Module, batch: Batch, device: torch.device, options: TrainConfig) -> dict[str, Tensor]:
+    """Adds the gradients of a batch's losses, in `options.accumulate` parts one after another.
+
+    Returns the losses, averaged over parts, on the device. Losses are divided by counts (of sampled boxes, of
+    positive ones), each part by its own; so where all parts have the same counts, the gradient is that of the whole
+    batch to rounding, and where they differ, images of smaller counts weigh a little more.
+    """
+    total: dict[str, Tensor] = {}
+    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+    parts = split(batch, options.accumulate)
+    for i, part in enumerate(parts):
+        part = part.to(device, non_blocking=True)
+        images = replace(part.images, pixels=part.images.pixels.contiguous(memory_format=memory_format))
+        is_waiting = i < len(parts) - 1 and distributed.is_distributed()
+        with model.no_sync() if is_waiting else nullcontext():  # ranks exchange gradients in the last part only
+            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+                losses = model(images, part.targets)
+            (sum(losses.values()) / len(parts)).backward()
+        for name, loss in losses.items():
+            total[name] = total.get(name, 0) + loss.detach() / len(parts)
+    return total
+
+
+def split(batch: Batch, parts: int) -> list[Batch]:
+    """A batch on the host as `parts` batches of consecutive images, on the same canvas."""
+    if parts == 1:
+        return [batch]
+    size = len(batch.paths) // parts
+    instances = batch.targets.valid.sum(1).split(size)
+    ends = torch.tensor([int(counts.sum()) for counts in instances]).cumsum(0).tolist()
+    pieces = []
+    for i, (begin, end) in enumerate(zip([0, *ends], ends)):
+        rows = slice(i * size, (i + 1) * size)
+        targets = batch.targets
+        targets = Targets(
+            boxes=targets.boxes[rows], labels=targets.labels[rows], valid=targets.valid[rows], seeds=targets.seeds[rows],
+            masks=None if targets.masks is None else targets.masks[begin:end],
+            keypoints=None if targets.keypoints is None else targets.keypoints[rows])
+        images = replace(batch.images, pixels=batch.images.pixels[rows], sizes=batch.images.sizes[rows])
+        pieces.append(Batch(images, targets, batch.image_ids[rows], batch.paths[rows], batch.original_sizes[rows]))
+    return pieces
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _seed_rank(seed: int, saved: dict[str, Any] | None) -> None:
+    """Random numbers of the steps: own ones on each rank. After the loader's processes, whose start draws some."""
+    rank = distributed.rank()
+    seed_everything(seed + 1 + rank)
+    if saved and rank < len(saved["rng"]):
+        restore_rng(saved["rng"][rank])
+
+
+def _check_parts(options: TrainConfig) -> None:
+    unit = options.accumulate * distributed.world_size()
+    if options.batch_size % unit:
+        raise ValueError(f"train.batch_size must be a multiple of processes x train.accumulate, got {options.batch_size} "
+                         f"for {distributed.world_size()} x {options.accumulate}. Take a multiple of {unit}.")
+
+
+def _validation(config: Config, dataset: Dataset, device: torch.device, with_masks: bool, interrupt: Interrupt,
+                ranks: dict[str, Any]) -> Callable[[nn.Module], Metrics]:
+    """A function that evaluates a model on data.val: AP, and validation losses with their sum."""
+    val = load_dataset(config.data.val, "val", config.data.on_invalid)
+    val = align_classes(val, dataset.classes, dataset.category_ids)
+    evaluators = build_evaluators(val, config.eval.metrics, with_masks)
+    _check_keep_best(config.train.keep_best, evaluators)
+    loader = build_loader(val, config.model.input, config.data, batch_size=config.eval.batch_size, training=False,
+                          with_masks=with_masks, **ranks)
+
+    def validate(model: nn.Module) -> Metrics:
+        metrics = evaluate(model, interrupt.watch(loader), evaluators, device, precision=config.train.precision,
+                           losses=True).metrics
+        return {**metrics, "val/loss": sum(value for name, value in metrics.items() if name.startswith("val/"))}
+
+    return validate
+
+
+def _check_keep_best(name: str, evaluators: list[Evaluator]) -> None:
+    """Names the metrics before hours of training rather than after."""
+    if name != "auto" and not name.startswith("val/loss"):
+        known = [metric for evaluator in evaluators for metric in evaluator.compute().metrics]
+        if name not in known:
+            raise ValueError(f"train.keep_best must be auto, val/loss or one of {', '.join(known)}, got '{name}'.")
+
+
+def _evaluated(state: TrainState, metrics: Metrics) -> str:
+    main = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith(("/AP", "/AP50", "/loss"))]
+    stale = "" if state.stale == 0 else f"  (best: step {state.best['step']:.0f})"
+    return f"evaluation at step {state.step}: {'  '.join(main)}{stale}"
+
+
+def _write_weights(folder: Path, name: str, state: TrainState, about: dict[str, Any]) -> None:
+    if distributed.rank() == 0:
+        metrics = state.metrics if state.evaluated == state.step else {}
+        meta = WeightsMeta(about["config"], tuple(about["classes"]), tuple(about["category_ids"]), state.step, metrics)
+        save_weights(folder / "checkpoints" / f"{name}.safetensors", state.averaged.state_dict(), meta)
+
+
+def _finish(config: Config, state: TrainState, about: dict[str, Any]) -> Metrics:
+    """Writes the final weights, results and curves; prints the results. Repeating it changes nothing."""
+    folder, last = Path(config.output), state.rows[-1] if state.rows else {}
+    results = state.best or {"step": state.step, **{f"train/{name}": last[name] for name in ("loss",) if name in last}}
+    _write_weights(folder, "final", state, about)
+    if distributed.rank() == 0:
+        with atomic_write(folder / "results.json") as path:
+            path.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        plot_curves(state.rows, folder / "curves.png", title=str(folder))
+        kept = "best" if state.best else "final"
+        metrics = EvalResult({name: value for name, value in results.items() if name != "step"})
+        print(f"{metrics.table()}\n\nThese are of step {results['step']:.0f}, weights {folder}/checkpoints/{kept}.safetensors."
+              f"\nLogs, results and curves are in {folder}.", flush=True)
+    return results
