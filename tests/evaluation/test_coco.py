@@ -257,3 +257,15 @@ def test_ground_truth_of_real_data_scores_one(shared_data, name):
     for kind in ("bbox", "segm"):
         metrics = coco_metrics(truth, results, kind)[0]
         assert [metrics["AP"], metrics["AP50"], metrics["AR100"]] == [ONE] * 3
+
+
+@pytest.mark.gpu
+def test_detections_on_a_gpu_give_the_same(make_dataset, make_batch):
+    dataset = make_dataset({1: [(0, (10, 10, 60, 60))], 2: [(1, (5, 5, 90, 90))]})
+    detections, batch = make_batch(dataset, {1: [(0, (10, 12, 60, 60), 0.9)], 2: [(1, (5, 5, 90, 80), 0.8)]}, masks=True)
+    results = []
+    for device in ("cpu", "cuda"):
+        evaluator = CocoEvaluator(dataset)
+        evaluator.update(detections.to(device), batch.to(device))
+        results.append(evaluator.results())
+    assert results[0] == results[1]
