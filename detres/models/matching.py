@@ -62,9 +62,14 @@ def sample_boxes(match: Tensor, seeds: Tensor, batch_per_image: int, positive_fr
 
 def hash_noise(seeds: Tensor, count: int, salt: int) -> Tensor:
     """Uniform noise (N, count) in [0, 1) from integer seeds (N,): a hash of (seed, salt, position), no state."""
-    mask = 0xFFFFFFFF
-    start = ((seeds ^ (seeds >> 32)) * 0x9E3779B1 + salt * 0x85EBCA6B) & mask
-    x = (torch.arange(count, device=seeds.device)[None] * 0x9E3779B1 + start[:, None]) & mask
+    start = _mix(seeds ^ (seeds >> 32) ^ (salt * 0x85EBCA6B))
+    position = torch.arange(count, device=seeds.device)[None] * 0x9E3779B1
+    return (_mix(_mix(position + start[:, None])) >> 8).float() / 2**24  # 24 bits are exact in float32
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scrambles the low 32 bits of int64."""
+    x = x & 0xFFFFFFFF
     for _ in range(2):
-        x = ((x ^ (x >> 16)) * 0x45D9F3B) & mask
-    return ((x ^ (x >> 16)) >> 8).float() / 2**24  # 24 bits are exact in float32
+        x = ((x ^ (x >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
+    return x ^ (x >> 16)

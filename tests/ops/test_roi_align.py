@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torchvision
+
+from detres.ops.roi_align import assign_levels, roi_align, roi_pool
+
+STRIDES = [4, 8, 16, 32]
+
+
+def pyramid(dtype=torch.float64, channels=3):
+    return [torch.randn(2, channels, 256 // s, 192 // s, dtype=dtype) for s in STRIDES]
+
+
+def regions(count=40, dtype=torch.float64):
+    xy = torch.rand(count, 2, dtype=dtype) * 200 - 20  # some reach outside the image
+    wh = torch.rand(count, 2, dtype=dtype) ** 3 * 900 + 1
+    return torch.cat([xy, xy + wh], 1), torch.arange(count) % 2
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 2])
+def test_equals_torchvision_level_by_level(aligned, sampling_ratio):
+    features, (boxes, image) = pyramid(torch.float32), regions(dtype=torch.float32)
+    found = roi_align(features, STRIDES, boxes, image, 5, sampling_ratio, aligned)
+    level = assign_levels(boxes, 4)
+    assert len(level.unique()) == 4
+    rois = torch.cat([image[:, None].float(), boxes], 1)
+    for i, stride in enumerate(STRIDES):
+        expected = torchvision.ops.roi_align(features[i], rois[level == i], 5, 1 / stride, sampling_ratio, aligned)
+        torch.testing.assert_close(found[level == i], expected, atol=2e-4, rtol=1e-4)
+
+
+def test_levels_are_torchvisions():
+    boxes = regions(500, torch.float32)[0]
+    mapper = torchvision.ops.poolers.LevelMapper(2, 5)
+    assert torch.equal(assign_levels(boxes, 4), mapper([boxes]))
+
+
+def test_gradients():
+    features, (boxes, image) = pyramid(channels=1), regions(6)
+    features = [f[:, :, :12, :12].requires_grad_() for f in features]
+    assert torch.autograd.gradcheck(lambda *f: roi_align(list(f), STRIDES, boxes, image, 2), features)
+
+
+def test_no_region_and_roi_pool():
+    features, (boxes, image) = pyramid(torch.float32), regions(dtype=torch.float32)
+    assert roi_align(features, STRIDES, boxes[:0], image[:0], 7).shape == (0, 3, 7, 7)
+    found = roi_pool(features[2:3], [16], boxes, image, 4)
+    rois = torch.cat([image[:, None].float(), boxes], 1)
+    assert torch.equal(found, torchvision.ops.roi_pool(features[2], rois, 4, 1 / 16))
