@@ -152,5 +152,5 @@ def _result(record: ImageRecord, category_ids: tuple[int, ...], found: ImageDete
 def encode_masks(masks: Tensor) -> tuple[bytes, ...]:
     """Compressed RLE counts of bitmaps (D, h, w) on any device."""
     # pycocotools reads (h, w, D) in Fortran order, which in memory is (D, w, h): transpose where the masks are.
-    columns = masks.transpose(1, 2).to(torch.uint8).contiguous().cpu().numpy()
+    columns = masks.transpose(1, 2).contiguous().view(torch.uint8).cpu().numpy()
     return tuple(code["counts"] for code in rle.encode(columns.transpose(2, 1, 0)))
