@@ -1,8 +1,8 @@
-"""Pictures of predictions, fit for print: translucent masks with outlines, thin boxes, labels that do not collide.
+"""Pictures of predictions, fit for print: translucent masks with outlines, or boxes, and labels that do not collide.
 
 A class has the same colour in every picture. Line widths and text grow with the image, and small images are enlarged
-first, so that labels stay readable. Labels are put where they cover no other label; where there is no such place the
-label is left out (the colour still tells the class).
+first, so that labels stay readable. A label lies on its object's mask where there is room, else beside the object. It
+covers no other label and hides no other object; where that cannot be, it is left out (the colour tells the class).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Color = tuple[int, int, int]
 
-# Told apart with any colour vision: the vibrant and muted schemes of Paul Tol (personal.sron.nl/~pault), strong first.
+# After Paul Tol's vibrant and muted schemes for any colour vision (personal.sron.nl/~pault); the first ones differ most.
 PALETTE = ("#1F77D0", "#F07F23", "#00A08A", "#EE3377", "#33BBEE", "#D0331A", "#E5B022", "#A347A8", "#3FA34D", "#5B63E0",
            "#D9678A", "#8E9A1F", "#1E9CB5", "#8F2A5B", "#B97A2A", "#157A3C")
 SMALLEST = 480  # pixels; an image with a shorter long side is enlarged by a whole factor to at least this
