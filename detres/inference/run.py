@@ -51,7 +51,7 @@ def predict_files(weights: str | Path, inputs: Sequence[str | Path], out: str | 
             _save_picture(prediction.draw(), out / pictures[file])
             entries.append(_entry(prediction, file, pictures[file]))
     path = out / "predictions.json"
-    path.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+    path.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n", encoding="utf-8")  # an image a line
     print(f"{len(entries)} pictures and predictions.json in {out}", file=sys.stderr)
     if problems:
         raise UnreadableImages(problems, out)
