@@ -57,9 +57,10 @@ def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias:
     """Trainable parameters, those of norms and biases without decay if asked: they are the ones of one dimension."""
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if decay_norm_and_bias:
-        return [{"params": trainable, "weight_decay": weight_decay}]
-    groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-              {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
+        groups = [{"params": trainable, "weight_decay": weight_decay}]
+    else:
+        groups = [{"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+                  {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 

@@ -24,8 +24,10 @@ def plot_curves(rows: list[Row], path: Path, title: str = "") -> None:
     _metrics(metrics, rows)
     _curve(rate, rows, "lr", color="0.25")
     rate.set_title("learning rate")
+    rate.set_ylim(bottom=0)
     for axes in (losses, metrics, rate):
         axes.set_xlabel("step")
+        axes.set_xlim(left=0)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)

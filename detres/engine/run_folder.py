@@ -84,4 +84,4 @@ def _shown(leaves: dict[str, Any], name: str) -> str:
 def resume_command(config: Config) -> str:
     """The command that goes on with a run, however it was started."""
     processes = f" --num-gpus {world_size()}" if world_size() > 1 else ""
-    return f"detres train {shlex.quote(str(Path(config.output) / 'config.yaml'))} --resume{processes}"
+    return f"detres train {shlex.quote(config.output)} --resume{processes}"

@@ -227,7 +227,7 @@ def _validation(config: Config, dataset: Dataset, device: torch.device, with_mas
 def _check_keep_best(name: str, evaluators: list[Evaluator]) -> None:
     """Names the metrics before hours of training rather than after."""
     if name != "auto" and not name.startswith("val/loss"):
-        known = [metric for evaluator in evaluators for metric in evaluator.compute().metrics]
+        known = [metric for evaluator in evaluators for metric in evaluator.metric_names]
         if name not in known:
             raise ValueError(f"train.keep_best must be auto, val/loss or one of {', '.join(known)}, got '{name}'.")
 
