@@ -124,6 +124,8 @@ def _files(path: str | Path | None, problems: list[str]) -> list[_Tree]:
     layers: list[_Tree] = []
     chain: list[Path] = []
     named_by = COMMAND_LINE
+    if path is not None and (Path(path) / "config.yaml").is_file():
+        path = Path(path) / "config.yaml"
     while path is not None:
         path = Path(path)
         if path.resolve() in (p.resolve() for p in chain):

@@ -1,0 +1,320 @@
+"""`detres train|eval|predict|config|data|demo`: arguments in, the library's functions called, errors told in one message.
+
+Nothing heavy is imported before a command runs, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import linecache
+import os
+import re
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from detres import __version__
+
+DESCRIPTION = """Object detection and segmentation on ResNet backbones.
+
+A config is a YAML file; any of its fields can be set on the command line as key=value (train.lr=0.01)."""
+
+EXAMPLES = {
+    "": """
+  detres demo                                      train, evaluate and predict on the built-in data set
+  detres train configs/faster_rcnn_r50_fpn_1x.yaml data.train.path=my/coco data.val.path=my/coco
+  detres eval runs/mine                            AP of the best weights of a run
+  detres predict runs/mine photos/                 pictures and JSON of what is found
+  detres COMMAND --help                            options and examples of a command""",
+    "train": """
+  detres train configs/bccd_r18.yaml output=runs/bccd
+  detres train configs/bccd_r18.yaml output=runs/bccd --resume
+  detres train configs/mask_rcnn_r50_fpn_1x.yaml --num-gpus 8 train.batch_size=64
+  detres train configs/faster_rcnn_r50_fpn_1x.yaml data.train.path=my/yolo/data.yaml data.val.path=my/yolo/data.yaml
+
+Over several machines, on each: torchrun [its options] -m detres.cli train CONFIG [key=value ...]""",
+    "eval": """
+  detres eval runs/bccd
+  detres eval runs/bccd --split test --metrics voc
+  detres eval best.safetensors --data datasets/coco --save results.json""",
+    "predict": """
+  detres predict runs/bccd cells.jpg
+  detres predict runs/bccd photos/ 'more/*.png' --out found --score-thresh 0.7""",
+    "config": """
+  detres config                                    all fields and their defaults
+  detres config configs/bccd_r18.yaml train.lr=0.01
+  detres config runs/bccd > copy.yaml              what a run was trained with
+  detres config --schema > detres.schema.json      for completion and checks in an editor: begin a YAML file with
+                                                   # yaml-language-server: $schema=detres.schema.json""",
+    "data": """
+  detres data shapes datasets/shapes --images 1000
+  detres data shapes --help""",
+    "data shapes": """
+  detres data shapes datasets/shapes --images 1000 --seed 0
+  detres data shapes /tmp/easy --images 400 --val 100 --preset easy --size 128 128 --no-voc
+  detres train configs/demo.yaml data.train.path=datasets/shapes data.val.path=datasets/shapes output=runs/shapes""",
+    "demo": """
+  detres demo
+  detres demo --out /tmp/demo""",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what was probably meant."""
+
+    def __init__(self, description: str, **options):
+        super().__init__(description="\n\n".join(textwrap.fill(part, 80) for part in description.split("\n\n")),
+                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            message += _nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help.\n")
+
+    def check_rest(self, rest: Sequence[str]) -> None:
+        """Refuses what is left over if it begins with a dash."""
+        for option in rest:
+            if option.startswith("-"):
+                known = [name for action in self._actions for name in action.option_strings]
+                self.error(f"unknown option {option}{_nearest(option.partition('=')[0], known)}")
+
+
+def _nearest(given: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(given, known, n=1)
+    return f". Did you mean {close[0]}?" if close else ""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="detres", description=DESCRIPTION, epilog=f"examples:{EXAMPLES['']}")
+    parser.add_argument("--version", action="version", version=f"detres {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    for name, add in COMMANDS.items():
+        add(commands, name)
+    return parser
+
+
+def _command(commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], object], summary: str,
+             more: str = "", rest: str | None = None) -> _Parser:
+    """A subcommand. `rest` names the list that takes positional arguments which follow an option."""
+    epilog = f"examples:{EXAMPLES[name]}"
+    parser = commands.add_parser(name.split()[-1], help=summary, epilog=epilog,
+                                 description=f"{summary[0].upper()}{summary[1:]}. {more}".strip())
+    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
+    parser.set_defaults(run=run, parser=parser, rest=rest)
+    return parser
+
+
+def _add_train(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _train, "train what a config describes",
+                      "Writes the run folder that the config names as output: checkpoints, logs, curves, results. Ctrl-C "
+                      "saves first.", rest="overrides")
+    parser.add_argument("config", type=Path, help="YAML file, or the folder of a run")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
+                        help="fields of the config, such as train.lr=0.01")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
+    parser.add_argument("--num-gpus", type=_positive, default=1, metavar="N", help="processes on this machine, one a GPU")
+
+
+def _train(args: argparse.Namespace) -> None:
+    from detres.config_file import load_config
+
+    config = load_config(args.config, args.overrides).config
+    if args.num_gpus > 1:
+        from detres.engine.distributed import launch
+
+        flags = [flag for flag in ("resume", "debug") if getattr(args, flag)]
+        launch(args.num_gpus, ["-m", "detres.cli", "train", str(args.config), *args.overrides,
+                               *(f"--{flag}" for flag in flags)])
+    from detres.engine.train import train
+
+    train(config, resume=args.resume)
+
+
+def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _eval, "measure weights on a data set",
+                      "Prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class. Without --data, "
+                      "on what the weights were validated on in training.")
+    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="weights file, or run folder: its best weights")
+    parser.add_argument("--data", metavar="PATH", help="COCO, VOC or YOLO data set; recognised from the path")
+    parser.add_argument("--split", metavar="NAME", help="image set of the data set, such as test")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="write the detections as COCO results JSON")
+    parser.add_argument("--metrics", nargs="+", choices=("coco", "voc"), help="protocols (default: of the config)")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
+    _add_device(parser)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from detres.evaluation.run import evaluate_weights
+
+    evaluate_weights(args.weights, data=args.data, split=args.split, save=args.save, metrics=args.metrics,
+                     batch_size=args.batch_size, device=args.device)
+
+
+def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _predict, "detect in images",
+                      "Writes an annotated picture of each image, and predictions.json.", rest="images")
+    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="weights file, or run folder: its best weights")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders or globs")
+    parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: predictions)")
+    parser.add_argument("--score-thresh", type=_probability, default=0.5, metavar="P",
+                        help="show detections with at least this score (default: 0.5)")
+    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once (default: 8)")
+    _add_device(parser)
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from detres.inference.run import predict_files
+
+    predict_files(args.weights, args.images, args.out, score_thresh=args.score_thresh, device=args.device,
+                  batch_size=args.batch_size)
+
+
+def _add_config(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _config, "show a resolved config, and where each value comes from",
+                      "The output is YAML that can be used as a config.", rest="items")
+    parser.add_argument("items", nargs="*", default=[], metavar="[FILE] key=value",
+                        help="YAML file or folder of a run (default: no file, the defaults), then fields to set")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of config files instead")
+
+
+def _config(args: argparse.Namespace) -> None:
+    from detres.config_file import format_config, json_schema, load_config
+
+    if args.schema:
+        import json
+
+        print(json.dumps(json_schema(), indent=2))
+        return
+    files = args.items[:1] if "=" not in "".join(args.items[:1]) else []
+    text = format_config(load_config(*files or [None], args.items[len(files):]))
+    print(_dim_defaults(text) if sys.stdout.isatty() and "NO_COLOR" not in os.environ else text, end="")
+
+
+def _dim_defaults(text: str) -> str:
+    return "".join(f"\x1b[2m{line}\x1b[0m\n" if line.endswith("# default") else f"{line}\n"
+                   for line in text.splitlines())
+
+
+def _add_data(commands: argparse._SubParsersAction, name: str) -> None:
+    summary = "make data sets"
+    parser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.",
+                                 epilog=f"examples:{EXAMPLES[name]}")
+    parser.set_defaults(parser=parser)
+    _add_shapes(parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser), f"{name} shapes")
+
+
+def _add_shapes(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _shapes, "draw the built-in data set",
+                      "Scenes with boxes, masks, keypoints, crowds and empty images, all exact; the same for the same seed.")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one that this command was interrupted in")
+    parser.add_argument("--images", type=_positive, required=True, metavar="N", help="training images")
+    parser.add_argument("--val", type=_count, metavar="M", help="held-out images (default: a fifth of N)")
+    parser.add_argument("--seed", type=_count, default=0, metavar="S", help="(default: 0)")
+    parser.add_argument("--preset", choices=("full", "easy"), default="full",
+                        help="full: hard and varied (default); easy: what a small network learns in minutes on a CPU")
+    parser.add_argument("--size", type=_positive, nargs=2, metavar=("H", "W"), help="pixels (default: of the preset)")
+    parser.add_argument("--no-voc", action="store_true", help="COCO JSON only, no VOC XML beside it")
+
+
+def _shapes(args: argparse.Namespace) -> None:
+    from detres.data.shapes import ShapesOptions, write_shapes
+
+    options = ShapesOptions(preset=args.preset, size=tuple(args.size) if args.size else None)
+    write_shapes(args.out, args.images, args.seed, options=options, val_images=args.val,
+                 formats=("coco",) if args.no_voc else ("coco", "voc"))
+
+
+def _add_demo(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _demo, "train, evaluate and predict on the built-in data set",
+                      "From scratch, without any download, in minutes on a CPU. A second run goes on with the first.")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(default: runs/demo)")
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from detres.demo import run_demo
+
+    run_demo(args.out)
+
+
+COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "config": _add_config, "data": _add_data,
+            "demo": _add_demo}
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+
+
+def _number(kind: type, low: float, high: float, words: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            if low <= (value := kind(text)) <= high:
+                return value
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"must be {words}, got '{text}'")
+
+    return parse
+
+
+_count = _number(int, 0, float("inf"), "an integer >= 0")
+_positive = _number(int, 1, float("inf"), "an integer >= 1")
+_probability = _number(float, 0, 1, "a number from 0 to 1")
+
+
+# ---- running and telling errors ------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    parser = getattr(args, "parser", parser)
+    parser.check_rest(rest)
+    if not hasattr(args, "run"):
+        parser.print_help()
+        return 0
+    if rest and not args.rest:
+        parser.error(f"unexpected arguments: {' '.join(rest)}")
+    if rest:
+        setattr(args, args.rest, [*getattr(args, args.rest), *rest])
+    return run_guarded(lambda: args.run(args), debug=args.debug)
+
+
+def run_guarded(command: Callable[[], object], debug: bool = False) -> int:
+    """Runs a command and returns its exit status. Errors that detres raises on purpose become one message."""
+    import logging
+
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("detres").setLevel(logging.INFO)
+    try:
+        command()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        if debug or not _is_told(error):
+            raise
+        print(f"detres: error: {error}", file=sys.stderr)
+        return 1
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether the message is meant for the user: the system's errors, and those that our own code raises."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    is_ours = Path(frame.filename).is_relative_to(Path(__file__).parent)
+    is_raised = linecache.getline(frame.filename, frame.lineno).lstrip().startswith("raise ")
+    return isinstance(error, OSError) or type(error).__module__.startswith("detres.") or (is_ours and is_raised)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
