@@ -86,7 +86,7 @@ class Dot(nn.Module):
         return self  # its norm is frozen
 
     def forward(self, images: ImageBatch, targets: Targets) -> dict[str, torch.Tensor]:
-        features = self.norm(self.backbone(images.pixels.float() / 255)).mean((2, 3))  # (N, 4)
+        features = self.norm(self.backbone(images.pixels.float() / 255)).float().mean((2, 3))  # (N, 4)
         return {"loss_cls": (features - 1).square().mean(), "loss_box": features[:, 0].square().mean()}
 
 
