@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -14,7 +15,6 @@ __version__ = "0.1.0"
 
 # Public names and where they live; imported on first use, so that `import detres` does not wait for torch.
 _PUBLIC = {
-    "load": "detres.inference.predictor",
     "Predictor": "detres.inference.predictor",
     "Prediction": "detres.inference.predictor",
     "load_config": "detres.config_file",
@@ -30,9 +30,20 @@ if TYPE_CHECKING:
     from detres.data.dataset import load_dataset
     from detres.engine.train import train
     from detres.evaluation.run import evaluate_weights
-    from detres.inference.predictor import Prediction, Predictor, load
+    from detres.inference.predictor import Prediction, Predictor
 
-__all__ = [*_PUBLIC, "__version__"]
+__all__ = [*_PUBLIC, "load", "__version__"]
+
+
+def load(path: str | os.PathLike, device: str = "auto") -> Predictor:
+    """A detector ready to predict, from a weights file or a run folder: they carry model, classes, preprocessing.
+
+    device: auto (a GPU where there is one), cpu, cuda, cuda:1 ... Raises FileNotFoundError, or ValueError for a file
+    that is not detres weights.
+    """
+    from detres.inference.predictor import Predictor
+
+    return Predictor.from_weights(path, device)
 
 
 def __getattr__(name: str):
