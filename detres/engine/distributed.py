@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, NoReturn
 
 import torch
@@ -121,7 +122,9 @@ def wrap(model: nn.Module) -> nn.Module:
     if not is_distributed():
         return model
     has_statistics = any(isinstance(module, _BatchNorm) for module in model.modules())  # frozen ones never differ
-    return DistributedDataParallel(model, broadcast_buffers=has_statistics, gradient_as_bucket_view=True)
+    names = signature(DistributedDataParallel).parameters  # torch 2.14 renamed it
+    name = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: has_statistics})
 
 
 def launch(processes: int, command: Sequence[str]) -> NoReturn:

@@ -36,8 +36,10 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _remember(self, number: int, _frame) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+        if self.signal is not None:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # torchrun and batch systems follow up with SIGTERM
         self.signal = number
         # Not print: a handler may run in the middle of another print.
         os.write(2, b"\nFinishing this step, then saving. Ctrl-C again quits at once, without saving.\n")

@@ -30,17 +30,23 @@ Row = dict[str, float]
 
 
 class LossWindow:
-    """Losses since the last row, kept on the device: reading them is one transfer and the only wait for the device."""
+    """Losses since the last row, kept on the device: reading them is one transfer and the only wait for the device.
 
-    def __init__(self) -> None:
+    `eager` checks each step, before it changes the weights: for devices where that costs nothing.
+    """
+
+    def __init__(self, eager: bool) -> None:
+        self._eager = eager
         self._pending: list[tuple[int, tuple[str, ...], Tensor]] = []  # step, image files, values
         self._names: list[str] = []
         self._checked: list[Tensor] = []  # (S, V) each
 
     def add(self, step: int, values: dict[str, Tensor], batch: Batch) -> None:
-        """Notes scalar tensors of a step."""
+        """Notes scalar tensors of a step that is about to change the weights."""
         self._names = list(values)
         self._pending.append((step, batch.paths, torch.stack([value.detach().float() for value in values.values()])))
+        if self._eager:
+            self.check()
 
     def check(self) -> None:
         """Raises FloatingPointError, on every rank, for the first step that has a value which is not finite."""

@@ -85,7 +85,7 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
     if options.compile:
         model.backbone.compile()
     forward = distributed.wrap(model)
-    window = LossWindow()
+    window = LossWindow(eager=device.type == "cpu")
     about = {**about, "config": config.model_dump(mode="json")}
 
     def save() -> None:
@@ -122,8 +122,6 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
                     losses = backward(forward, batch, device, options)
                     norm = clip_gradients(state.optimizer, options.grad_clip)
                     window.add(state.step + 1, {**losses, "grad_norm": norm}, batch)
-                    if device.type == "cpu":  # elsewhere it would wait for the device
-                        window.check()
                     state.optimizer.step()
                     state.optimizer.zero_grad()
                 if state.ema:

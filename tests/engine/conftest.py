@@ -16,6 +16,7 @@ from torch import nn
 
 from detres.config import Config
 from detres.config_file import dump_yaml
+from detres.engine.interrupt import Interrupt
 from detres.structures import Batch, ImageBatch, Targets
 
 MODEL = {"input": {"min_size": 64, "max_size": 96},
@@ -36,13 +37,13 @@ def shapes(tmp_path_factory) -> Path:
                         progress=False)
 
 
-@pytest.fixture
-def detector_config(shapes: Path, tmp_path: Path) -> Callable[..., Config]:
-    """A Mask R-CNN on drawn scenes; keyword arguments go into `train`."""
-    def make(output: str = "run", workers: int = 2, **train: Any) -> Config:
+@pytest.fixture(scope="session")
+def detector_config(shapes: Path, tmp_path_factory) -> Callable[..., Config]:
+    """A Mask R-CNN on drawn scenes, in a folder of its own; keyword arguments go into `train`."""
+    def make(workers: int = 2, **train: Any) -> Config:
         source = {"path": str(shapes)}
         return Config.model_validate({
-            "output": str(tmp_path / output), "device": "cpu", "model": copy.deepcopy(MODEL),
+            "output": str(tmp_path_factory.mktemp("runs") / "run"), "device": "cpu", "model": copy.deepcopy(MODEL),
             "data": {"train": source, "val": source, "workers": workers},
             "train": {**TRAIN, **train}, "eval": {"batch_size": 2}})
 
@@ -62,7 +63,7 @@ def run_cli(tmp_path: Path) -> Callable[..., subprocess.Popen]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def one_thread() -> Iterator[None]:
     """Sums are split by threads: results are the same to the last bit only for the same number of them."""
     threads = torch.get_num_threads()
@@ -115,19 +116,21 @@ def batch() -> Callable[..., Batch]:
 
 
 @pytest.fixture
-def fit_dot(tmp_path: Path, dot: Dot) -> Callable[..., dict[str, float]]:
-    """Trains `Dot` on endless batches; keyword arguments go into `train`."""
+def fit_dot(tmp_path: Path, dot: Dot, monkeypatch) -> Callable[..., dict[str, float]]:
+    """Trains `Dot` on endless batches, and draws no curves; keyword arguments go into `train`."""
     from detres.engine.checkpoint import load_state
-    from detres.engine.interrupt import Interrupt
     from detres.engine.train import fit
 
-    def run(validate=None, model: nn.Module = dot, resume: bool = False, loader=None, **train: Any) -> dict[str, float]:
+    monkeypatch.setattr("detres.engine.train.plot_curves", lambda rows, path, title: None)
+
+    def run(validate=None, model: nn.Module = dot, resume: bool = False, loader=None, interrupt: Interrupt | None = None,
+            **train: Any) -> dict[str, float]:
         options = {**TRAIN, "steps": 10, "lr": 0.1, "ema": None, **train}
         config = Config.model_validate({"output": str(tmp_path / "run"), "device": "cpu", "train": options})
         last = tmp_path / "run" / "checkpoints" / "last.pt"
         saved = load_state(last) if resume else None
         batches = loader or (lambda step: (make_batch(number) for number in range(step, 10**6)))
-        return fit(config, model, batches, validate, torch.device("cpu"), Interrupt(),
+        return fit(config, model, batches, validate, torch.device("cpu"), interrupt or Interrupt(),
                    {"classes": ["a"], "category_ids": [7]}, saved)
 
     return run

@@ -31,6 +31,7 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("load", [load_weights, load_state])
 def test_code_in_files_is_never_run(tmp_path, monkeypatch, load):
     monkeypatch.chdir(tmp_path)

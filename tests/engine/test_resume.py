@@ -38,11 +38,12 @@ torch.save = half
 """
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def final_weights(detector_config, one_thread):
     """Those of a run that was never interrupted."""
-    train(detector_config("whole"))
-    return weights_of(detector_config("whole").output)
+    config = detector_config()
+    train(config)
+    return weights_of(config.output)
 
 
 def weights_of(folder: str) -> dict[str, torch.Tensor]:
@@ -83,7 +84,9 @@ def test_ctrl_c_saves_and_says_how_to_resume(detector_config, run_cli, final_wei
         line = process.stderr.readline()
         assert line, told
         told += line
-    os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to the whole group, loader processes too
+    # To the whole group, loader processes too: a terminal sends the first, batch systems the second.
+    os.killpg(process.pid, signal.SIGINT)
+    os.killpg(process.pid, signal.SIGTERM)
     out, rest = process.communicate(timeout=60)
     told += rest
     assert process.returncode == 130, told
@@ -97,7 +100,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(detector_config, run_cli, final_wei
 def test_two_processes_give_the_losses_of_one(detector_config, tmp_path, one_thread):
     """Through `--num-gpus 2`, that is torchrun, with gloo on the CPU."""
     options = {"steps": 4, "lr": 0.002, "ema": None, "checkpoint_every": 100}
-    single, double = detector_config("single", **options), detector_config("double", **options)
+    single, double = detector_config(**options), detector_config(**options)
     (tmp_path / "config.yaml").write_text(dump_yaml(double))
     process = subprocess.run(
         [sys.executable, "-m", "detres.cli", "train", str(tmp_path / "config.yaml"), "--num-gpus", "2"], text=True,
