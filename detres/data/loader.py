@@ -16,6 +16,7 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -66,7 +67,7 @@ class Loader:
         self._batches = batches
         self._loader = DataLoader(
             reader, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, pin_memory=pin_memory,
-            worker_init_fn=_start_worker, persistent_workers=workers > 0,
+            worker_init_fn=_start_worker, persistent_workers=workers > 0 and isinstance(batches, list),
             # Elsewhere, and by default from Python 3.14 on, each worker is sent all records: slow for 10^6 of them.
             multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
             generator=torch.Generator().manual_seed(seed))  # else it draws from the generator that training uses
@@ -92,8 +93,15 @@ def _as_is(batch: Batch | ImageError) -> Batch | ImageError:
 
 def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends the workers
+    sys.excepthook = _quiet_if_hung_up
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
+
+
+def _quiet_if_hung_up(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The thread that hands tensors over loses its connection if Ctrl-C hits the main process just then."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool) -> None:

@@ -116,6 +116,7 @@ def test_a_cut_file_is_named(coco):
     (["annotations/instances_train2017.json", "annotations/captions_train2017.json",
       "annotations/person_keypoints_train2017.json", "annotations/instances_val2017.json"], "train", None, 0),
     (["annotations/instances_train.json", "annotations/panoptic_train.json", "shapes.json"], "train", None, 0),
+    (["annotations/train.json", "annotations/captions_train.json"], "train", None, 0),
     (["annotations/instances_train.json", "annotations/instances_minitrain.json"], "train", "minitrain", 1),
     (["annotations/image_info_test2017.json", "annotations/instances_val2017.json"], "test", None, 0),
     (["balloon_train_coco.json", "balloon_val_coco.json"], "val", None, 1),

@@ -73,8 +73,9 @@ def test_exif_orientation(tmp_path, name, orientation):
         assert found[corner[orientation]].tolist() == RGB[0, 0].tolist()
 
 
-def test_a_damaged_tag_does_not_stop_a_good_image(tmp_path):
-    path = save(tmp_path, Image.fromarray(RGB), "x.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\xffgarbage")
+@pytest.mark.parametrize("exif", [b"XXXXgarbage", b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x04\0\0\0abc\0\0\0\0\0"])
+def test_a_damaged_tag_does_not_stop_a_good_image(tmp_path, exif):
+    path = save(tmp_path, Image.fromarray(RGB), "x.jpg", exif=b"Exif\0\0" + exif)
     assert read_image(path).shape == (12, 20, 3) and read_size(path) == (12, 20)
 
 
