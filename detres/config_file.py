@@ -34,7 +34,7 @@ class ConfigError(ValueError):
     """What is wrong with a configuration, all of it; `problems` holds one message each."""
 
     def __init__(self, problems: Sequence[str]):
-        self.problems = tuple(problems)
+        self.problems = tuple(dict.fromkeys(problems))
         lines = "".join(f"\n  - {p}" for p in self.problems)
         super().__init__(self.problems[0] if len(self.problems) == 1
                          else f"{len(self.problems)} problems in the configuration:{lines}")
@@ -295,10 +295,12 @@ def _invalid(error: dict[str, Any], leaves: _Leaves) -> str:
         return f"{name}: {text}{_where(', '.join(told))}."
     around = [leaf.origin for path, leaf in leaves.items() if path == loc[:len(path)] or path[:-1] == loc[:-1]]
     where = _where(next(iter([*inside.values(), *around]), ""))
-    if error["type"] == "missing" and isinstance(loc[-1], str):
-        return f"{name} must be given{where}."
-    if error["type"] == "missing":  # an entry of a list: speak of the list
-        name, loc = name.rpartition("[")[0], loc[:-1]
+    if error["type"] == "missing":
+        if isinstance(loc[-1], str):
+            return f"{name} must be given{where}."
+        name, loc = name.rpartition("[")[0], loc[:-1]  # an entry of a list: speak of the list
+    if loc[-1] == "[key]":
+        return f"{name.rpartition('[')[0].rpartition('[')[0]} must have strings as keys, got {_flow(error['input'])}{where}."
     schema, value = _schema_at(loc), error["input"]
     hint = ""
     if schema.get("type") == "array" and not isinstance(value, (list, dict)):
@@ -330,14 +332,13 @@ def _schema(field: FieldInfo) -> dict[str, Any]:
 
 def _schema_at(path: Sequence[str | int]) -> dict[str, Any]:
     """JSON schema of a field, or of one entry of it where the path ends in indices."""
-    section: Any = Config
-    schema: dict[str, Any] = {}
-    for part in path:
-        if isinstance(part, int):
-            schema = schema["prefixItems"][part] if "prefixItems" in schema else schema.get("items", {})
-        else:
-            field = section.model_fields[part]
-            schema, section = _schema(field), _section(field.annotation)
+    *sections, key = (part for part in path if isinstance(part, str))
+    section = Config
+    for name in sections:
+        section = _section(section.model_fields[name].annotation)
+    schema = _schema(section.model_fields[key])
+    for index in (part for part in path if isinstance(part, int)):
+        schema = schema["prefixItems"][index] if "prefixItems" in schema else schema["items"]
     return schema
 
 
@@ -351,14 +352,16 @@ def _kind(schema: dict[str, Any]) -> str:
         *others, last = map(str, schema["enum"])
         return f"{', '.join(others)} or {last}" if others else last
     if schema.get("type") == "array":
-        entries = schema["prefixItems"][0] if "prefixItems" in schema else schema.get("items", {})
+        entries = schema["prefixItems"][0] if "prefixItems" in schema else schema["items"]
         count = f"{schema['minItems']} entries" if schema.get("minItems") else "entries"
         return f"a list of {count} (each {_kind(entries)})"
-    noun = {"integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false"}
     bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
-    return " ".join([noun.get(schema.get("type", ""), "a mapping"), " and ".join(bounds)]).rstrip()
+    noun = "a path, or a mapping with one," if "$ref" in schema else _NOUNS[schema["type"]]  # SourceConfig
+    return " ".join([noun, " and ".join(bounds)]).rstrip()
 
 
+_NOUNS = {"integer": "an integer", "number": "a number", "string": "a string", "boolean": "true or false",
+          "object": "a mapping"}
 _BOUNDS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<",
            "multipleOf": "a multiple of"}
 

@@ -1,0 +1,127 @@
+"""Every config of the zoo builds, tells its reference and its command; every field of the schema is used."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import BaseModel
+
+from detres.build import build_model
+from detres.cli import build_parser
+from detres.config import Config, RPNConfig, Section
+from detres.config_file import format_config, load_config
+from detres.data.shapes import ShapesOptions, write_shapes
+from detres.engine.train import train
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ZOO = [path for path in CONFIGS if re.search(r"_(1x|3x|voc)$", path.stem)]
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def _header(path: Path) -> str:
+    return "".join(line[1:] for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_builds_and_tells_where_its_values_come_from(path):
+    resolved = load_config(path)
+    assert f"# configs/{path.name}:" in format_config(resolved) and "# configs/_base/" in format_config(resolved)
+    with torch.device("meta"):
+        model = build_model(resolved.config.model, num_classes=20)
+    assert (model.roi_heads.mask_head is not None) == (resolved.config.model.name == "mask_rcnn")
+    assert resolved.config.data.train and resolved.config.data.val
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_header_gives_reference_and_command(path):
+    header = _header(path)
+    assert re.search(r"^   reference  \S", header, re.M)
+    (command,) = re.findall(r"^   command    (.+)", header, re.M)
+    for part in command.split(" && "):
+        program, *arguments = shlex.split(part)
+        if program == "detres":
+            args, _ = build_parser().parse_known_args(arguments)
+            assert getattr(args, "config", Path(f"configs/{path.name}")) == Path(f"configs/{path.name}")
+        else:
+            assert part.startswith("make ")
+
+
+@pytest.mark.parametrize("path", ZOO, ids=lambda path: path.stem)
+def test_zoo_name_says_what_is_inside(path):
+    kind, depth, layout, schedule = re.fullmatch(r"(\w+_rcnn)_r(\d+)_(fpn|c4)_(1x|3x|voc)", path.stem).groups()
+    config = load_config(path).config
+    assert (config.model.name, config.model.backbone.depth, config.model.backbone.layout) == (kind, int(depth), layout)
+    steps = {"1x": (90_000, (60_000, 80_000)), "3x": (270_000, (210_000, 250_000)), "voc": (18_000, (12_000, 16_000))}
+    assert (config.train.steps, config.train.milestones) == steps[schedule]
+    assert (config.train.batch_size, config.train.lr, config.data.skip_empty) == (16, 0.02, True)
+    assert config.output == f"runs/{path.stem}"
+    assert config.eval.metrics == (("voc",) if schedule == "voc" else ("coco",))
+    assert ("no published reference known" in _header(path)) == (
+        depth == "18" or (depth, layout, schedule) == ("101", "c4", "1x")
+        or (schedule == "voc" and layout == "fpn")), "R18 and what nobody published have none; the others cite one"
+
+
+def test_zoo_is_complete():
+    names = {path.stem for path in ZOO}
+    parts = [(depth, layout) for depth in (18, 50, 101) for layout in ("fpn", "c4")]
+    coco = {f"{kind}_rcnn_r{depth}_{layout}_{schedule}" for kind in ("faster", "mask") for depth, layout in parts
+            for schedule in ("1x", "3x")}
+    assert names == coco | {f"faster_rcnn_r{depth}_{layout}_voc" for depth, layout in parts}
+
+
+def test_c4_is_detectron2s():
+    """Numbers of Detectron2's config/defaults.py and Base-RCNN-C4.yaml."""
+    model = load_config("configs/mask_rcnn_r50_c4_1x.yaml").config.model
+    assert model.anchors.sizes == ((32, 64, 128, 256, 512),) and model.box_head.resolution == 14
+    assert model.rpn == RPNConfig(pre_nms_topk_train=12000, pre_nms_topk_test=6000, post_nms_topk_train=2000,
+                                  post_nms_topk_test=1000)
+
+
+def _fields(section: type[Section]):
+    for name, field in section.model_fields.items():
+        yield f"{section.__name__}.{name}"
+        for inner in (field.annotation, *getattr(field.annotation, "__args__", ())):
+            if isinstance(inner, type) and issubclass(inner, Section):
+                yield from _fields(inner)
+
+
+def test_every_field_is_read(tmp_path, monkeypatch):
+    """Watches one step of training: a field that no code asks for would be a setting without effect.
+
+    `build.py` hands whole sections on as keyword arguments; constructors refuse what they do not know.
+    """
+    read = set()
+
+    def caller() -> str:
+        return sys._getframe(2).f_globals.get("__name__", "")
+
+    def watched_get(self, name):
+        if caller().startswith("detres.") and caller() not in ("detres.config", "detres.config_file"):
+            read.add(f"{type(self).__name__}.{name}")
+        return object.__getattribute__(self, name)
+
+    def watched_dump(self, **options):
+        if caller() == "detres.build":
+            read.update(f"{type(self).__name__}.{name}" for name in type(self).model_fields)
+        return BaseModel.model_dump(self, **options)
+
+    data = write_shapes(tmp_path / "data", 2, options=ShapesOptions("easy", size=(48, 64)), val_images=1,
+                        formats=("coco",), progress=False)
+    config = load_config("configs/demo.yaml", [
+        f"data.train={data}", f"data.val={data}", f"output={tmp_path / 'run'}", "data.workers=0", "train.steps=1",
+        "train.batch_size=2", "train.reference_batch_size=2", "model.input.min_size=48", "model.input.max_size=64"]).config
+    monkeypatch.setattr(Section, "__getattribute__", watched_get)
+    monkeypatch.setattr(Section, "model_dump", watched_dump, raising=False)
+    train(config)
+    unread = [name for name in _fields(Config) if name not in read]
+    assert not unread, f"fields that nothing reads: {', '.join(unread)}"
