@@ -26,7 +26,7 @@ A config is a YAML file; any of its fields can be set on the command line as key
 EXAMPLES = {
     "": """
   detres demo                                      train, evaluate and predict on the built-in data set
-  detres train configs/faster_rcnn_r50_fpn_1x.yaml data.train.path=my/coco data.val.path=my/coco
+  detres train configs/faster_rcnn_r50_fpn_1x.yaml data.train=my/coco data.val=my/coco
   detres eval runs/mine                            AP of the best weights of a run
   detres predict runs/mine photos/                 pictures and JSON of what is found
   detres COMMAND --help                            options and examples of a command""",
@@ -34,7 +34,7 @@ EXAMPLES = {
   detres train configs/bccd_r18.yaml output=runs/bccd
   detres train configs/bccd_r18.yaml output=runs/bccd --resume
   detres train configs/mask_rcnn_r50_fpn_1x.yaml --num-gpus 8 train.batch_size=64
-  detres train configs/faster_rcnn_r50_fpn_1x.yaml data.train.path=my/yolo/data.yaml data.val.path=my/yolo/data.yaml
+  detres train configs/faster_rcnn_r50_fpn_1x.yaml data.train=my/yolo/data.yaml data.val=my/yolo/data.yaml
 
 Over several machines, on each: torchrun [its options] -m detres.cli train CONFIG [key=value ...]""",
     "eval": """
@@ -56,7 +56,7 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
     "data shapes": """
   detres data shapes datasets/shapes --images 1000 --seed 0
   detres data shapes /tmp/easy --images 400 --val 100 --preset easy --size 128 128 --no-voc
-  detres train configs/demo.yaml data.train.path=datasets/shapes data.val.path=datasets/shapes output=runs/shapes""",
+  detres train configs/demo.yaml data.train=datasets/shapes data.val=datasets/shapes output=runs/shapes""",
     "demo": """
   detres demo
   detres demo --out /tmp/demo""",

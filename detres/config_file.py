@@ -224,9 +224,13 @@ def _layer(node: yaml.MappingNode, loader: _Loader, section: type[BaseModel], pr
             tree[key.value] = _layer(value, loader, inner, f"{prefix}{key.value}.", origin, problems)
             continue
         leaf = _Leaf(loader.construct_object(value, deep=True), origin(key))
-        # `train: a/path` is short for `train: {path: a/path}`; said here, so that data.train.split=val can join it
-        tree[key.value] = {"path": leaf} if inner is SourceConfig and isinstance(leaf.value, str) else leaf
+        tree[key.value] = _source(leaf) if inner is SourceConfig and isinstance(leaf.value, str) else leaf
     return tree
+
+
+def _source(path: _Leaf) -> _Tree:
+    """`train: a/path` is all of a source: `images` and `split` of a base, which belong to another path, do not stay."""
+    return {name: path if name == "path" else _Leaf(None, path.origin) for name in SourceConfig.model_fields}
 
 
 def _merge(old: _Tree, new: _Tree) -> _Tree:
@@ -392,7 +396,8 @@ def _lines(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _flow(value: Any) -> str:
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    rare_breaks = re.search(r"\\x85|\\u202[89]", repr(value))  # line breaks that PyYAML writes as they are, but reads as \n
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=not rare_breaks)
     return text.removesuffix("\n").removesuffix("\n...")
 
 

@@ -186,9 +186,9 @@ def test_config_dims_defaults_in_a_terminal(folder, capsys, monkeypatch):
 
 
 def test_config_into_a_closed_pipe():
-    command = f"{shlex.quote(sys.executable)} -m detres.cli config | head -1"
+    command = f"{shlex.quote(sys.executable)} -m detres.cli config | true"  # `true` is gone before anything is written
     result = subprocess.run(command, shell=True, capture_output=True, text=True)
-    assert result.stdout.startswith("output:") and result.stderr == ""
+    assert result.returncode == 0 and result.stderr == ""
 
 
 def test_data_shapes(folder):
@@ -248,7 +248,7 @@ def test_raised_on_purpose_or_a_bug(monkeypatch, capsys):
         cli.run_guarded(_our_error(ValueError))
     monkeypatch.undo()
     with pytest.raises(ValueError):
-        cli.run_guarded(lambda: int("not ours"))
+        cli.run_guarded(lambda: json.loads(""))  # raised by a statement, but not ours
 
 
 def test_debug_shows_the_traceback(folder):

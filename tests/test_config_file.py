@@ -92,9 +92,10 @@ def test_a_path_alone_is_a_source(folder):
     path = _write("a.yaml", "data:\n  train: datasets/a\n  val:\n    path: datasets/b\n    split: c\n")
     resolved = load_config(path, ["data.train.split=d"])
     assert resolved.config.data.train == SourceConfig(path="datasets/a", split="d")
-    assert resolved.origins["data.train.path"] == "a.yaml:2" and resolved.origins["data.train.images"] == "default"
-    # a path alone leaves the other fields of the base, and null takes the whole source away
-    assert load_config(path, ["data.val=e"]).config.data.val == SourceConfig(path="e", split="c")
+    assert resolved.origins["data.train.path"] == "a.yaml:2" and resolved.origins["data.val.images"] == "default"
+    # a path alone replaces the whole source, its field `path` only itself; null takes the source away
+    assert load_config(path, ["data.val=e"]).config.data.val == SourceConfig(path="e")
+    assert load_config(path, ["data.val.path=e"]).config.data.val == SourceConfig(path="e", split="c")
     removed = load_config(path, ["data.val=null"])
     assert removed.config.data.val is None and removed.origins["data.val"] == "command line"
 
@@ -127,7 +128,8 @@ def test_what_is_printed_can_be_loaded(folder):
 
 
 texts = st.text(st.characters(codec="utf-8"))
-names = st.sampled_from(["1e-3", "null", "~", "true", "off", "1_0", ".5", "<<", "=", "2024-01-01", "0x1", "a: b", "- a", ""])
+names = st.sampled_from(["1e-3", "null", "~", "true", "off", "1_0", ".5", "<<", "=", "2024-01-01", "0x1", "a: b", "- a", "",
+                         "\x85", "a\u2028", "caf\xe9"])
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | names | texts,
                       lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names | texts, inner, max_size=2), max_leaves=4)
 
