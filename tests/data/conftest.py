@@ -86,7 +86,8 @@ def write_yolo(root: Path, labels: dict[str, str | None], yaml: str | None = Non
         file.parent.mkdir(parents=True, exist_ok=True)
         if rows is not None:
             file.write_text(rows)
-    (root / "data.yaml").write_text(yaml or "path: .\ntrain: images/train\nval: images/train\nnc: 2\nnames: [cat, dog]\n")
+    default = "path: .\ntrain: images/train\nval: images/train\nnc: 2\nnames: [cat, dog]\n"
+    (root / "data.yaml").write_text(yaml or default)
     return root / "data.yaml"
 
 

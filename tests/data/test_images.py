@@ -109,7 +109,8 @@ def test_what_is_no_image(tmp_path):
 
 def test_to_rgb_array(tmp_path):
     path = save(tmp_path, Image.fromarray(RGB))
-    for image in (path, str(path), Image.open(path), Image.fromarray(RGB), RGB, np.dstack([RGB, GREY]), RGB[:, ::-1][:, ::-1]):
+    for image in (path, str(path), Image.open(path), Image.fromarray(RGB), RGB, np.dstack([RGB, GREY]),
+                  np.asfortranarray(RGB)):
         found = to_rgb_array(image)
         np.testing.assert_array_equal(found, RGB)
         assert found.flags.c_contiguous

@@ -39,7 +39,8 @@ def dataset(tmp_path_factory) -> Dataset:
         for _ in range(k % 4):
             x, y = rng.uniform(0, 20, 2)
             polygon = [x, y, x + 10, y, x + 10, y + 8, x, y + 8]
-            items.append(Annotation(next(numbers), int(rng.integers(3)), (x, y, x + 10, y + 8), [polygon], (x, y, 2, 0, 0, 0)))
+            items.append(Annotation(next(numbers), int(rng.integers(3)), (x, y, x + 10, y + 8), [polygon],
+                                    (x, y, 2, 0, 0, 0)))
         items.append(Annotation(next(numbers), 0, (0, 0, 20, 20), [[0, 0, 9, 0, 9, 9]], crowd=True))
         items.append(Annotation(next(numbers), 0, (0, 0, 20, 20), [[0, 0, 9, 0, 9, 9]], difficult=True))
         records.append(ImageRecord(100 + k, folder / f"{k}.png", height, width, tuple(items)))
@@ -48,15 +49,16 @@ def dataset(tmp_path_factory) -> Dataset:
 
 def batches(dataset: Dataset, count: int | None = None, *, workers: int = 0, model_input: InputConfig = INPUT,
             **options) -> list[Batch]:
-    data = DataConfig(workers=workers, **{key: options.pop(key) for key in list(options) if key in DataConfig.model_fields})
+    settings = {key: options.pop(key) for key in list(options) if key in DataConfig.model_fields}
+    data = DataConfig(workers=workers, **settings)
     options = {"batch_size": 4, "training": True, "with_masks": True, "with_keypoints": True, "seed": 3} | options
     return list(itertools.islice(build_loader(dataset, model_input, data, **options), count))
 
 
 def assert_equal(a: Batch, b: Batch) -> None:
     assert a.image_ids == b.image_ids and a.paths == b.paths
-    for x, y in ((a.images.pixels, b.images.pixels), (a.images.sizes, b.images.sizes), (a.original_sizes, b.original_sizes),
-                 *((getattr(a.targets, name), getattr(b.targets, name)) for name in vars(a.targets))):
+    for x, y in ((a.images.pixels, b.images.pixels), (a.images.sizes, b.images.sizes),
+                 (a.original_sizes, b.original_sizes), *((getattr(a.targets, name), getattr(b.targets, name)) for name in vars(a.targets))):
         assert x.dtype == y.dtype and torch.equal(x, y)
 
 
@@ -84,7 +86,7 @@ def test_contents_of_a_batch(dataset):
     assert batch.original_sizes.tolist() == [[48, 32], [30, 40], [30, 40], [48, 32]]
     assert batch.paths[2] == str(dataset.records[2].path)
     assert targets.valid.tolist() == [[False] * 3, [True, False, False], [True, True, False], [True] * 3]
-    assert targets.boxes.dtype == torch.float32 and targets.labels.dtype == torch.int64 and targets.masks.dtype == torch.uint8
+    assert (targets.boxes.dtype, targets.labels.dtype, targets.masks.dtype) == (torch.float32, torch.int64, torch.uint8)
     assert targets.masks.shape == (6, 48, 48) and targets.keypoints.shape == (4, 3, 2, 3)
     assert not targets.boxes[~targets.valid].any() and not targets.labels[~targets.valid].any()
     for i, record in enumerate(dataset.records[:4]):  # crowds and difficult objects are not among them
@@ -197,8 +199,9 @@ def test_ranks_share_what_one_process_has(dataset):
         assert first.targets.seeds.tolist() + second.targets.seeds.tolist() == batch.targets.seeds.tolist()
         for i, (half, place) in enumerate([(first, 0), (first, 1), (second, 0), (second, 1)]):
             height, width = batch.images.sizes[i]
-            assert torch.equal(half.images.pixels[place, :, :height, :width], batch.images.pixels[i, :, :height, :width])
-            assert torch.equal(half.targets.boxes[place][half.targets.valid[place]], batch.targets.boxes[i][batch.targets.valid[i]])
+            pixels, boxes = batch.images.pixels[i, :, :height, :width], batch.targets.boxes[i][batch.targets.valid[i]]
+            assert torch.equal(half.images.pixels[place, :, :height, :width], pixels)
+            assert torch.equal(half.targets.boxes[place][half.targets.valid[place]], boxes)
     with pytest.raises(ValueError, match="multiple of the number of processes, got 4 for 3"):
         batches(dataset, 1, world_size=3)
 
@@ -225,7 +228,8 @@ def test_an_image_differs_from_epoch_to_epoch(dataset):
 def test_data_that_does_not_fit_the_model(dataset):
     record = dataset.records[3]
     bare = replace(record, annotations=(replace(record.annotations[0], segmentation=None),))
-    with pytest.raises(ValueError, match=rf"1 without, such as annotation {bare.annotations[0].id} of .*3.png .*faster_rcnn"):
+    number = bare.annotations[0].id
+    with pytest.raises(ValueError, match=rf"1 without, such as annotation {number} of .*3.png .*faster_rcnn"):
         batches(replace(dataset, records=(bare,)), 1)
     with pytest.raises(ValueError, match="must have keypoints"):
         batches(replace(dataset, keypoint_names=()), 1)
@@ -239,7 +243,7 @@ def test_data_that_does_not_fit_the_model(dataset):
 def test_a_bad_image_is_told_in_one_line(dataset, tmp_path, workers):
     record = dataset.records[1]
     (tmp_path / "cut.png").write_bytes(record.path.read_bytes()[:600])
-    for change, message in (({"path": tmp_path / "cut.png"}, "must be readable, got .*cut.png|cut.png must be readable"),
+    for change, message in (({"path": tmp_path / "cut.png"}, "cut.png must be readable, got"),
                             ({"path": tmp_path / "gone.png"}, "must exist, got .*gone.png"),
                             ({"height": 31}, r"state, 40 x 31 px \(width x height\), got 40 x 30 \(.*1.png\). Correct"),
                             ({"height": 40, "width": 30}, "EXIF")):
@@ -250,7 +254,8 @@ def test_a_bad_image_is_told_in_one_line(dataset, tmp_path, workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_pipeline_that_fails_names_the_image(dataset, workers):
     augment = AugmentConfig(albumentations=({"RandomCrop": {"height": 999, "width": 9, "p": 1}},))
-    assert re.search(r"albumentations must apply .* \(.*\d.png\)", image_error(dataset, augment=augment, workers=workers))
+    told = image_error(dataset, augment=augment, workers=workers)
+    assert re.search(r"albumentations must apply .* \(.*\d.png\)", told)
 
 
 def image_error(dataset: Dataset, **options) -> str:

@@ -16,7 +16,8 @@ def load(path, role="train", split=None, on_invalid="error"):
 
 
 def test_boxes_and_flags(tmp_path, files):
-    objects = files.object("dog", (11, 6, 20, 30)) + files.object("cat", (1, 1, 40, 30), 1) + files.object(difficult=None)
+    objects = files.object("dog", (11, 6, 20, 30)) + files.object("cat", (1, 1, 40, 30), 1)
+    objects += files.object(difficult=None)
     files.voc(tmp_path, {"b": objects, "a": ""}, {"train": "b\na\n"})
     dataset = load(tmp_path)
     assert dataset.classes == VOC_CLASSES and dataset.category_ids == tuple(range(20))

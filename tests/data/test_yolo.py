@@ -38,8 +38,8 @@ def test_ways_to_name_the_images(tmp_path, files, yaml):
 
 
 def test_all_problems_are_told_at_once(tmp_path, files):
-    rows = ["0 .5 .5 .1 .1", "2 .5 .5 .1 .1", "0 .5 .5 0 .1", "0 1.5 .5 .1 .1", "0 nan .5 .1 .1", "0 .5 .5 .1", "0 x .5 .1 .1",
-            "0 .1 .1 .5 .1 .5", "0 .1 .1 .5 .1 .5 nan", "0.5 .5 .5 .1 .1"]
+    rows = ["0 .5 .5 .1 .1", "2 .5 .5 .1 .1", "0 .5 .5 0 .1", "0 1.5 .5 .1 .1", "0 nan .5 .1 .1", "0 .5 .5 .1",
+            "0 x .5 .1 .1", "0 .1 .1 .5 .1 .5", "0 .1 .1 .5 .1 .5 nan", "0.5 .5 .5 .1 .1"]
     files.yolo(tmp_path, {"a": "\n".join(rows), "b": None})
     (tmp_path / "images" / "train" / "b.png").write_bytes(b"no image")
     with pytest.raises(InvalidDataError) as caught:
@@ -52,9 +52,11 @@ def test_all_problems_are_told_at_once(tmp_path, files):
 
 @pytest.mark.parametrize(("yaml", "message"), [
     ("names: [a", "must be YAML"), ("train: images/train\n", "must have 'names'"),
-    ("train: images/train\nnames: {1: a}\n", "without gaps"), ("train: images/train\nnames: [a]\nnc: 2\n", "got 2 for 1"),
+    ("train: images/train\nnames: {1: a}\n", "without gaps"),
+    ("train: images/train\nnames: [a]\nnc: 2\n", "got 2 for 1"),
     ("path: nowhere\ntrain: images/train\nnames: [a]\n", "path must be a folder, got nowhere"),
-    ("train: nowhere\nnames: [a]\n", "got nowhere"), ("val: images/train\nnames: [a]\n", r"split 'train', got \['val'\]"),
+    ("train: nowhere\nnames: [a]\n", "got nowhere"),
+    ("val: images/train\nnames: [a]\n", r"split 'train', got \['val'\]"),
     ("train: images/train\nnames: [a]\nkpt_shape: [17, 3]\n", "kpt_shape")])
 def test_descriptions_that_cannot_be_used(tmp_path, files, yaml, message):
     files.yolo(tmp_path, {"a": "0 .5 .5 .1 .1"}, yaml)
