@@ -210,8 +210,9 @@ def _extracted(path: Path, folder: Path) -> Iterator[None]:
             for member in archive.infolist():
                 yield archive.extract(member, folder)
         else:
+            archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python < 3.10.12 has none
             for member in archive:
-                yield archive.extract(member, folder, filter="data")
+                yield archive.extract(member, folder)
 
 
 def _opened(path: Path) -> zipfile.ZipFile | tarfile.TarFile:
