@@ -54,7 +54,8 @@ def _coco(name: str, path: str, md5: str, size: int, unpacked: int) -> Archive:
 def _voc(name: str, year: int, md5: str, size: int) -> Archive:
     hosts = (f"https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}", f"http://host.robots.ox.ac.uk/pascal/VOC/voc{year}",
              "https://data.pjreddie.com/files")
-    return Archive(f"{name}.tar", tuple(f"{host}/{name}.tar" for host in hosts), md5, size, size, "VOCdevkit", "VOCdevkit")
+    urls = tuple(f"{host}/{name}.tar" for host in hosts)
+    return Archive(f"{name}.tar", urls, md5, size, size, "VOCdevkit", inner="VOCdevkit")
 
 
 ARCHIVES = {
@@ -231,8 +232,8 @@ def _move(source: Path, target: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset", choices=ARCHIVES)
-    parser.add_argument("parts", nargs="*", metavar="PART",
-                        help="; ".join(f"{name}: {', '.join(parts)}" for name, parts in ARCHIVES.items()) + " (default: all)")
+    known = "; ".join(f"{name}: {', '.join(parts)}" for name, parts in ARCHIVES.items())
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"{known} (default: all)")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, metavar="DIR",
                         help="(default: the folder of this script)")
     parser.add_argument("--keep", action="store_true", help="keep the archives")

@@ -1,4 +1,4 @@
-"""`detres train|eval|predict|config|data|demo`: arguments in, the library's functions called, errors told in one message.
+"""`detres train|eval|predict|config|data|demo`: arguments in, the library's functions called, errors in one message.
 
 Nothing heavy is imported before a command runs, so that help is instant.
 """
@@ -111,13 +111,14 @@ def _command(commands: argparse._SubParsersAction, name: str, run: Callable[[arg
 
 def _add_train(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _train, "train what a config describes",
-                      "Writes the run folder that the config names as output: checkpoints, logs, curves, results. Ctrl-C "
-                      "saves first.", rest="overrides")
+                      "Writes the run folder that the config names as output: checkpoints, logs, curves, results. "
+                      "Ctrl-C saves first.", rest="overrides")
     parser.add_argument("config", type=Path, help="YAML file, or the folder of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="fields of the config, such as train.lr=0.01")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
-    parser.add_argument("--num-gpus", type=_positive, default=1, metavar="N", help="processes on this machine, one a GPU")
+    parser.add_argument("--num-gpus", type=_positive, default=1, metavar="N",
+                        help="processes on this machine, one a GPU")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -137,9 +138,9 @@ def _train(args: argparse.Namespace) -> None:
 
 def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _eval, "measure weights on a data set",
-                      "Prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class. Without --data, "
-                      "on what the weights were validated on in training.")
-    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="weights file, or run folder: its best weights")
+                      "Prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class. Without "
+                      "--data, on what the weights were validated on in training.")
+    _add_weights(parser)
     parser.add_argument("--data", metavar="PATH", help="COCO, VOC or YOLO data set; recognised from the path")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set, such as test")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the detections as COCO results JSON")
@@ -158,7 +159,7 @@ def _eval(args: argparse.Namespace) -> None:
 def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _predict, "detect in images",
                       "Writes an annotated picture of each image, and predictions.json.", rest="images")
-    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", help="weights file, or run folder: its best weights")
+    _add_weights(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders or globs")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: predictions)")
     parser.add_argument("--score-thresh", type=_probability, default=0.5, metavar="P",
@@ -210,7 +211,7 @@ def _add_data(commands: argparse._SubParsersAction, name: str) -> None:
 
 def _add_shapes(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _shapes, "draw the built-in data set",
-                      "Scenes with boxes, masks, keypoints, crowds and empty images, all exact; the same for the same seed.")
+                      "Scenes with exact boxes, masks and keypoints, crowds, empty images; the same for the same seed.")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one that this command was interrupted in")
     parser.add_argument("--images", type=_positive, required=True, metavar="N", help="training images")
     parser.add_argument("--val", type=_count, metavar="M", help="held-out images (default: a fifth of N)")
@@ -243,6 +244,11 @@ def _demo(args: argparse.Namespace) -> None:
 
 COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "config": _add_config, "data": _add_data,
             "demo": _add_demo}
+
+
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS",
+                        help="weights file, or run folder: its best weights")
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -304,7 +304,8 @@ def _invalid(error: dict[str, Any], leaves: _Leaves) -> str:
             return f"{name} must be given{where}."
         name, loc = name.rpartition("[")[0], loc[:-1]  # an entry of a list: speak of the list
     if loc[-1] == "[key]":
-        return f"{name.rpartition('[')[0].rpartition('[')[0]} must have strings as keys, got {_flow(error['input'])}{where}."
+        name = name.rpartition("[")[0].rpartition("[")[0]
+        return f"{name} must have strings as keys, got {_flow(error['input'])}{where}."
     schema, value = _schema_at(loc), error["input"]
     hint = ""
     if schema.get("type") == "array" and not isinstance(value, (list, dict)):
@@ -396,7 +397,7 @@ def _lines(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _flow(value: Any) -> str:
-    rare_breaks = re.search(r"\\x85|\\u202[89]", repr(value))  # line breaks that PyYAML writes as they are, but reads as \n
+    rare_breaks = re.search(r"\\x85|\\u202[89]", repr(value))  # line breaks: PyYAML writes them as they are, reads \n
     text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), allow_unicode=not rare_breaks)
     return text.removesuffix("\n").removesuffix("\n...")
 

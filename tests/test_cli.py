@@ -75,7 +75,7 @@ def test_help_is_instant_and_imports_nothing_heavy():
     assert min(seconds) < 1 and "examples:" in result.stdout
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["eval"], ["predict"], ["config"], ["data"], ["data", "shapes"], ["demo"]])
+@pytest.mark.parametrize("command", [name.split() for name in cli.EXAMPLES], ids=" ".join)
 def test_every_command_has_a_description_and_examples(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main([*command, "--help"])
@@ -83,7 +83,6 @@ def test_every_command_has_a_description_and_examples(command, capsys):
     description, examples = text.split("\n\n")[1], text.split("examples:\n")[1]
     assert description.endswith(".") or "key=value" in text
     assert f"  {' '.join(['detres', *command])} " in f"{examples} ".replace("\n", " \n")
-    assert set(cli.EXAMPLES) >= {" ".join(command)}
 
 
 @pytest.mark.parametrize("line", [line.strip() for text in cli.EXAMPLES.values() for line in text.splitlines()
@@ -151,8 +150,8 @@ def test_train_on_several_gpus_launches_itself(folder, monkeypatch):
 
 def test_eval_and_predict(monkeypatch):
     call = Call(monkeypatch, evaluation_run, "evaluate_weights")
-    assert cli.main(["eval", "runs/a", "--data", "d", "--split", "test", "--metrics", "coco", "voc", "--batch-size", "3",
-                     "--save", "r.json", "--device", "cpu"]) == 0
+    assert cli.main(["eval", "runs/a", "--data", "d", "--split", "test", "--metrics", "coco", "voc", "--batch-size",
+                     "3", "--save", "r.json", "--device", "cpu"]) == 0
     assert call.arguments == {"path": Path("runs/a"), "data": "d", "split": "test", "save": Path("r.json"),
                               "metrics": ["coco", "voc"], "batch_size": 3, "device": "cpu"}
     assert cli.main(["eval", "runs/a"]) == 0
@@ -192,9 +191,9 @@ def test_config_into_a_closed_pipe():
 
 
 def test_data_shapes(folder):
-    assert cli.main(["data", "shapes", "both", "--images", "1", "--val", "0", "--size", "32", "48", "--preset", "easy"]) == 0
-    assert cli.main(["data", "shapes", "coco", "--images", "1", "--val", "0", "--size", "32", "48", "--preset", "easy",
-                     "--no-voc"]) == 0
+    options = ["--images", "1", "--val", "0", "--size", "32", "48", "--preset", "easy"]
+    assert cli.main(["data", "shapes", "both", *options]) == 0
+    assert cli.main(["data", "shapes", "coco", *options, "--no-voc"]) == 0
     image = next(iter(json.loads(next(Path("coco").rglob("instances_*.json")).read_text())["images"]))
     assert (image["height"], image["width"]) == (32, 48)
     assert list(Path("both").rglob("*.xml")) and not list(Path("coco").rglob("*.xml"))
@@ -270,7 +269,8 @@ def test_tools_train_net(folder, monkeypatch, capsys):
     call = Call(monkeypatch, engine_train, "train")
     main = _tool("train_net").main
     assert main(["--config-file", "a.yaml", "--num-gpus", "1", "train.lr=2", "--resume", "output=x"]) == 0
-    assert call.arguments["config"].train.lr == 2 and call.arguments["config"].output == "x" and call.arguments["resume"]
+    config = call.arguments["config"]
+    assert config.train.lr == 2 and config.output == "x" and call.arguments["resume"]
     assert main(["--config-file", "nope.yaml"]) == 1 and "must exist" in capsys.readouterr().err
     launch = Call(monkeypatch, distributed, "launch", SystemExit(0))
     with pytest.raises(SystemExit):

@@ -63,8 +63,8 @@ def test_chain_of_bases_and_overrides_with_origins(folder):
 
 
 def test_later_overrides_win_and_take_any_yaml():
-    config = load_config(None, ["train.lr=1", "train.lr=2", "train.milestones=[1_000, 2e3]", "data.val={path: a, split: b}",
-                                "model.backbone.weights=", "output=runs/a=b c",
+    config = load_config(None, ["train.lr=1", "train.lr=2", "train.milestones=[1_000, 2e3]",
+                                "data.val={path: a, split: b}", "model.backbone.weights=", "output=runs/a=b c",
                                 "data.augment.albumentations=[{Blur: {p: 0.5}}]"]).config
     assert config.train.lr == 2 and config.train.milestones == (1000, 2000)
     assert config.data.val == SourceConfig(path="a", split="b")
@@ -78,8 +78,8 @@ def test_numbers(folder, text, value):
     """YAML 1.1 takes some of these for strings."""
     assert load_config(None, [f"train.lr={text}"]).config.train.lr == value
     assert load_config(_write("a.yaml", f"train: {{lr: {text}}}")).config.train.lr == value
-    albumentations = load_config(None, [f"data.augment.albumentations=[{{a: {text}}}]"]).config.data.augment.albumentations
-    assert albumentations == ({"a": value},)  # where pydantic does not convert
+    config = load_config(None, [f"data.augment.albumentations=[{{a: {text}}}]"]).config
+    assert config.data.augment.albumentations == ({"a": value},)  # where pydantic does not convert
 
 
 @pytest.mark.parametrize("text", ["off", "no", "2024-01-01", "12:30", "1.2.3", "e5", "truely", "010"])
@@ -128,10 +128,11 @@ def test_what_is_printed_can_be_loaded(folder):
 
 
 texts = st.text(st.characters(codec="utf-8"))
-names = st.sampled_from(["1e-3", "null", "~", "true", "off", "1_0", ".5", "<<", "=", "2024-01-01", "0x1", "a: b", "- a", "",
-                         "\x85", "a\u2028", "caf\xe9"])
-values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | names | texts,
-                      lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names | texts, inner, max_size=2), max_leaves=4)
+names = st.sampled_from(["1e-3", "null", "~", "true", "off", "1_0", ".5", "<<", "=", "2024-01-01", "0x1", "a: b",
+                         "- a", "", "\x85", "a\u2028", "caf\xe9"])
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | names | texts,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(names | texts, inner, max_size=2), max_leaves=4)
 
 
 @settings(max_examples=40, deadline=None)
@@ -161,8 +162,9 @@ def test_all_problems_at_once(folder):
     path = _write("a.yaml", "base: base.yaml\nmodel:\n  backbone:\n    depth: 51\ntrain:\n  lr: -1\n  lr: -2\nfoo: 1\n")
     problems = _problems(path, "train.steps=x", "nonsense", "eval.metrics=[coco, vocc]")
     assert len(problems) == 8
-    for start in ("train.lr must be given once, got it twice (a.yaml:6 and a.yaml:7)", "train.larning_rate is not a known",
-                  "foo is not", "override must be key=value", "model.backbone.depth must be 18, 34, 50, 101 or 152, got 51",
+    for start in ("train.lr must be given once, got it twice (a.yaml:6 and a.yaml:7)", "foo is not",
+                  "train.larning_rate is not a known", "override must be key=value",
+                  "model.backbone.depth must be 18, 34, 50, 101 or 152, got 51",
                   "train.lr must be a number > 0, got -2 (a.yaml:7)", "eval.metrics[1] must be coco or voc, got vocc",
                   "train.steps must be an integer >= 1, got x (command line)"):
         assert any(problem.startswith(start) for problem in problems), start
@@ -190,14 +192,17 @@ def test_unknown_key_names_place_nearest_and_accepted(folder):
     ("train: {milestones: 5}", "train.milestones must be a list of entries (each an integer >= 1), got 5 (a.yaml:1). "
                                "Write a list: [5]."),
     ("train: {milestones: [5, x]}", "train.milestones[1] must be an integer >= 1, got x (a.yaml:1)."),
-    ("model: {input: {mean: [1, 2]}}", "model.input.mean must be a list of 3 entries (each a number), got [1, 2] (a.yaml:1)."),
-    ("model: {backbone: {width: 12}}", "model.backbone.width must be an integer >= 8 and a multiple of 8, got 12 (a.yaml:1)."),
+    ("model: {input: {mean: [1, 2]}}",
+     "model.input.mean must be a list of 3 entries (each a number), got [1, 2] (a.yaml:1)."),
+    ("model: {backbone: {width: 12}}",
+     "model.backbone.width must be an integer >= 8 and a multiple of 8, got 12 (a.yaml:1)."),
     ("train:\n", "train must be a mapping, got null (a.yaml:1)."),
     ("train: 3", "train must be a mapping, got 3 (a.yaml:1)."),
     ("data: {train: 3}", "data.train must be a path, or a mapping with one, or null, got 3 (a.yaml:1)."),
     ("data: {train: {split: a}}", "data.train.path must be given (a.yaml:1)."),
     ("data:\n  train: {}", "data.train.path must be given."),
-    ("data: {augment: {albumentations: [Blur]}}", "data.augment.albumentations[0] must be a mapping, got Blur (a.yaml:1)."),
+    ("data: {augment: {albumentations: [Blur]}}",
+     "data.augment.albumentations[0] must be a mapping, got Blur (a.yaml:1)."),
     ("data: {augment: {albumentations: [{Blur: 1, 2: 3}]}}",
      "data.augment.albumentations[0] must have strings as keys, got 2 (a.yaml:1)."),
     ("train: {batch_size: 6}\n", "train: batch_size must be a multiple of accumulate, got 6 and 4 "

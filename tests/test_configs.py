@@ -118,8 +118,9 @@ def test_every_field_is_read(tmp_path, monkeypatch):
     data = write_shapes(tmp_path / "data", 2, options=ShapesOptions("easy", size=(48, 64)), val_images=1,
                         formats=("coco",), progress=False)
     config = load_config("configs/demo.yaml", [
-        f"data.train={data}", f"data.val={data}", f"output={tmp_path / 'run'}", "data.workers=0", "train.steps=1",
-        "train.batch_size=2", "train.reference_batch_size=2", "model.input.min_size=48", "model.input.max_size=64"]).config
+        f"data.train={data}", f"data.val={data}", f"output={tmp_path / 'run'}", "data.workers=0",
+        "train.steps=1", "train.batch_size=2", "train.reference_batch_size=2",
+        "model.input.min_size=48", "model.input.max_size=64"]).config
     monkeypatch.setattr(Section, "__getattribute__", watched_get)
     monkeypatch.setattr(Section, "model_dump", watched_dump, raising=False)
     train(config)

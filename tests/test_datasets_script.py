@@ -96,9 +96,8 @@ def server(monkeypatch):
 
 
 def _archive(server: Server, file: str = "val2017.zip", folder: str = "coco", inner: str = ""):
-    data = server.files[file]
-    return download.Archive(file, (f"{server.url}/{file}",), hashlib.md5(data).hexdigest(), len(data), len(data), folder,
-                            inner)
+    data, urls = server.files[file], (f"{server.url}/{file}",)
+    return download.Archive(file, urls, hashlib.md5(data).hexdigest(), len(data), len(data), folder, inner)
 
 
 def test_goes_on_after_broken_connections(server, tmp_path):
