@@ -15,6 +15,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import parse_args, run
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -128,12 +131,16 @@ def wrap(model: nn.Module) -> nn.Module:
 
 
 def launch(processes: int, command: Sequence[str]) -> NoReturn:
-    """Becomes torchrun with `processes` processes on this machine, each running `python *command`.
+    """torchrun in this process, without its tracebacks: `python *command` `processes` times on this machine.
 
-    The process is replaced, so that signals reach torchrun directly and its exit status is the command's.
+    Raises SystemExit with the status of the command.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [*torchrun, *command])
+    options = parse_args(["--standalone", f"--nproc-per-node={processes}", *command])
+    try:
+        run(options)
+    except SignalException as stopped:  # after the processes, which were sent the signal too, have ended
+        raise SystemExit(128 + stopped.sigval) from None
+    except ChildFailedError as failed:  # they have said why
+        raise SystemExit(failed.get_first_failure()[1].exitcode) from None
+    raise SystemExit(0)

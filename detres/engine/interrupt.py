@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 from typing import TypeVar
 
-from detres.engine.distributed import any_rank, is_distributed
+from detres.engine.distributed import any_rank, is_distributed, rank
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -41,8 +44,8 @@ class Interrupt:
                 raise KeyboardInterrupt
             return  # torchrun and batch systems follow up with SIGTERM
         self.signal = number
-        # Not print: a handler may run in the middle of another print.
-        os.write(2, b"\nFinishing this step, then saving. Ctrl-C again quits at once, without saving.\n")
+        if rank() == 0:  # not by print: a handler may run in the middle of another print
+            os.write(2, b"\nFinishing this step, then saving. Ctrl-C again quits at once, without saving.\n")
 
     def check(self) -> None:
         """Raises Interrupted on every rank if any was signalled."""
@@ -65,12 +68,22 @@ def start(batches: Iterable[T]) -> Iterator[T]:
     """An iterator whose loader processes are started deaf to signals.
 
     Ctrl-C in a terminal, and batch systems, signal the whole process group: loader processes would die of it and take
-    the step that is to be finished with them. They end when their parent does. A process inherits the signal mask.
+    the step that is to be finished with them. They end with their iterator, or when their parent does.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    before = set(active_children())
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a process inherits the mask
     try:
         iterator = iter(batches)
         first = list(islice(iterator, 1))  # a loader may start its processes only now
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        if started := set(active_children()) - before:
+            atexit.register(_end, started)
     return chain(first, iterator)
+
+
+def _end(processes: Iterable[BaseProcess]) -> None:
+    """At exit Python would ask them by SIGTERM, and wait: after an error, whose traceback keeps iterators alive."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler would complain of their end
+    for process in processes:
+        process.kill()

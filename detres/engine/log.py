@@ -89,6 +89,7 @@ class RunLog:
         self._active = rank() == 0
         self._console = Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
         self._live: _LiveLine | None = None
+        self._last_words = ("", "")  # speed and losses
 
     def __enter__(self) -> RunLog:
         if self._active:
@@ -135,10 +136,11 @@ class RunLog:
                "images_per_second": steps * self.batch_size / seconds, "waiting_for_data": self._waited / seconds,
                "memory_gib": peak_memory_gib()}
         self._note(row, "train/")
+        self._last_words = speed, losses = _speed(row, self.steps), _losses(row)
         if self._live:
-            self._live.show(_speed(row, self.steps), _losses(row))
+            self._live.show(speed, losses)
         else:
-            self.say(f"step {self.step:>{len(str(self.steps))}}/{self.steps}  {_losses(row)}  {_speed(row, self.steps)}")
+            self.say(f"step {self.step:>{len(str(self.steps))}}/{self.steps}  {losses}  {speed}")
         self._noted, self._since, self._waited = self.step, now, 0.0
 
     def evaluation(self, metrics: Row) -> None:
@@ -179,6 +181,7 @@ class RunLog:
     def _show(self) -> None:
         if self._active and sys.stderr.isatty():
             self._live = _LiveLine(self._console, self.step, self.steps)
+            self._live.show(*self._last_words)
             self._live.start()
 
     def _hide(self) -> None:
@@ -214,7 +217,7 @@ def _losses(row: Row) -> str:
 def _speed(row: Row, steps: int) -> str:
     left = (steps - row["step"]) / row["steps_per_second"]
     return (f"{row['steps_per_second']:.2f} it/s  {row['images_per_second']:.1f} images/s  "
-            f"data {100 * row['waiting_for_data']:.0f}%  {row['memory_gib']:.2f} GiB  {clock(left)} left")
+            f"data wait {100 * row['waiting_for_data']:.0f}%  {row['memory_gib']:.2f} GiB  {clock(left)} left")
 
 
 def clock(seconds: float) -> str:

@@ -97,6 +97,13 @@ def test_ctrl_c_saves_and_says_how_to_resume(detector_config, run_cli, final_wei
     assert_equal(weights_of(config.output), final_weights)
 
 
+def test_a_run_that_fails_ends_with_its_loader_processes(detector_config, run_cli):
+    process = run_cli(detector_config(lr=1e9, warmup_steps=0, ema=None))
+    _, told = process.communicate(timeout=60)  # as long as a loader process lives, it holds the pipe
+    assert process.returncode == 1
+    assert "error: losses and gradients must be finite" in told and told.count(".jpg") == 4 and "Traceback" not in told
+
+
 def test_two_processes_give_the_losses_of_one(detector_config, tmp_path, one_thread):
     """Through `--num-gpus 2`, that is torchrun, with gloo on the CPU."""
     options = {"steps": 4, "lr": 0.002, "ema": None, "checkpoint_every": 100}

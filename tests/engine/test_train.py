@@ -174,6 +174,15 @@ def test_without_validation_the_loss_is_the_result(fit_dot, tmp_path):
     assert not (tmp_path / "run" / "checkpoints" / "best.safetensors").exists()
 
 
+def test_what_compiles_is_compiled(fit_dot, dot, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *args, **options: compiled.append(self))
+    fit_dot(steps=1)
+    assert not compiled
+    fit_dot(steps=1, compile=True)
+    assert compiled == [dot.backbone]
+
+
 # ---- what stops a run ----------------------------------------------------------------------------------------------
 
 
