@@ -171,13 +171,13 @@ class TrainState:
                 torch.save(state, temporary)
 
     def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over what `load_state` read, except for the random numbers (`restore_rng`)."""
-        self.model.load_state_dict(saved["model"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        """Takes over what `load_state` read, out of `saved`, except for the random numbers (`restore_rng`)."""
+        self.model.load_state_dict(saved.pop("model"))
+        self.optimizer.load_state_dict(saved.pop("optimizer"))
         if self.ema:
-            self.ema.model.load_state_dict(saved["ema"])
+            self.ema.model.load_state_dict(saved.pop("ema"))
         for name in _PLAIN:
-            setattr(self, name, saved[name])
+            setattr(self, name, saved.pop(name))
 
 
 _PLAIN = ("step", "evaluated", "metrics", "best", "stale", "rows")

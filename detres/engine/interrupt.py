@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 class Interrupt:
-    """Remembers a signal while it is entered. Outside the main thread, where Python allows no handlers, it does nothing."""
+    """Remembers a signal while it is entered. Does nothing outside the main thread: Python allows no handlers there."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

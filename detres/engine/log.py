@@ -29,6 +29,12 @@ from detres.structures import Batch
 Row = dict[str, float]
 
 
+def tell(text: str) -> None:
+    """A line for people, before there is a `RunLog`."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
 class LossWindow:
     """Losses since the last row, kept on the device: reading them is one transfer and the only wait for the device.
 
@@ -162,7 +168,7 @@ class RunLog:
             lines.setdefault(row["step"], {}).update(row)
         columns = list({name: None for row in self.rows for name in row})
         if self._active:
-            with atomic_write(self.folder / "metrics.csv") as path, open(path, "w", newline="", encoding="utf-8") as file:
+            with atomic_write(self.folder / "metrics.csv") as path, path.open("w", newline="") as file:
                 writer = csv.DictWriter(file, columns)
                 writer.writeheader()
                 writer.writerows(lines.values())
@@ -210,7 +216,7 @@ class _LiveLine(Progress):
 
 
 def _losses(row: Row) -> str:
-    terms = " ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
+    terms = " ".join(f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
     return f"loss {row['loss']:.3f} ({terms})  lr {row['lr']:.2g}"
 
 

@@ -49,8 +49,9 @@ class Schedule:
         text = f"{self.kind}: lr {self.lr:g}, {self.steps} steps, warm-up {self.warmup_steps}{decay}"
         if train.batch_size == train.reference_batch_size:
             return f"{text} (batch {train.batch_size}, as stated: no scaling)"
-        return (f"{text} (linear rule: x{train.batch_size / train.reference_batch_size:g} for batch {train.batch_size}, "
-                f"stated for {train.reference_batch_size}: lr {train.lr:g}, {train.steps} steps)")
+        ratio = train.batch_size / train.reference_batch_size
+        return (f"{text} (linear rule: x{ratio:g} for batch {train.batch_size}, stated for "
+                f"{train.reference_batch_size}: lr {train.lr:g}, {train.steps} steps)")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias: bool) -> list[dict]:
@@ -98,14 +99,14 @@ class EMA:
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False)
         self.decay = decay
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        self._floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        self._others = [pair for pair in pairs if not pair[0].is_floating_point()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, step: int) -> None:
-        """Moves the average towards `model` after update `step`, counted from 0. Integers are copied."""
-        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
-        floats = [(average, value) for average, value in pairs if average.is_floating_point()]
-        averages, values = zip(*floats)
+    def update(self, step: int) -> None:
+        """Moves the average towards the model after update `step`, counted from 0. Integers are copied."""
+        averages, values = zip(*self._floats)
         torch._foreach_lerp_(averages, values, 1 - min(self.decay, (1 + step) / (10 + step)))
-        for average, value in pairs:
-            if not average.is_floating_point():
-                average.copy_(value)
+        for average, value in self._others:
+            average.copy_(value)

@@ -1,8 +1,7 @@
 """Training: one loop that reads from top to bottom.
 
-    train    from a config: data, model, evaluators
-    fit      the loop
-    backward one step's gradients
+    train   from a config: data, model, evaluators
+    fit     the loop; the gradients of a step are in `step.backward`
 
 The state of a run is in `checkpoint.TrainState`; the batch of a step, its learning rate and its sampling depend on
 nothing but the seed and the step. So a run that was killed and resumed gives the weights of one that was not: bit for
@@ -14,31 +13,30 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from detres.build import build_model
-from detres.config import Config, TrainConfig
+from detres.config import Config
 from detres.data.dataset import Dataset, load_dataset
 from detres.data.loader import build_loader
 from detres.engine import distributed
 from detres.engine.checkpoint import TrainState, WeightsMeta, atomic_write, preserved_rng, restore_rng, save_weights
 from detres.engine.failures import explain_out_of_memory
 from detres.engine.interrupt import Interrupt, Interrupted, start
-from detres.engine.log import LossWindow, RunLog
+from detres.engine.log import LossWindow, RunLog, tell
 from detres.engine.optim import EMA, Schedule, build_optimizer, clip_gradients, set_lr
 from detres.engine.plots import plot_curves
 from detres.engine.run_folder import open_run, resume_command, write_config
+from detres.engine.step import backward
 from detres.evaluation.base import EvalResult, Evaluator
 from detres.evaluation.run import align_classes, build_evaluators, evaluate
-from detres.structures import Batch, Targets
+from detres.structures import Batch
 from detres.weights.torchvision import load_backbone
 
 Metrics = dict[str, float]
@@ -52,13 +50,13 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
     loss that is not finite, torch.OutOfMemoryError; SystemExit(128 + signal) after Ctrl-C or SIGTERM, saved.
     """
     with distributed.process_group(config.device) as device:
-        interrupt = Interrupt()
-        _check_parts(config.train)
-        if config.data.train is None:
-            raise ValueError("data.train must be given to train, got null. Say data.train=PATH.")
+        _check(config)
         saved = open_run(config, resume)
+        if resume and saved is None:
+            tell(f"No checkpoint to resume from in {config.output}: from the beginning.")
         seed_everything(config.train.seed)
         dataset = load_dataset(config.data.train, "train", config.data.on_invalid)
+        tell(f"Training on {len(dataset.records)} images of {dataset.name}, {len(dataset.classes)} classes")
         with_masks = config.model.name == "mask_rcnn"
         ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "device_type": device.type}
         loader = partial(build_loader, dataset, config.model.input, config.data, batch_size=config.train.batch_size,
@@ -67,6 +65,7 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
         if saved is None:
             with distributed.first_on_each_machine():
                 load_backbone(model, config.model)
+        interrupt = Interrupt()
         validate = _validation(config, dataset, device, with_masks, interrupt, ranks) if config.data.val else None
         about = {"classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
         return fit(config, model, lambda step: loader(start_step=step), validate, device, interrupt, about, saved)
@@ -78,7 +77,7 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
     """The loop. `loader(step)` gives the batches from a step on; `about` is kept with the weights: classes, ids."""
     options, folder = config.train, Path(config.output)
     schedule = Schedule.scaled(options)
-    model.to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format).train()
+    model.train().to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     state = TrainState(model, build_optimizer(model, options), EMA(model, options.ema) if options.ema else None)
     if saved:
         state.restore(saved)
@@ -98,7 +97,7 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
     write_config(config)
     with interrupt, RunLog(folder, state.rows, state.step, schedule.steps, options.batch_size) as log:
         log.say(schedule.describe(options))
-        log.say(f"{'Resuming at' if saved else 'Starting at'} step {state.step} on {device}, in {folder}")
+        log.say(f"{'Resuming' if saved else 'Starting'} at step {state.step} on {device}, in {folder}")
         batches = start(loader(state.step)) if state.step < schedule.steps else iter(())
         _seed_rank(options.seed, saved)
         try:
@@ -125,7 +124,7 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
                     state.optimizer.step()
                     state.optimizer.zero_grad()
                 if state.ema:
-                    state.ema.update(model, state.step)
+                    state.ema.update(state.step)
                 state.step += 1
 
                 log.advance(state.step)
@@ -138,49 +137,6 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
             log.say(f"Saved at step {state.step} of {schedule.steps}. Resume with:\n  {resume_command(config)}")
             raise SystemExit(interrupt.exit_code) from None
     return _finish(config, state, about)
-
-
-def backward(model: nn.Module, batch: Batch, device: torch.device, options: TrainConfig) -> dict[str, Tensor]:
-    """Adds the gradients of a batch's losses, in `options.accumulate` parts one after another.
-
-    Returns the losses, averaged over parts, on the device. Losses are divided by counts (of sampled boxes, of
-    positive ones), each part by its own; so where all parts have the same counts, the gradient is that of the whole
-    batch to rounding, and where they differ, images of smaller counts weigh a little more.
-    """
-    total: dict[str, Tensor] = {}
-    memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
-    parts = split(batch, options.accumulate)
-    for i, part in enumerate(parts):
-        part = part.to(device, non_blocking=True)
-        images = replace(part.images, pixels=part.images.pixels.contiguous(memory_format=memory_format))
-        is_waiting = i < len(parts) - 1 and distributed.is_distributed()
-        with model.no_sync() if is_waiting else nullcontext():  # ranks exchange gradients in the last part only
-            with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-                losses = model(images, part.targets)
-            (sum(losses.values()) / len(parts)).backward()
-        for name, loss in losses.items():
-            total[name] = total.get(name, 0) + loss.detach() / len(parts)
-    return total
-
-
-def split(batch: Batch, parts: int) -> list[Batch]:
-    """A batch on the host as `parts` batches of consecutive images, on the same canvas."""
-    if parts == 1:
-        return [batch]
-    size = len(batch.paths) // parts
-    instances = batch.targets.valid.sum(1).split(size)
-    ends = torch.tensor([int(counts.sum()) for counts in instances]).cumsum(0).tolist()
-    pieces = []
-    for i, (begin, end) in enumerate(zip([0, *ends], ends)):
-        rows = slice(i * size, (i + 1) * size)
-        targets = batch.targets
-        targets = Targets(
-            boxes=targets.boxes[rows], labels=targets.labels[rows], valid=targets.valid[rows], seeds=targets.seeds[rows],
-            masks=None if targets.masks is None else targets.masks[begin:end],
-            keypoints=None if targets.keypoints is None else targets.keypoints[rows])
-        images = replace(batch.images, pixels=batch.images.pixels[rows], sizes=batch.images.sizes[rows])
-        pieces.append(Batch(images, targets, batch.image_ids[rows], batch.paths[rows], batch.original_sizes[rows]))
-    return pieces
 
 
 def seed_everything(seed: int) -> None:
@@ -197,11 +153,21 @@ def _seed_rank(seed: int, saved: dict[str, Any] | None) -> None:
         restore_rng(saved["rng"][rank])
 
 
-def _check_parts(options: TrainConfig) -> None:
+def _check(config: Config) -> None:
+    """Refuses what cannot be trained as it is stated."""
+    options, data = config.train, config.data
+    if data.train is None:
+        raise ValueError("data.train must be given to train, got null. Say data.train.path=PATH.")
+    if data.val is None and (options.eval_every or options.patience or options.keep_best != "auto"):
+        raise ValueError("data.val must be given for train.eval_every, patience and keep_best, got null. "
+                         "Say data.val.path=PATH.")
+    if options.patience and not options.eval_every:
+        raise ValueError("train.eval_every must be given for train.patience to stop early, got null.")
     unit = options.accumulate * distributed.world_size()
     if options.batch_size % unit:
-        raise ValueError(f"train.batch_size must be a multiple of processes x train.accumulate, got {options.batch_size} "
-                         f"for {distributed.world_size()} x {options.accumulate}. Take a multiple of {unit}.")
+        raise ValueError(f"train.batch_size must be a multiple of processes x train.accumulate, got "
+                         f"{options.batch_size} for {distributed.world_size()} x {options.accumulate}. "
+                         f"Take a multiple of {unit}.")
 
 
 def _validation(config: Config, dataset: Dataset, device: torch.device, with_masks: bool, interrupt: Interrupt,
@@ -254,6 +220,6 @@ def _finish(config: Config, state: TrainState, about: dict[str, Any]) -> Metrics
         plot_curves(state.rows, folder / "curves.png", title=str(folder))
         kept = "best" if state.best else "final"
         metrics = EvalResult({name: value for name, value in results.items() if name != "step"})
-        print(f"{metrics.table()}\n\nThese are of step {results['step']:.0f}, weights {folder}/checkpoints/{kept}.safetensors."
-              f"\nLogs, results and curves are in {folder}.", flush=True)
+        print(f"{metrics.table()}\n\nThese are of step {results['step']:.0f}, weights "
+              f"{folder}/checkpoints/{kept}.safetensors.\nLogs, results and curves are in {folder}.", flush=True)
     return results

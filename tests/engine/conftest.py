@@ -22,7 +22,8 @@ from detres.structures import Batch, ImageBatch, Targets
 MODEL = {"input": {"min_size": 64, "max_size": 96},
          "backbone": {"depth": 18, "width": 8, "weights": None, "norm": "gn", "freeze_stages": 0},
          "fpn": {"channels": 16}, "anchors": {"sizes": [[12], [24], [48], [96], [160]]},
-         "rpn": {"pre_nms_topk_train": 100, "pre_nms_topk_test": 100, "post_nms_topk_train": 50, "post_nms_topk_test": 50},
+         "rpn": {"pre_nms_topk_train": 100, "pre_nms_topk_test": 100, "post_nms_topk_train": 50,
+                 "post_nms_topk_test": 50},
          "box_head": {"batch_per_image": 16, "fc_dim": 32}, "mask_head": {"channels": 16, "convs": 1}}
 TRAIN = {"batch_size": 4, "reference_batch_size": 4, "lr": 0.01, "steps": 12, "milestones": [8], "warmup_steps": 4,
          "precision": "fp32", "log_every": 1, "checkpoint_every": 4, "ema": 0.9}
@@ -33,8 +34,8 @@ def shapes(tmp_path_factory) -> Path:
     from detres.data.shapes import ShapesOptions, write_shapes
 
     folder = tmp_path_factory.mktemp("shapes")
-    return write_shapes(folder, 10, options=ShapesOptions(preset="easy", size=(64, 96)), val_images=4, formats=("coco",),
-                        progress=False)
+    return write_shapes(folder, 10, options=ShapesOptions(preset="easy", size=(64, 96)), val_images=4,
+                        formats=("coco",), progress=False)
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +57,7 @@ def run_cli(tmp_path: Path) -> Callable[..., subprocess.Popen]:
     def run(config: Config, *options: str, prelude: str = "") -> subprocess.Popen:
         path = tmp_path / "config.yaml"
         path.write_text(dump_yaml(config))
-        code = f"import sys\n{prelude}\nfrom detres.cli import main\nsys.exit(main(['train', {str(path)!r}, *{options!r}]))"
+        code = f"import sys\n{prelude}\nfrom detres.cli import main\nsys.exit(main({['train', str(path), *options]}))"
         return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True)
 
@@ -123,8 +124,8 @@ def fit_dot(tmp_path: Path, dot: Dot, monkeypatch) -> Callable[..., dict[str, fl
 
     monkeypatch.setattr("detres.engine.train.plot_curves", lambda rows, path, title: None)
 
-    def run(validate=None, model: nn.Module = dot, resume: bool = False, loader=None, interrupt: Interrupt | None = None,
-            **train: Any) -> dict[str, float]:
+    def run(validate=None, model: nn.Module = dot, resume: bool = False, loader=None,
+            interrupt: Interrupt | None = None, **train: Any) -> dict[str, float]:
         options = {**TRAIN, "steps": 10, "lr": 0.1, "ema": None, **train}
         config = Config.model_validate({"output": str(tmp_path / "run"), "device": "cpu", "train": options})
         last = tmp_path / "run" / "checkpoints" / "last.pt"

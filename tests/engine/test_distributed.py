@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from detres.config import TrainConfig
 from detres.engine import distributed
-from detres.engine.train import backward
+from detres.engine.step import backward
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ from detres.engine.optim import EMA, Schedule, build_optimizer, clip_gradients, 
 
 def test_multistep_by_hand():
     schedule = Schedule(lr=0.02, steps=100, kind="multistep", milestones=(60, 80), warmup_steps=10, warmup_factor=0.1)
-    expected = {0: 0.002, 5: 0.02 * (0.1 + 0.9 * 0.5), 9: 0.02 * 0.91, 10: 0.02, 59: 0.02, 60: 0.002, 79: 0.002, 80: 0.0002}
+    expected = {0: 0.002, 5: 0.02 * (0.1 + 0.9 * 0.5), 9: 0.02 * 0.91, 10: 0.02, 59: 0.02, 60: 0.002, 79: 0.002,
+                80: 0.0002}
     assert {step: schedule.at(step) for step in expected} == pytest.approx(expected)
 
 
@@ -59,7 +60,9 @@ def test_optimizer_steps_as_torch_documents_it(name):
     nets[1].load_state_dict(nets[0].state_dict())
     options = {"lr": 0.03, "weight_decay": 0.01, "fused": False, "foreach": False}
     trainable = [p for p in nets[1].parameters() if p.requires_grad]
-    plain = torch.optim.AdamW(trainable, **options) if name == "adamw" else torch.optim.SGD(trainable, momentum=0.8, **options)
+    plain = torch.optim.AdamW(trainable, **options)
+    if name == "sgd":
+        plain = torch.optim.SGD(trainable, momentum=0.8, **options)
     ours = build_optimizer(nets[0], train)
     set_lr(ours, 0.03)
     images = torch.randn(2, 3, 6, 6)
@@ -98,10 +101,10 @@ def test_ema_by_hand():
     net.weight.data.fill_(2.0)
     net.running_mean.fill_(10.0)
     net.num_batches_tracked.fill_(3)
-    ema.update(net, step=0)  # decay min(0.5, 1 / 10)
+    ema.update(step=0)  # decay min(0.5, 1 / 10)
     assert ema.model.weight.item() == pytest.approx(1.9)
     assert ema.model.running_mean.item() == pytest.approx(9.0)
     assert ema.model.num_batches_tracked.item() == 3
-    ema.update(net, step=100)  # decay 0.5
+    ema.update(step=100)  # decay 0.5
     assert ema.model.weight.item() == pytest.approx(1.95)
     assert net.weight.item() == 2.0 and net.weight.requires_grad and not ema.model.weight.requires_grad

@@ -67,6 +67,7 @@ def test_killed_and_resumed_gives_the_same_bits(detector_config, run_cli, final_
     process = run_cli(config, "--resume", prelude=KILL_IN_FILE.format(step=8))
     _, told = process.communicate(timeout=100)
     assert process.returncode == -signal.SIGKILL, told
+    assert ("from the beginning" in told) == (step < 4)
     assert last.with_name("last.pt.tmp").exists() and load_state(last)["step"] == 4
 
     train(config, resume=True)
