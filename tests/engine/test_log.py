@@ -27,14 +27,15 @@ def test_only_files_of_the_rank_with_the_bad_loss_are_named(batch, monkeypatch):
 
 def test_a_terminal_shows_one_live_line(tmp_path, monkeypatch):
     screen = io.StringIO()
-    monkeypatch.setattr(module, "Console", lambda stderr, **options: Console(file=screen, force_terminal=True, width=160,
-                                                                           **options))
+    monkeypatch.setattr(module, "Console", lambda stderr, **options: Console(
+        file=screen, force_terminal=True, width=160, **options))
     monkeypatch.setattr(module.sys.stderr, "isatty", lambda: True, raising=False)
     with RunLog(tmp_path, [], step=0, steps=8, batch_size=2) as log:
         log.advance(4)
         log.train(VALUES, lr=0.01)
         with log.paused():
             assert log._live is None
+        assert log._live is not None
         log.say("a line of its own")
     shown = screen.getvalue()
     assert "4/8" in shown and "loss 0.750 (cls 0.500 box 0.250)  lr 0.01" in shown and "a line of its own" in shown
