@@ -68,7 +68,8 @@ def build_roi_heads(config: ModelConfig, num_classes: int, backbone: nn.Module, 
     if config.name == "mask_rcnn":
         mask_head = MaskHead(mask_in, num_classes, config.mask_head.channels, config.mask_head.convs)
     return RoIHeads(build_pool(config.pool, backbone.strides), box_head, BoxPredictor(dim, num_classes, class_agnostic),
-                    mask_head, num_classes=num_classes, mask_resolution=mask_resolution, **options)
+                    mask_head, num_classes=num_classes, mask_resolution=mask_resolution,
+                    mask_aligned=config.pool.aligned, **options)
 
 
 def build_pool(config: PoolConfig, strides: list[int]) -> Pool:

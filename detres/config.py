@@ -45,6 +45,13 @@ class BackboneConfig(Section):
     freeze_stages: Annotated[int, Field(ge=0, le=5)] = Field(2, description="0 none, 1 the stem, 2 stem and stage 2 ...")
     activation_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, about 30 % slower")
 
+    @model_validator(mode="after")
+    def _statistics_once(self):
+        if self.activation_checkpointing and self.norm in ("bn", "sync_bn"):
+            raise ValueError(f"activation_checkpointing must go with norm frozen_bn or gn, got norm={self.norm}: "
+                             "recomputation would update its statistics twice a step")
+        return self
+
 
 class FPNConfig(Section):
     channels: Count = 256

@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import generalized_box_iou_loss
 
-from detres.engine.distributed import mean_over_ranks
-from detres.geometry.boxes import decode, encode
+from detres.engine.distributed import mean_over_ranks, world_size
+from detres.geometry.boxes import constant, decode, encode
 
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the deltas in box heads (py-faster-rcnn: one over their deviations)
 
 
 def _normalizer(count: Tensor) -> Tensor:
-    return mean_over_ranks(count.float()).clamp(min=1)
+    return mean_over_ranks(count.float()).clamp(min=1 / world_size())
 
 
 def box_regression(deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, positive: Tensor, kind: str, beta: float,
@@ -30,7 +30,7 @@ def box_regression(deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, positive: 
     its corner at `beta`; giou: arXiv 1902.09630.
     """
     deltas = deltas.float()
-    unit = anchors.new_tensor([0.0, 0.0, 1.0, 1.0])
+    unit = constant((0.0, 0.0, 1.0, 1.0), anchors.device, anchors.dtype)
     anchors = torch.where(positive[..., None], anchors, unit)  # padded rows must not make NaN gradients
     gt_boxes = torch.where(positive[..., None], gt_boxes, unit)
     if kind == "giou":

@@ -33,8 +33,7 @@ def evaluate(config_file: str, overrides: Sequence[str]) -> None:
     from detres.evaluation.run import evaluate_weights
 
     config = load_config(config_file, overrides).config
-    val = config.data.val
-    evaluate_weights(config.output, data=val and val.path, split=val and val.split, metrics=config.eval.metrics,
+    evaluate_weights(config.output, data=config.data.val, metrics=config.eval.metrics,
                      batch_size=config.eval.batch_size, device=config.device)
 
 

@@ -98,13 +98,13 @@ def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
     return result.merged(EvalResult(losses))
 
 
-def evaluate_weights(path: str | Path, *, data: str | None = None, split: str | None = None,
+def evaluate_weights(path: str | Path, *, data: str | SourceConfig | None = None, split: str | None = None,
                      save: str | Path | None = None, metrics: Sequence[Literal["coco", "voc"]] | None = None,
                      batch_size: int | None = None, device: str = "auto") -> dict[str, float]:
     """Evaluate a weights file or a run folder; print the table; return the metrics.
 
     `data` and `split` default to what the weights were validated on in training, `metrics` and `batch_size` to their
-    config. `save` is a file for the detections as COCO results, which pycocotools' `loadRes` reads.
+    config. The precision is that of training, so the numbers are those of the run. `save` is a file for the detections as COCO results, which pycocotools' `loadRes` reads.
     """
     model, meta, config = load_model(path, device)
     dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
@@ -113,7 +113,7 @@ def evaluate_weights(path: str | Path, *, data: str | None = None, split: str | 
     evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks)
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size or config.eval.batch_size,
                           training=False, with_masks=False, device_type=device_of(model).type)
-    result = evaluate(model, loader, evaluators, device_of(model))
+    result = evaluate(model, loader, evaluators, device_of(model), precision=config.train.precision)
     if save is not None:
         save_results(max(evaluators, key=lambda evaluator: evaluator.with_masks), save)
     print(f"{dataset.name}: {len(dataset.records)} images, weights {path} (step {meta.step})\n{result.table()}")
@@ -124,8 +124,8 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _source(default: SourceConfig | None, data: str | None, split: str | None, weights: str | Path) -> SourceConfig:
-    source = SourceConfig(path=data) if data is not None else default
+def _source(default: SourceConfig | None, data: str | SourceConfig | None, split: str | None, weights: str | Path) -> SourceConfig:
+    source = SourceConfig(path=data) if isinstance(data, str) else data or default
     if source is None:
         raise ValueError("a data set must be given for weights that were trained without one to validate on, got none "
                          f"({weights}). Say which with --data.")

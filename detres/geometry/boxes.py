@@ -6,11 +6,18 @@ Boxes are (..., 4) xyxy in pixels, continuous coordinates. Everything broadcasts
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 MAX_LOG_SCALE = math.log(1000 / 16)  # bound on dw, dh in decoding: a 16 px anchor never grows past 1000 px
+
+
+@lru_cache(maxsize=1024)
+def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A small tensor, kept: made anew on a GPU it would be a copy that the host waits for. Not to be changed in place."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def area(boxes: Tensor) -> Tensor:
@@ -57,14 +64,14 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 1
     box_wh = boxes[..., 2:] - boxes[..., :2]
     shift = (boxes[..., :2] + 0.5 * box_wh - anchors[..., :2] - 0.5 * anchor_wh) / anchor_wh
     deltas = torch.cat([shift, torch.log(box_wh / anchor_wh)], -1)
-    return deltas * deltas.new_tensor(weights)
+    return deltas * constant(tuple(weights), deltas.device, deltas.dtype)
 
 
 def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
     """The inverse of `encode`; dw and dh are limited to `MAX_LOG_SCALE`."""
     anchor_wh = anchors[..., 2:] - anchors[..., :2]
     center = anchors[..., :2] + 0.5 * anchor_wh
-    deltas = deltas / deltas.new_tensor(weights)
+    deltas = deltas / constant(tuple(weights), deltas.device, deltas.dtype)
     center = center + deltas[..., :2] * anchor_wh
     half = 0.5 * anchor_wh * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
     return torch.cat([center - half, center + half], -1)

@@ -35,7 +35,7 @@ class RPNHead(nn.Module):
         for feature in features:
             hidden = F.relu_(self.conv(feature))
             logits.append(self.cls(hidden).permute(0, 2, 3, 1).flatten(1))
-            deltas.append(self.box(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
+            deltas.append(self.box(hidden).permute(0, 2, 3, 1).reshape(*logits[-1].shape, 4))
         return logits, deltas
 
 

@@ -7,6 +7,9 @@ import torchvision
 from torch import Tensor
 
 
+BOXES_AT_ONCE = 40_000
+
+
 @torch.no_grad()
 def nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, groups: Tensor | None = None) -> Tensor:
     """Greedy NMS in each row: which boxes stay.
@@ -15,8 +18,9 @@ def nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, grou
     (classes, levels) never suppress one another. Returns keep (B, n) bool, False wherever `valid` is.
 
     The list of survivors is ragged by nature; here it is the only thing with a data-dependent shape. On a GPU
-    the whole batch is one kernel, kept apart by moving each (row, group) to its own place on the plane, in
-    float64 so that the shift does not round coordinates. On the CPU rows are separate calls: the cost grows
+    many rows are one kernel, kept apart by moving each (row, group) to its own place on the plane, in float64 so
+    that the shift does not round coordinates; its work and memory grow with the square of the boxes, so at most
+    `BOXES_AT_ONCE` go into one. On the CPU rows are separate calls: the cost grows
     with the square of the boxes in one.
     """
     if boxes.numel() == 0:
@@ -26,7 +30,10 @@ def nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, grou
     if boxes.is_cuda:
         rows = torch.arange(len(boxes), device=boxes.device)[:, None].expand_as(valid)
         spread = rows if groups is None else rows * (groups.max() + 1) + groups
-        return _nms_row(boxes.flatten(0, 1), scores.flatten(), iou_threshold, spread.flatten()).view_as(valid) & valid
+        chunk = max(1, BOXES_AT_ONCE // boxes.shape[1])
+        keep = [_nms_row(b.flatten(0, 1), s.flatten(), iou_threshold, g.flatten()).view_as(s)
+                for b, s, g in zip(boxes.split(chunk), scores.split(chunk), spread.split(chunk))]
+        return torch.cat(keep) & valid
     empty = [None] * len(boxes)
     keep = [_nms_row(*row[:2], iou_threshold, row[2]) for row in zip(boxes, scores, empty if groups is None else groups)]
     return torch.stack(keep) & valid

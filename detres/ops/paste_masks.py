@@ -16,6 +16,11 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: 
     resized to it bilinearly. Resizing is separable and linear in the mask, so pasting is two matrix products
     per mask, rows @ mask @ columns, with no loop over instances.
     """
+    with torch.autocast(masks.device.type, enabled=False):  # bf16 products would move edges
+        return _paste(masks, boxes, size, threshold)
+
+
+def _paste(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
     height, width = size
     side = masks.shape[-1]
     masks = torch.nn.functional.pad(masks.float(), (1, 1, 1, 1))

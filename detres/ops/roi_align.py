@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from detres.geometry.boxes import area
+from detres.geometry.boxes import area, constant
 
 
 def assign_levels(boxes: Tensor, levels: int, finest: int = 2) -> Tensor:
@@ -37,15 +37,16 @@ def roi_align(features: list[Tensor], strides: list[int], boxes: Tensor, image_i
                           sampling_ratio=0, aligned=aligned)
     level = assign_levels(boxes, len(features)) if len(features) > 1 else torch.zeros_like(image_index)
     samples = (torch.arange(size * sampling_ratio, device=boxes.device) + 0.5) / (size * sampling_ratio)
-    stride = boxes.new_tensor(strides)[level][:, None]
+    stride = constant(tuple(strides), boxes.device, boxes.dtype)[level][:, None]
     boxes = boxes / stride - (0.5 if aligned else 0.0)
     extent = (boxes[:, 2:] - boxes[:, :2]).clamp(min=0.0 if aligned else 1.0)  # unaligned: at least one pixel
-    height = torch.tensor([f.shape[2] for f in features], device=boxes.device)[level][:, None]
-    width = torch.tensor([f.shape[3] for f in features], device=boxes.device)[level][:, None]
+    height = constant(tuple(f.shape[2] for f in features), boxes.device)[level][:, None]
+    width = constant(tuple(f.shape[3] for f in features), boxes.device)[level][:, None]
     row, row_weight = _axis(boxes[:, 1:2] + extent[:, 1:] * samples, height)  # (M, S * sampling_ratio, 2)
     column, column_weight = _axis(boxes[:, 0:1] + extent[:, :1] * samples, width)
 
-    first = torch.tensor([0] + [f[:, 0].numel() for f in features[:-1]], device=boxes.device).cumsum(0)[level]
+    pixels = [f[:, 0].numel() for f in features]
+    first = constant(tuple(sum(pixels[:i]) for i in range(len(pixels))), boxes.device)[level]
     image_start = (first + image_index * (height * width)[:, 0]).view(-1, 1, 1, 1, 1)
     taps = 2 * sampling_ratio  # neighbours a bin reads along each axis
     row, row_weight = row.view(-1, size, 1, taps, 1), row_weight.view(-1, size, 1, taps, 1)
@@ -55,6 +56,8 @@ def roi_align(features: list[Tensor], strides: list[int], boxes: Tensor, image_i
 
     channels = features[0].shape[1]
     table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features])
+    if table.dtype == torch.bfloat16 and not table.is_cuda:  # the CPU's backward sums in the type of the table, and bf16 loses small terms of long sums
+        table = table.float()
     pooled = F.embedding_bag(index, table, per_sample_weights=weight.to(table.dtype), mode="sum")
     return pooled.view(-1, size, size, channels).permute(0, 3, 1, 2)
 

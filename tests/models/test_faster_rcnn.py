@@ -86,6 +86,19 @@ def test_images_without_objects_train_the_background():
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
+@pytest.mark.parametrize("layout", ["fpn", "c4"])
+def test_no_proposals(layout):
+    """Proposals all too small: nothing is found and nothing breaks, with or without ground truth."""
+    images, targets = make_batch(2)
+    none = Targets(boxes=targets.boxes, labels=targets.labels, valid=torch.zeros(2, 2, dtype=torch.bool),
+                   seeds=targets.seeds, masks=torch.zeros(0, 96, 128, dtype=torch.uint8))
+    model = build_model(small_config("mask_rcnn", layout, rpn={"min_size": 500}, backbone={"norm": "gn"}), 3).eval()
+    assert not model(images).valid.any()
+    for some in (targets, none):
+        total(model(images, some)).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
 def test_padding_changes_no_loss_and_order_of_rows_no_image():
     """More padded ground truth, and another order of images: the same losses, the same detections."""
     images, targets = make_batch(2)

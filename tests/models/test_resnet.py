@@ -24,7 +24,7 @@ def give_statistics(model):
 
 @pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
 @pytest.mark.parametrize("depth, dtype, tolerance", [(18, torch.float64, 1e-12), (50, torch.float64, 1e-12),
-                                                     (50, torch.float32, 2e-5)])  # 50 layers of rounding
+                                                     (50, torch.float32, 1e-4)])  # 50 layers of rounding
 def test_features_equal_torchvisions(depth, dtype, tolerance, norm):
     theirs = give_statistics(getattr(torchvision.models, f"resnet{depth}")(weights=None)).to(dtype)
     ours = resnet(depth, norm=norm).to(dtype).eval()

@@ -50,3 +50,15 @@ def test_no_region_and_roi_pool():
     found = roi_pool(features[2:3], [16], boxes, image, 4)
     rois = torch.cat([image[:, None].float(), boxes], 1)
     assert torch.equal(found, torchvision.ops.roi_pool(features[2], rois, 4, 1 / 16))
+
+
+def test_bf16_features_have_exact_gradients():
+    """Many regions on one spot: a sum in bf16 would lose most of them."""
+    feature = torch.randn(1, 8, 16, 16)
+    boxes, image = torch.tensor([[100.0, 100, 140, 140]]).repeat(500, 1), torch.zeros(500, dtype=torch.int64)
+    grads = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaf = feature.clone().to(dtype).requires_grad_()
+        roi_align([leaf], [16], boxes, image, 7).float().sum().backward()
+        grads.append(leaf.grad.float())
+    assert (grads[0] - grads[1]).norm() / grads[0].norm() < 0.01

@@ -26,12 +26,13 @@ class BoxPredictor(nn.Module):
 
     def __init__(self, dim: int, num_classes: int, class_agnostic: bool = False):
         super().__init__()
+        self.boxes = 1 if class_agnostic else num_classes
         self.cls = nn.Linear(dim, num_classes + 1)
-        self.box = nn.Linear(dim, 4 if class_agnostic else 4 * num_classes)
+        self.box = nn.Linear(dim, 4 * self.boxes)
         nn.init.normal_(self.cls.weight, std=0.01)
         nn.init.normal_(self.box.weight, std=0.001)
         nn.init.zeros_(self.cls.bias)
         nn.init.zeros_(self.box.bias)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cls(features), self.box(features).view(len(features), -1, 4)
+        return self.cls(features), self.box(features).view(-1, self.boxes, 4)

@@ -31,10 +31,10 @@ class MaskHead(nn.Module):
 
 
 @torch.no_grad()
-def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, size: int) -> Tensor:
+def crop_masks(masks: Tensor, index: Tensor, boxes: Tensor, size: int, aligned: bool = True) -> Tensor:
     """Targets (M, size, size) in [0, 1]: the bitmap `masks[index]` (-> (M, H, W) uint8) inside each box (M, 4),
-    every cell the mean of its pixels."""
+    by RoIAlign of the bitmap. aligned: as in `ops.roi_align`; the same as for the features."""
     if len(masks) == 0:  # then no row is foreground
         return boxes.new_zeros(len(boxes), size, size)
     rois = torch.cat([index[:, None].to(boxes), boxes], 1)
-    return torchvision.ops.roi_align(masks[:, None].to(boxes), rois, size)[:, 0]
+    return torchvision.ops.roi_align(masks[:, None].to(boxes), rois, size, aligned=aligned)[:, 0]

@@ -48,16 +48,18 @@ def rows_of(valid: Tensor) -> Tensor:
 
 class RoIHeads(nn.Module):
     """box_head: (M, C, S, S) -> features (M, dim), or a map (M, C', S', S') that is averaged (conv5 of a C4 detector).
-    mask_head: None for Faster R-CNN; mask_resolution None: it reads the map of box_head (C4)."""
+    mask_head: None for Faster R-CNN; mask_resolution None: it reads the map of box_head (C4).
+    mask_aligned: how targets are cropped, the same as features are pooled."""
 
     def __init__(self, pool: Pool, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None, *,
-                 num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, batch_per_image: int = 512,
+                 num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, mask_aligned: bool = True, batch_per_image: int = 512,
                  positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
                  smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
                  nms_thresh: float = 0.5, detections_per_image: int = 100):
         super().__init__()
         self.pool, self.box_head, self.box_predictor, self.mask_head = pool, box_head, box_predictor, mask_head
         self.num_classes, self.resolution, self.mask_resolution = num_classes, resolution, mask_resolution
+        self.mask_aligned = mask_aligned
         self.batch_per_image, self.positive_fraction, self.fg_iou = batch_per_image, positive_fraction, fg_iou
         self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
@@ -103,7 +105,7 @@ class RoIHeads(nn.Module):
         logits = self.mask_head(pooled)
         gt_row = rois.gt_index.flatten()[flat] + image * targets.valid.shape[1]
         mask_row = (targets.valid.flatten().cumsum(0) - 1).clamp(min=0)[gt_row]
-        cropped = crop_masks(targets.masks, mask_row, boxes, logits.shape[-1])
+        cropped = crop_masks(targets.masks, mask_row, boxes, logits.shape[-1], self.mask_aligned)
         return losses.mask_loss(logits, cropped, rois.labels.flatten()[flat], positive.flatten()[chosen])
 
     # --- inference ------------------------------------------------------------------------------------------------
