@@ -92,14 +92,15 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did; yields this rank's device."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        yield pick_device(device)
-        return
-    chosen = pick_device(device)
-    if chosen.type == "cuda":  # one device per process
-        chosen = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    """Joins the processes that torchrun started, if it did; yields this rank's device, which becomes the current one."""
+    processes, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
+    if chosen.type == "cuda":
+        if processes > 1:  # one device each
+            chosen = pick_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(chosen)
+    if processes == 1:
+        yield chosen
+        return
     # Gloo also beside NCCL: what the host decides is agreed on without waiting for the device.
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
     try:
