@@ -92,7 +92,7 @@ def pick_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(device: str) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, if it did; yields this rank's device, which becomes the current one."""
+    """Joins the processes that torchrun started, if it did; yields this rank's device, made the current one."""
     processes, chosen = int(os.environ.get("WORLD_SIZE", 1)), pick_device(device)
     if chosen.type == "cuda":
         if processes > 1:  # one device each
