@@ -1,5 +1,6 @@
-"""All metadata is in pyproject.toml; this file serves the tools that still ask for it."""
+"""Metadata is in pyproject.toml; here is what it cannot say: a wheel carries `configs/` as `detres/configs`."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
-setup()
+setup(packages=[*find_packages(include=["detres*"]), "detres.configs", "detres.configs._base"],
+      package_dir={"detres.configs": "configs"})

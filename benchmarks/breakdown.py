@@ -61,10 +61,11 @@ def import_seconds(module: str) -> float:
 
 def data_seconds() -> float:
     with tempfile.TemporaryDirectory() as folder:
-        write_shapes(folder, 12, options=ShapesOptions(size=(480, 640)), val_images=0, formats=("coco",), progress=False)
+        write_shapes(folder, 12, options=ShapesOptions(size=(480, 640)), val_images=0, formats=("coco",),
+                     progress=False)
         dataset = load_dataset(SourceConfig(path=folder), "train")
-        loader = iter(build_loader(dataset, InputConfig(min_size=480, max_size=640), DataConfig(workers=0), batch_size=2,
-                                   training=True, with_masks=True))
+        loader = iter(build_loader(dataset, InputConfig(min_size=480, max_size=640), DataConfig(workers=0),
+                                   batch_size=2, training=True, with_masks=True))
         times = []
         for _ in range(8):
             start = time.perf_counter()

@@ -40,7 +40,8 @@ def inputs(device: str):
     for mask, box in zip(masks, boxes.flatten(0, 1).int().tolist()):
         mask[box[1]: box[3], box[0]: box[2]] = 1
     images = ImageBatch(pixels, torch.tensor([[HEIGHT, WIDTH]] * N))
-    targets = Targets(boxes=boxes, labels=labels, valid=torch.ones(N, G, dtype=torch.bool), seeds=torch.arange(N), masks=masks)
+    targets = Targets(boxes=boxes, labels=labels, valid=torch.ones(N, G, dtype=torch.bool), seeds=torch.arange(N),
+                      masks=masks)
     return images.to(device), targets.to(device)
 
 
@@ -135,16 +136,18 @@ def main() -> None:
         return
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{cpu_name()}, {args.threads} threads"
-    print(f"{device}; Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}; "
-          f"detres {commit}\n{N} images of {HEIGHT}x{WIDTH}, medians of {args.rounds} rounds, turn by turn\n")
-    print(f"| {'':5} | {'':16} | wall s | CPU s | peak GiB | speed-up |\n|-------|------------------|--------|-------|----------|----------|")
+    print(f"{device}; Python {platform.python_version()}, torch {torch.__version__}, torchvision "
+          f"{torchvision.__version__}; detres {commit}\n{N} images of {HEIGHT}x{WIDTH}, medians of {args.rounds} rounds, turn by turn\n")
+    print(f"| {'':5} | {'':16} | wall s | CPU s | peak GiB | speed-up |\n"
+          "|-------|------------------|--------|-------|----------|----------|")
     for what in args.what:
         times = measure({name: make(name, args.device)[what] for name in CONTENDERS}, args.rounds, args.device)
         for name, (wall, cpu) in times.items():
-            command = [sys.executable, __file__, "--device", args.device, "--threads", str(args.threads), "--memory", name, what]
+            command = [sys.executable, __file__, "--device", args.device, "--threads", str(args.threads),
+                       "--memory", name, what]
             memory = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-            print(f"| {what:5} | {name:16} | {wall:6.3f} | {cpu:5.2f} | {memory:8.2f} | {times[CONTENDERS[0]][0] / wall:8.2f} |",
-                  flush=True)
+            print(f"| {what:5} | {name:16} | {wall:6.3f} | {cpu:5.2f} | {memory:8.2f} | "
+                  f"{times[CONTENDERS[0]][0] / wall:8.2f} |", flush=True)
 
 
 def cpu_name() -> str:

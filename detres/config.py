@@ -42,8 +42,10 @@ class BackboneConfig(Section):
     norm: Norm = Field("frozen_bn", description="gn trains from scratch at any batch size")
     norm_eps: Annotated[float, Field(ge=0, le=1e-2)] = 1e-5
     stride_in_1x1: bool = Field(False, description="true: the paper and Caffe; false: torchvision")
-    freeze_stages: Annotated[int, Field(ge=0, le=5)] = Field(2, description="0 none, 1 the stem, 2 stem and stage 2 ...")
-    activation_checkpointing: bool = Field(False, description="recompute blocks in backward: less memory, about 30 % slower")
+    freeze_stages: Annotated[int, Field(ge=0, le=5)] = Field(
+        2, description="0 none, 1 the stem, 2 stem and stage 2 ...")
+    activation_checkpointing: bool = Field(
+        False, description="recompute blocks in backward: less memory, about 30 % slower")
 
     @model_validator(mode="after")
     def _statistics_once(self):
@@ -74,7 +76,8 @@ class RPNConfig(Section):
     post_nms_topk_train: Count = Field(1000, description="per image")
     post_nms_topk_test: Count = Field(1000, description="per image")
     nms_thresh: Probability = 0.7
-    min_size: Annotated[float, Field(ge=0)] = Field(0.0, description="proposals with a smaller side in pixels are dropped")
+    min_size: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="proposals with a smaller side in pixels are dropped")
     batch_per_image: Count = Field(256, description="anchors sampled for the loss")
     positive_fraction: Probability = 0.5
     fg_iou: Probability = 0.7
@@ -153,12 +156,14 @@ Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinst
 class AugmentConfig(Section):
     """What training does to an image; evaluation only resizes (model.input)."""
 
-    min_sizes: tuple[Count, ...] | None = Field(None, description="short sides drawn from, in pixels; null: model.input.min_size")
+    min_sizes: tuple[Count, ...] | None = Field(
+        None, description="short sides drawn from, in pixels; null: model.input.min_size")
     flip: Probability = Field(0.5, description="chance of a horizontal flip")
     jitter: tuple[Positive, Positive] | None = Field(
         None, description="large-scale jitter: range of scales, (0.1, 2.0) in arXiv 2012.07177; replaces min_sizes")
     crop_size: Count | None = Field(None, description="side in pixels of the square canvas of large-scale jitter")
-    albumentations: tuple[dict[str, Any], ...] = Field((), description="transforms by name: [{HueSaturationValue: {p: 0.5}}]")
+    albumentations: tuple[dict[str, Any], ...] = Field(
+        (), description="transforms by name: [{HueSaturationValue: {p: 0.5}}]")
 
     @model_validator(mode="after")
     def _jitter_needs_canvas(self):
@@ -170,7 +175,8 @@ class AugmentConfig(Section):
 class DataConfig(Section):
     train: Source | None = None
     val: Source | None = None
-    on_invalid: Literal["error", "drop"] = Field("error", description="what invalid annotations do: stop, or be dropped and counted")
+    on_invalid: Literal["error", "drop"] = Field(
+        "error", description="what invalid annotations do: stop, or be dropped and counted")
     skip_empty: bool = Field(False, description="train without the images that have no box, as the COCO baselines do")
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
@@ -198,7 +204,8 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = Field("bf16", description="bf16 autocast; weights and losses stay fp32")
     channels_last: bool = True
     compile: bool = Field(False, description="torch.compile the backbone")
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(None, description="decay of averaged weights, which are then evaluated")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of averaged weights, which are then evaluated")
     log_every: Count = Field(20, description="steps")
     checkpoint_every: Count = Field(1000, description="steps")
     eval_every: Count | None = Field(None, description="steps; null: at the end only")
@@ -209,7 +216,8 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _consistent(self):
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}")
+            raise ValueError(
+                f"batch_size must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}")
         if self.schedule == "multistep" and list(self.milestones) != sorted(set(self.milestones)):
             raise ValueError(f"milestones must increase, got {self.milestones}")
         return self

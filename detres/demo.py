@@ -13,8 +13,8 @@ SHOWN = 12  # held-out images that are drawn
 
 
 def run_demo(out: Path) -> Path:
-    """Draw a data set, train Mask R-CNN on it, evaluate on held-out scenes, draw what it finds, all under `out`; the data set is
-    its neighbour `out`_data.
+    """Draw a data set, train Mask R-CNN on it, evaluate on held-out scenes, draw what it finds: all under `out`, but
+    the data set, which goes to its neighbour `out`_data.
 
     Repeated after an interruption it goes on where it stopped. Returns the path of the overview picture.
     """
@@ -26,7 +26,8 @@ def run_demo(out: Path) -> Path:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     start = time.monotonic()
     _say("1/3  Data: scenes with discs, triangles and crosses, drawn with exact boxes and masks")
-    data = write_shapes(out.with_name(f"{out.name}_data"), IMAGES, options=ShapesOptions(preset="easy"), val_images=VAL_IMAGES, formats=("coco",))
+    data = write_shapes(out.with_name(f"{out.name}_data"), IMAGES, options=ShapesOptions(preset="easy"),
+                        val_images=VAL_IMAGES, formats=("coco",))
     _say("2/3  Training Mask R-CNN from scratch, and evaluation on held-out scenes")
     overrides = [f"output={out}", f"data.train.path={data}", f"data.val.path={data}"]
     train(load_config(_demo_config(), overrides).config, resume=True)

@@ -50,7 +50,10 @@ class ImageBatch(_Movable):
 
 @dataclass(frozen=True)
 class Targets(_Movable):
-    """Ground truth that trains; G is at least 1, padded if need be. Crowds are not in here (as in the references): they only count in evaluation."""
+    """Ground truth that trains; G is at least 1, padded if need be.
+
+    Crowds are not in here (as in the references): they only count in evaluation.
+    """
 
     boxes: Tensor  # (N, G, 4)
     labels: Tensor  # (N, G) int64

@@ -104,7 +104,8 @@ def evaluate_weights(path: str | Path, *, data: str | SourceConfig | None = None
     """Evaluate a weights file or a run folder; print the table; return the metrics.
 
     `data` and `split` default to what the weights were validated on in training, `metrics` and `batch_size` to their
-    config. The precision is that of training, so the numbers are those of the run. `save` is a file for the detections as COCO results, which pycocotools' `loadRes` reads.
+    config. The precision is that of training, so the numbers are those of the run. `save` is a file for the detections
+    as COCO results, which pycocotools' `loadRes` reads.
     """
     model, meta, config = load_model(path, device)
     dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
@@ -124,7 +125,8 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _source(default: SourceConfig | None, data: str | SourceConfig | None, split: str | None, weights: str | Path) -> SourceConfig:
+def _source(default: SourceConfig | None, data: str | SourceConfig | None, split: str | None,
+            weights: str | Path) -> SourceConfig:
     source = SourceConfig(path=data) if isinstance(data, str) else data or default
     if source is None:
         raise ValueError("a data set must be given for weights that were trained without one to validate on, got none "

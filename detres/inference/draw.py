@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 Color = tuple[int, int, int]
 
-# After Paul Tol's vibrant and muted schemes for any colour vision (personal.sron.nl/~pault); the first ones differ most.
+# After Paul Tol's vibrant and muted schemes for any colour vision (personal.sron.nl/~pault);
+# the first ones differ most.
 PALETTE = ("#1F77D0", "#F07F23", "#00A08A", "#EE3377", "#33BBEE", "#D0331A", "#E5B022", "#A347A8", "#3FA34D", "#5B63E0",
            "#D9678A", "#8E9A1F", "#1E9CB5", "#8F2A5B", "#B97A2A", "#157A3C")
 SMALLEST = 480  # pixels; an image with a shorter long side is enlarged by a whole factor to at least this

@@ -34,8 +34,8 @@ def nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, grou
         keep = [_nms_row(b.flatten(0, 1), s.flatten(), iou_threshold, g.flatten()).view_as(s)
                 for b, s, g in zip(boxes.split(chunk), scores.split(chunk), spread.split(chunk))]
         return torch.cat(keep) & valid
-    empty = [None] * len(boxes)
-    keep = [_nms_row(*row[:2], iou_threshold, row[2]) for row in zip(boxes, scores, empty if groups is None else groups)]
+    each_groups = [None] * len(boxes) if groups is None else groups
+    keep = [_nms_row(b, s, iou_threshold, g) for b, s, g in zip(boxes, scores, each_groups)]
     return torch.stack(keep) & valid
 
 

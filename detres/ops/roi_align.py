@@ -56,8 +56,8 @@ def roi_align(features: list[Tensor], strides: list[int], boxes: Tensor, image_i
 
     channels = features[0].shape[1]
     table = torch.cat([f.permute(0, 2, 3, 1).reshape(-1, channels) for f in features])
-    if table.dtype == torch.bfloat16 and not table.is_cuda:  # the CPU's backward sums in the type of the table, and bf16 loses small terms of long sums
-        table = table.float()
+    if table.dtype == torch.bfloat16 and not table.is_cuda:  # the CPU's backward sums in the table's type,
+        table = table.float()  # and bf16 loses the small terms of a long sum
     pooled = F.embedding_bag(index, table, per_sample_weights=weight.to(table.dtype), mode="sum")
     return pooled.view(-1, size, size, channels).permute(0, 3, 1, 2)
 

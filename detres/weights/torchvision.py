@@ -33,8 +33,9 @@ def load_backbone(model: nn.Module, config: ModelConfig) -> None:
         return
     if source == "imagenet":
         if config.backbone.width != 64 or config.backbone.norm == "gn":
-            raise ValueError(f"model.backbone.weights 'imagenet' must have width 64 and batch norm, got width="
-                             f"{config.backbone.width}, norm={config.backbone.norm}. Set weights=null to train from scratch.")
+            raise ValueError("model.backbone.weights 'imagenet' must have width 64 and batch norm, got width="
+                             f"{config.backbone.width}, norm={config.backbone.norm}. Set weights=null to train from "
+                             "scratch.")
         state = torch.hub.load_state_dict_from_url(IMAGENET_URLS[depth], map_location="cpu", check_hash=True,
                                                    weights_only=True)
     else:

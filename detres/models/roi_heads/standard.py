@@ -52,8 +52,8 @@ class RoIHeads(nn.Module):
     mask_aligned: how targets are cropped, the same as features are pooled."""
 
     def __init__(self, pool: Pool, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None, *,
-                 num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, mask_aligned: bool = True, batch_per_image: int = 512,
-                 positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
+                 num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, mask_aligned: bool = True,
+                 batch_per_image: int = 512, positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
                  smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
                  nms_thresh: float = 0.5, detections_per_image: int = 100):
         super().__init__()
