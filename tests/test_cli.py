@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from detres import cli
+from detres.config import SourceConfig
 from detres.config import Config
 from detres.data.images import ImageError
 from detres.engine import distributed
@@ -283,8 +284,8 @@ def test_tools_train_net_eval_only(folder, monkeypatch, capsys):
     main = _tool("train_net").main
     assert main(["--config-file", "a.yaml", "--eval-only", "output=runs/x", "data.val={path: d, split: s}",
                  "eval.metrics=[voc]"]) == 0
-    assert call.arguments == {"path": "runs/x", "data": "d", "split": "s", "metrics": ("voc",), "batch_size": 1,
-                              "device": "auto"}
+    assert call.arguments == {"path": "runs/x", "data": SourceConfig(path="d", split="s"), "metrics": ("voc",),
+                              "batch_size": 1, "device": "auto"}
     assert main(["--config-file", "a.yaml", "--eval-only", "trian.lr=1"]) == 1
     assert "Did you mean train?" in capsys.readouterr().err
 
