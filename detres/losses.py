@@ -78,7 +78,7 @@ def mask_loss(logits: Tensor, targets: Tensor, labels: Tensor, valid: Tensor) ->
 
     logits (M, K, S, S); targets (M, S, S) in [0, 1]; labels (M,) 0..K-1; valid (M,).
     """
-    count = _normalizer(valid.sum()) * logits[0, 0].numel() if len(logits) else _normalizer(valid.sum())
+    count = _normalizer(valid.sum()) * (logits.shape[2] * logits.shape[3])
     row = torch.arange(len(labels), device=labels.device)
     own = logits[row, labels.clamp(max=logits.shape[1] - 1)].float()
     loss = F.binary_cross_entropy_with_logits(own, targets, reduction="none").sum((1, 2))

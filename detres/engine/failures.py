@@ -38,7 +38,8 @@ def _out_of_memory(config: Config, batch: Batch, step: int) -> str:
     parts = config.train.accumulate
     remedies = [f"train.accumulate={2 * parts} (the same batch in smaller parts)"] if images > parts else []
     remedies += [] if config.train.precision == "bf16" else ["train.precision=bf16"]
-    if not config.model.backbone.activation_checkpointing:
+    backbone = config.model.backbone
+    if not backbone.activation_checkpointing and backbone.norm in ("frozen_bn", "gn"):  # what the config accepts
         remedies.append("model.backbone.activation_checkpointing=true (slower)")
     remedies.append("smaller model.input.max_size and min_size, data.augment.min_sizes or crop_size")
     remedies.append("a smaller train.batch_size (the learning rate follows)")

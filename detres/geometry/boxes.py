@@ -49,10 +49,9 @@ def larger_than(boxes: Tensor, side: float) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0] > side) & (boxes[..., 3] - boxes[..., 1] > side)
 
 
-def flip_horizontal(boxes: Tensor, width: float) -> Tensor:
-    """Mirror images of boxes in an image `width` pixels wide."""
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack([width - x2, y1, width - x1, y2], -1)
+def take(boxes: Tensor, index: Tensor) -> Tensor:
+    """Rows of boxes (or deltas) chosen per image: (N, P, 4) and index (N, R) int64 -> (N, R, 4)."""
+    return boxes.gather(1, index[..., None].expand(-1, -1, 4))
 
 
 def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:

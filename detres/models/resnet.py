@@ -186,7 +186,7 @@ class ResNet(nn.Module):
 
     def freeze(self, stages: int) -> None:
         """No gradient and no statistics for the first `stages`: 1 the stem, 2 the stem and conv2_x, and so on."""
-        names = ["conv1", "bn1", *self.stage_names][: 2 + stages - 1 if stages else 0]
+        names = ["conv1", "bn1", *self.stage_names][: stages + 1 if stages else 0]
         for name in names:
             setattr(self, name, freeze_batch_norms(getattr(self, name)).requires_grad_(False))
 

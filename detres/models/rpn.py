@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from detres import losses
-from detres.geometry.boxes import clip, decode, larger_than
+from detres.geometry.boxes import clip, decode, larger_than, take
 from detres.models.anchors import AnchorGenerator
 from detres.models.matching import match_boxes, sample_boxes
 from detres.ops.nms import nms
@@ -76,7 +76,7 @@ class RPN(nn.Module):
         boxes, scores = [], []
         for level_logits, level_deltas, level_anchors in zip(logits, deltas, anchors):
             score, index = level_logits.float().topk(min(most, level_logits.shape[1]), dim=1)  # (N, k)
-            delta = level_deltas.float().gather(1, index[..., None].expand(-1, -1, 4))
+            delta = take(level_deltas.float(), index)
             box = clip(decode(delta, level_anchors[index]), sizes)
             missing = most - index.shape[1]  # small levels are padded: one (N, L, most) block for NMS
             boxes.append(F.pad(box, (0, 0, 0, missing)))
@@ -86,7 +86,7 @@ class RPN(nn.Module):
         keep = nms(box.flatten(0, 1), score.flatten(0, 1), valid.flatten(0, 1), self.nms_thresh).view_as(valid)
         score = torch.where(keep, score, -torch.inf).flatten(1)
         score, index = score.topk(min(post_nms_topk, score.shape[1]), dim=1)  # (N, P)
-        box = box.flatten(1, 2).gather(1, index[..., None].expand(-1, -1, 4))
+        box = take(box.flatten(1, 2), index)
         return Proposals(boxes=box, scores=score.sigmoid(), valid=score.isfinite())
 
     def losses(self, logits: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
@@ -94,7 +94,6 @@ class RPN(nn.Module):
         match, gt_index = match_boxes(anchors, targets.boxes, targets.valid, self.fg_iou, self.bg_iou,
                                       allow_low_quality=True)
         index, match = sample_boxes(match, targets.seeds, self.batch_per_image, self.positive_fraction, salt=0)
-        four = index[..., None].expand(-1, -1, 4)
-        gt_boxes = targets.boxes.gather(1, gt_index.gather(1, index)[..., None].expand(-1, -1, 4))
-        return losses.rpn_losses(logits.gather(1, index), deltas.gather(1, four), anchors[index], gt_boxes, match,
+        gt_boxes = take(targets.boxes, gt_index.gather(1, index))
+        return losses.rpn_losses(logits.gather(1, index), take(deltas, index), anchors[index], gt_boxes, match,
                                  **self.box_loss)

@@ -40,10 +40,9 @@ def test_iou_of_empty_boxes_is_zero():
     assert B.pairwise_iou(point, point).item() == 0
 
 
-@given(box_tensors(), st.floats(500, 900))
-@settings(deadline=None, max_examples=30)
-def test_flipping_twice_is_nothing(boxes, width):
-    torch.testing.assert_close(B.flip_horizontal(B.flip_horizontal(boxes, width), width), boxes, atol=1e-3, rtol=0)
+def test_take_chooses_rows_of_each_image():
+    boxes = torch.arange(24.0).view(2, 3, 4)
+    assert torch.equal(B.take(boxes, torch.tensor([[2, 0], [1, 1]])), torch.stack([boxes[0, [2, 0]], boxes[1, [1, 1]]]))
 
 
 def test_decode_limits_growth():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from detres import losses
-from detres.geometry.boxes import clip, decode, larger_than
+from detres.geometry.boxes import clip, decode, larger_than, take
 from detres.models.matching import match_boxes, sample_boxes
 from detres.models.roi_heads.mask_head import crop_masks
 from detres.ops.nms import nms
@@ -77,11 +77,11 @@ class RoIHeads(nn.Module):
         index, match = sample_boxes(match, targets.seeds, self.batch_per_image, self.positive_fraction, salt=1)
         gt_index = gt_index.gather(1, index)
         labels = torch.where(match == 1, targets.labels.gather(1, gt_index), self.num_classes)
-        return RoIs(boxes.gather(1, index[..., None].expand(-1, -1, 4)), labels, gt_index, match >= 0)
+        return RoIs(take(boxes, index), labels, gt_index, match >= 0)
 
     def losses(self, features: list[Tensor], proposals: Proposals, targets: Targets) -> dict[str, Tensor]:
         rois = self.sample(proposals, targets)
-        gt_boxes = targets.boxes.gather(1, rois.gt_index[..., None].expand(-1, -1, 4)).flatten(0, 1)
+        gt_boxes = take(targets.boxes, rois.gt_index).flatten(0, 1)
         rows = rows_of(rois.valid)
         boxes, labels, valid = rois.boxes.flatten(0, 1)[rows], rois.labels.flatten()[rows], rois.valid.flatten()[rows]
         hidden = self.box_head(self.pool(features, boxes, rows // rois.valid.shape[1], self.resolution))
