@@ -268,7 +268,8 @@ def image_error(dataset: Dataset, **options) -> str:
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
 from pathlib import Path
 from detres.config import DataConfig, InputConfig
 from detres.data.dataset import Dataset, ImageRecord
@@ -290,7 +291,11 @@ def test_ctrl_c_reaches_the_main_process_only(dataset):
     assert process.stdout.readline() == "running\n"
     time.sleep(0.2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    out, errors = process.communicate(timeout=60)
+    try:
+        out, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # it would go on for ever
+        raise
     assert (out, errors, process.returncode) == ("stopped\n", "", 0)
 
 
