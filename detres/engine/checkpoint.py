@@ -7,6 +7,7 @@ reader, or a run that comes back after SIGKILL or a power cut, sees the old file
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import random
@@ -148,12 +149,14 @@ class TrainState:
         """Takes note of an evaluation at this step; says whether it is the best so far by the metric `keep_best`.
 
         "auto": the AP of masks, of boxes or of VOC, the first that there is. Validation losses are better when lower.
+        A value that is not finite is never the best: such an evaluation counts as stale.
         """
         name = keep_best
         if name == "auto":
             name = next(known for known in ("segm/AP", "bbox/AP", "voc/AP") if known in metrics)
         sign = -1 if name.startswith("val/") else 1
-        is_better = not self.best or sign * metrics[name] > sign * self.best[name]
+        value, before = metrics[name], self.best.get(name, math.nan)
+        is_better = math.isfinite(value) and not sign * value <= sign * before  # also where there is none before
         self.evaluated, self.metrics = self.step, metrics
         self.stale = 0 if is_better else self.stale + 1
         if is_better:

@@ -10,9 +10,10 @@ bit on the CPU, and on a GPU as far as its kernels are deterministic.
 
 from __future__ import annotations
 
+import difflib
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,9 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
             with distributed.first_on_each_machine():
                 load_backbone(model, config.model)
         interrupt = Interrupt()
-        validate = _validation(config, dataset, device, with_masks, interrupt, ranks) if config.data.val else None
+        validate = None
+        if config.data.val:
+            validate = _validation(config, dataset, device, model.loss_names, with_masks, interrupt, ranks)
         about = {"classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
         return fit(config, model, lambda step: loader(start_step=step), validate, device, interrupt, about, saved)
 
@@ -170,13 +173,13 @@ def _check(config: Config) -> None:
                          f"Take a multiple of {unit}.")
 
 
-def _validation(config: Config, dataset: Dataset, device: torch.device, with_masks: bool, interrupt: Interrupt,
-                ranks: dict[str, Any]) -> Callable[[nn.Module], Metrics]:
+def _validation(config: Config, dataset: Dataset, device: torch.device, loss_names: Sequence[str], with_masks: bool,
+                interrupt: Interrupt, ranks: dict[str, Any]) -> Callable[[nn.Module], Metrics]:
     """A function that evaluates a model on data.val: AP, and validation losses with their sum."""
     val = load_dataset(config.data.val, "val", config.data.on_invalid)
     val = align_classes(val, dataset.classes, dataset.category_ids)
     evaluators = build_evaluators(val, config.eval.metrics, with_masks)
-    _check_keep_best(config.train.keep_best, evaluators)
+    _check_keep_best(config.train.keep_best, evaluators, loss_names)
     loader = build_loader(val, config.model.input, config.data, batch_size=config.eval.batch_size, training=False,
                           with_masks=with_masks, **ranks)
 
@@ -188,17 +191,19 @@ def _validation(config: Config, dataset: Dataset, device: torch.device, with_mas
     return validate
 
 
-def _check_keep_best(name: str, evaluators: list[Evaluator]) -> None:
+def _check_keep_best(name: str, evaluators: Sequence[Evaluator], loss_names: Sequence[str]) -> None:
     """Names the metrics before hours of training rather than after."""
-    if name != "auto" and not name.startswith("val/loss"):
-        known = [metric for evaluator in evaluators for metric in evaluator.metric_names]
-        if name not in known:
-            raise ValueError(f"train.keep_best must be auto, val/loss or one of {', '.join(known)}, got '{name}'.")
+    known = ["auto", "val/loss", *(f"val/{loss}" for loss in loss_names),
+             *(metric for evaluator in evaluators for metric in evaluator.metric_names)]
+    if name not in known:
+        nearest = "".join(f" Did you mean {close}?" for close in difflib.get_close_matches(name, known, n=1))
+        raise ValueError(f"train.keep_best must be one of {', '.join(known)}, got '{name}'.{nearest}")
 
 
 def _evaluated(state: TrainState, metrics: Metrics) -> str:
     main = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith(("/AP", "/AP50", "/loss"))]
-    stale = "" if state.stale == 0 else f"  (best: step {state.best['step']:.0f})"
+    best = f"best: step {state.best['step']:.0f}" if state.best else "no best yet: not finite"
+    stale = f"  ({best})" if state.stale else ""
     return f"evaluation at step {state.step}: {'  '.join(main)}{stale}"
 
 
@@ -211,8 +216,8 @@ def _write_weights(folder: Path, name: str, state: TrainState, about: dict[str, 
 
 def _finish(config: Config, state: TrainState, about: dict[str, Any]) -> Metrics:
     """Writes the final weights, results and curves; prints the results. Repeating it changes nothing."""
-    folder, last = Path(config.output), state.rows[-1] if state.rows else {}
-    results = state.best or {"step": state.step, **{f"train/{name}": last[name] for name in ("loss",) if name in last}}
+    folder, losses = Path(config.output), [row["loss"] for row in state.rows if "loss" in row]
+    results = state.best or {"step": state.step, **{"train/loss": loss for loss in losses[-1:]}}
     _write_weights(folder, "final", state, about)
     if distributed.rank() == 0:
         with atomic_write(folder / "results.json") as path:

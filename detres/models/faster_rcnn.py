@@ -40,6 +40,12 @@ class FasterRCNN(nn.Module):
         super().__init__()
         self.normalize, self.backbone, self.rpn, self.roi_heads = normalize, backbone, rpn, roi_heads
 
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Of what `forward` gives with targets: known before there is a batch."""
+        mask = () if self.roi_heads.mask_head is None else ("loss_mask",)
+        return ("loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", *mask)
+
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """Losses by name if targets are given, in training and evaluation mode alike; else detections."""
         features = self.backbone(self.normalize(images))

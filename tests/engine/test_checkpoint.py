@@ -124,3 +124,22 @@ def test_best_by_the_first_ap_there_is_or_by_name():
     assert state_with(rising, "bbox/AP")[1] == [True, False, True]
     assert state_with(rising, "val/loss")[1] == [True, True, False]
     assert state_with([{"voc/AP": 0.1}, {"voc/AP": 0.2}])[1] == [True, True]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("keep_best, values, taken, stale", [
+    ("bbox/AP", [NAN, NAN, 0.0, 0.2, NAN, 0.1], [False, False, True, True, False, False], 2),
+    ("val/loss", [INF, 2.0, NAN, 1.0], [False, True, False, True], 0),
+    ("val/loss", [NAN, INF, NAN], [False] * 3, 3)])
+def test_what_is_not_finite_is_never_the_best(keep_best, values, taken, stale):
+    state, found = state_with([{keep_best: value} for value in values], keep_best)
+    assert (found, state.stale) == (taken, stale)
+    assert state.best.get("step") == (len(values) - stale if any(taken) else None)
+
+
+def test_another_metric_may_be_chosen_on_the_way():
+    """A resumed run: what was best by metrics that are no longer measured is not known to be better."""
+    state, _ = state_with([{"bbox/AP": 0.9}])
+    assert state.is_best({"voc/AP": 0.1}, "auto") and not state.is_best({"voc/AP": 0.1}, "auto")

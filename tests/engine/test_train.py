@@ -171,6 +171,15 @@ def test_stopping_early(fit_dot, tmp_path, dot):
     assert fit_dot(lambda model: pytest.fail("went on"), eval_every=1, patience=2, resume=True) == results
 
 
+def test_stopping_early_without_any_best(fit_dot, tmp_path, capsys):
+    results = fit_dot(lambda model: {"bbox/AP": math.nan}, eval_every=1, patience=3)
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3]
+    assert results == {"step": 3, "train/loss": rows(tmp_path)[-2]["loss"]}
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.pt", "final.safetensors"}
+    told = capsys.readouterr()
+    assert "no best yet" in told.err and "final.safetensors" in told.out
+
+
 def test_without_validation_the_loss_is_the_result(fit_dot, tmp_path):
     results = fit_dot()
     assert results == {"step": 10, "train/loss": rows(tmp_path)[-1]["loss"]}
@@ -329,7 +338,11 @@ def test_a_mistake_does_not_occupy_the_folder(detector_config):
                                             "train": config.train.model_copy(update={"eval_every": 5})})
     for wrong, message in ((without_data, "data.train must be given"), (without_val, "data.val must be given"),
                            (detector_config(patience=3), "eval_every must be given"),
-                           (detector_config(keep_best="bbox/AP5O"), "keep_best must be auto.*segm/AP.*'bbox/AP5O'")):
+                           (detector_config(keep_best="bbox/AP5O"), "keep_best must be one of auto.*segm/AP.*, got "
+                            "'bbox/AP5O'[.] Did you mean bbox/AP"),
+                           (detector_config(keep_best="val/loss_clss"), "auto, val/loss, val/loss_rpn_cls, .*val/loss_"
+                            "mask.*, got 'val/loss_clss'. Did you mean val/loss_cls[?]"),
+                           (detector_config(keep_best="nonsense"), "got 'nonsense'[.]$")):
         with pytest.raises(ValueError, match=message):
             train(wrong)
         assert not Path(wrong.output).exists()
