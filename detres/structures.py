@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-class _Movable:
+class Movable:
     """Gives a dataclass of tensors `.to(device)`; everything that is not a tensor is kept as it is."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False):
@@ -35,13 +35,13 @@ def _items(data: Any):
 def _apply(value: Any, function):
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, _Movable):
+    if isinstance(value, Movable):
         return replace(value, **{name: _apply(inner, function) for name, inner in _items(value)})
     return value
 
 
 @dataclass(frozen=True)
-class ImageBatch(_Movable):
+class ImageBatch(Movable):
     """Images padded at the right and the bottom to one canvas."""
 
     pixels: Tensor  # (N, 3, H, W) uint8 RGB, 0 where padded; the model normalises on its own device
@@ -49,7 +49,7 @@ class ImageBatch(_Movable):
 
 
 @dataclass(frozen=True)
-class Targets(_Movable):
+class Targets(Movable):
     """Ground truth that trains; G is at least 1, padded if need be.
 
     Crowds are not in here (as in the references): they only count in evaluation.
@@ -64,7 +64,7 @@ class Targets(_Movable):
 
 
 @dataclass(frozen=True)
-class Batch(_Movable):
+class Batch(Movable):
     """What a loader yields."""
 
     images: ImageBatch
@@ -75,7 +75,7 @@ class Batch(_Movable):
 
 
 @dataclass(frozen=True)
-class Proposals(_Movable):
+class Proposals(Movable):
     """RPN output, best first."""
 
     boxes: Tensor  # (N, P, 4)
@@ -84,7 +84,7 @@ class Proposals(_Movable):
 
 
 @dataclass(frozen=True)
-class Detections(_Movable):
+class Detections(Movable):
     """What a detector found, best first."""
 
     boxes: Tensor  # (N, D, 4)

@@ -288,7 +288,7 @@ class _Reader:
                 return self._add(entry, "keypoints", entry["keypoints"],
                                  f"must be finite: x, y and visibility for each name ({3 * self.keypoints} numbers)")
         return Annotation(entry["id"], self.label_of[entry["category_id"]], box, segmentation,
-                          keypoints and tuple(keypoints), area, bool(crowd))
+                          keypoints and tuple(keypoints), area, bool(crowd), size=tuple(entry["bbox"][2:]))
 
     def _size(self, entry: dict[str, Any]) -> tuple[int, int]:
         image = self.images[entry["image_id"]]

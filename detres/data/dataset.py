@@ -27,7 +27,8 @@ class Annotation:
     image (training clips it). `segmentation` is COCO's: polygons, each a flat sequence x1, y1, x2, y2 ... (the readers
     give `array('d')`: an eighth of the memory, and worker processes do not copy it), or an RLE dict. `keypoints` are
     the file's: x, y, visibility for each of the data set's J names. `crowd` (COCO) and `difficult` (VOC) objects do
-    not train; evaluation handles them as its protocol says.
+    not train; evaluation handles them as its protocol says. `size` is width and height as a file gives them, from
+    which x2 - x1 and y2 - y1 may differ in the last bit; None where it gives corners.
     """
 
     id: int
@@ -38,6 +39,7 @@ class Annotation:
     area: float = 0.0
     crowd: bool = False
     difficult: bool = False
+    size: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,16 @@ _COMPRESSED = re.compile("(?:[P-o]{0,7}[0-O])+")
 
 def rasterize(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> np.ndarray:
     """(H, W) uint8, 1 inside; of several polygons the union. An RLE must be sound, as `run_lengths` tells."""
-    return coco_mask.decode(_rle(segmentation, height, width))
+    return coco_mask.decode(compressed(segmentation, height, width))
 
 
 def mask_area(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> int:
     """Pixels inside."""
-    return int(coco_mask.area(_rle(segmentation, height, width)))
+    return int(coco_mask.area(compressed(segmentation, height, width)))
 
 
-def _rle(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+def compressed(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """As compressed run lengths, {"size": [height, width], "counts": ...}."""
     if isinstance(segmentation, list):
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from detres.ops.greedy_match import LANES, greedy_match
+from detres.structures import Movable
 
 
 @dataclass(frozen=True)
-class Truths:
+class Truths(Movable):
     """Ground truth of a whole data set."""
 
     image: Tensor  # (G,) int64 0..N-1, in the order of image ids
@@ -40,7 +41,7 @@ class Truths:
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Movable):
     """Detections in a whole data set, those of an image in the order in which equal scores are to be ranked."""
 
     image: Tensor  # (D,) int64
@@ -85,7 +86,7 @@ class Matches:
 
 
 @dataclass(frozen=True)
-class Arrays:
+class Arrays(Movable):
     """What pycocotools calls `eval`, float64; -1 for a class without ground truth in the area range."""
 
     precision: Tensor  # (T, R, K, A, M), the best at each recall or beyond
