@@ -131,6 +131,18 @@ def wrap(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True, **{name: has_statistics})
 
 
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Gives every rank the buffers of rank 0, which is the one that saves: a batch norm's running statistics are those
+    of the images of its own rank, so without this each would evaluate another model, and none the one that is kept.
+
+    Training is not changed: DistributedDataParallel does the same at the beginning of each step.
+    """
+    if is_distributed():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
 def launch(processes: int, command: Sequence[str]) -> NoReturn:
     """torchrun in this process, without its tracebacks: `python *command` `processes` times on this machine.
 

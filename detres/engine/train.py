@@ -108,6 +108,7 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
                 interrupt.check()
                 if validate and is_due(options.eval_every) and state.evaluated < state.step:
                     with log.paused(), preserved_rng():
+                        distributed.share_buffers(state.averaged)
                         metrics = validate(state.averaged)
                     if state.is_best(metrics, options.keep_best):
                         _write_weights(folder, "best", state, about)
