@@ -92,7 +92,7 @@ def count_overlaps(pred_map: Tensor, pred: Segments, gt_map: Tensor, gt: Segment
     if pred_map.ndim != 2 or pred_map.shape != gt_map.shape or not pred_map.numel():
         raise ValueError(f"predicted and true map must be (H, W) of one size, got {tuple(pred_map.shape)} and "
                          f"{tuple(gt_map.shape)} ({where}). Predict at the size of the original image.")
-    maps = torch.stack([gt_map.flatten(), pred_map.flatten()])
+    maps = torch.stack([gt_map.flatten().long(), pred_map.flatten().long()])
     # Ids change at few pixels only: look up runs of equal pixels, not pixels.
     starts = torch.nn.functional.pad((maps[:, 1:] != maps[:, :-1]).any(0), (1, 0), value=True).nonzero()[:, 0]
     lengths = starts.diff(append=starts.new_tensor([maps.shape[1]]))

@@ -38,7 +38,7 @@ def evaluated(pred_map: Tensor, pred: Segments, gt_map: Tensor, gt: Segments) ->
 
 
 def test_hand_solved():
-    """cat 1 is found with IoU 6/8, cat 2 is missed, a dog is wrong, the grass is found with IoU 7/9."""
+    """Cat 1 is found with IoU 6/7 and cat 2 missed; a cat and a dog are wrong; the grass is found with IoU 7/9."""
     truth = strip((1, 7), (2, 2), (9, 9)), segments((1, 0), (2, 0), (9, 2))
     found = strip((5, 6), (6, 1), (7, 1), (6, 3), (8, 7)), segments((5, 0), (6, 1), (7, 0), (8, 2))
     evaluator = evaluated(*found, *truth)
@@ -107,6 +107,12 @@ def test_overlaps_count_every_pixel_once():
     table = count_overlaps(strip((7, 2), (0, 2), (4, 3)), segments((7, 0), (4, 0)),
                            strip((0, 1), (3, 4), (2, 2)), segments((3, 0), (2, 0)))
     assert table.tolist() == [[0, 1, 0], [2, 1, 1], [0, 0, 2]]
+
+
+def test_maps_may_be_of_any_integer_type():
+    for dtype in (torch.uint8, torch.int32):
+        found = strip((5, 6), (0, 4)).to(dtype), segments((5, 0))
+        assert outcome(*found, strip((1, 10)).to(torch.int32), segments((1, 0))) == (1, 0, 0, 0.6)
 
 
 # A naive oracle

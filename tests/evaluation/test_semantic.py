@@ -103,8 +103,8 @@ def test_state_does_not_change_with_later_updates():
 
 
 def test_labels_out_of_range_are_refused_in_compute():
-    evaluator = evaluated(labels([0, 3, -1, 2, 7]), labels([0, 1, 2, 3, 255]))
-    with pytest.raises(ValueError, match=r"0 to 2, and in the target also 255 .* 2 pixels of predictions and 1 of "):
+    evaluator = evaluated(labels([0, 3, -1, 2, 2, 2, 7]), labels([0, 1, 2, 3, -1, 4, 255]))
+    with pytest.raises(ValueError, match=r"0 to 2, and in the target also 255 .* 2 pixels of predictions and 3 of "):
         evaluator.compute()
 
 
