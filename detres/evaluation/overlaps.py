@@ -1,0 +1,86 @@
+"""Overlaps of pairs of detections and truths: boxes (IoU) and keypoints (OKS), with pycocotools' bits.
+
+Masks are in `mask_overlaps`, their boundaries in `boundary_overlaps`. The pairs are given by row numbers `d` and `g`;
+whoever asks picks those of one image and class.
+
+Legend: D detections, G truths, P pairs, J keypoints of an object.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAIRS_AT_ONCE = 2**14  # temporaries of a chunk stay in the cache
+
+
+def box_iou_pairs(dt_xywh: Tensor, gt_xywh: Tensor, crowd: Tensor, d: Tensor, g: Tensor) -> Tensor:
+    """IoU (P,) float64 of boxes (D, 4) and (G, 4) float64 at rows d (P,) and g (P,) int64.
+
+    `bbIou` of pycocotools' maskApi.c, in its order of operations: where the truth is a crowd (G,) bool, the union is
+    the detection's area; boxes that do not overlap have 0, even two that are the same point.
+    """
+    found, truths = _corners_and_area(dt_xywh), _corners_and_area(gt_xywh)
+    chunks = zip(d.split(PAIRS_AT_ONCE), g.split(PAIRS_AT_ONCE))
+    return torch.cat([_box_iou(found, truths, crowd, *rows) for rows in chunks])
+
+
+def _corners_and_area(xywh: Tensor) -> tuple[Tensor, ...]:
+    """x1, y1, x2, y2 and area, each (n,)."""
+    x, y, width, height = xywh.unbind(1)
+    return x.contiguous(), y.contiguous(), x + width, y + height, width * height
+
+
+def _box_iou(found: tuple[Tensor, ...], truths: tuple[Tensor, ...], crowd: Tensor, d: Tensor, g: Tensor) -> Tensor:
+    dx1, dy1, dx2, dy2, da = (column[d] for column in found)
+    gx1, gy1, gx2, gy2, ga = (column[g] for column in truths)
+    width = torch.minimum(dx2, gx2) - torch.maximum(dx1, gx1)
+    height = torch.minimum(dy2, gy2) - torch.maximum(dy1, gy1)
+    intersection = width * height
+    union = torch.where(crowd[g], da, da + ga - intersection)
+    return torch.where((width <= 0) | (height <= 0), 0.0, intersection / union)
+
+
+def oks_pairs(dt_keypoints: Tensor, gt_keypoints: Tensor, gt_boxes_xywh: Tensor, gt_area: Tensor, sigmas: Tensor,
+              d: Tensor, g: Tensor) -> Tensor:
+    """Object keypoint similarity (P,) float64 of keypoints (D, J, 3) and (G, J, 3), rows (x, y, v), float64.
+
+    `computeOks` of pycocotools' cocoeval.py (cocodataset.org/#keypoints-eval): the mean over the truth's labelled
+    keypoints (v > 0) of exp(-distance^2 / (2 area (2 sigma)^2)). Of a truth without any, the distances are those to
+    its box (G, 4) doubled, and the mean is over all. `gt_area` is (G,), `sigmas` (J,), d and g (P,) int64.
+
+    On the CPU the bits are pycocotools'. On CUDA exp and the order of the sum differ: the last bits may, too.
+    """
+    labelled = gt_keypoints[..., 2] > 0  # (G, J)
+    labelled = labelled | ~labelled.any(1, keepdim=True)
+    variances = (sigmas.double() * 2) ** 2
+    scores = []
+    for rows, truths in zip(d.split(PAIRS_AT_ONCE), g.split(PAIRS_AT_ONCE)):
+        squared = _squared_distances(dt_keypoints[rows], gt_keypoints[truths], gt_boxes_xywh[truths])
+        exponents = squared / variances / (gt_area[truths] + np.spacing(1.0))[:, None] / 2
+        scores.append(_mean_exp(-exponents, labelled[truths]))
+    return torch.cat(scores)
+
+
+def _squared_distances(found: Tensor, truths: Tensor, boxes: Tensor) -> Tensor:
+    """(P, J) from keypoints (P, J, 3) twice and boxes (P, 4)."""
+    origin, size = boxes[:, None, :2], boxes[:, None, 2:]
+    low, high = origin - size, origin + size * 2
+    outside = (low - found[..., :2]).clamp(min=0) + (found[..., :2] - high).clamp(min=0)
+    unlabelled = ~(truths[..., 2] > 0).any(1)
+    offset = torch.where(unlabelled[:, None, None], outside, found[..., :2] - truths[..., :2])
+    return offset[..., 0] ** 2 + offset[..., 1] ** 2
+
+
+def _mean_exp(exponents: Tensor, counted: Tensor) -> Tensor:
+    """(P,) means of exp over the entries (P, J) that are counted."""
+    number = counted.sum(1)
+    if exponents.is_cuda:
+        return (exponents.exp() * counted).sum(1) / number
+    means = np.empty(len(exponents))
+    exp, kept, number = np.exp(exponents.numpy()), counted.numpy(), number.numpy()
+    for n in np.unique(number):  # numpy adds a row of n values in another order than the same ones among zeros
+        rows = number == n
+        means[rows] = exp[rows][kept[rows]].reshape(-1, n).sum(1) / n
+    return torch.from_numpy(means)
