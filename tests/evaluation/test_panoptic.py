@@ -110,9 +110,9 @@ def test_overlaps_count_every_pixel_once():
 
 
 def test_maps_may_be_of_any_integer_type():
-    for dtype in (torch.uint8, torch.int32):
+    for dtype in (torch.uint8, torch.uint16, torch.int32):
         found = strip((5, 6), (0, 4)).to(dtype), segments((5, 0))
-        assert outcome(*found, strip((1, 10)).to(torch.int32), segments((1, 0))) == (1, 0, 0, 0.6)
+        assert outcome(*found, strip((1, 10)).to(dtype), segments((1, 0))) == (1, 0, 0, 0.6)
 
 
 # A naive oracle
