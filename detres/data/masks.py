@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 
 _COMPRESSED = re.compile("(?:[P-o]{0,7}[0-O])+")
@@ -28,6 +29,14 @@ def compressed(segmentation: list[Any] | dict[str, Any], height: int, width: int
     if isinstance(segmentation["counts"], list):
         return coco_mask.frPyObjects(segmentation, height, width)
     return segmentation
+
+
+def encode_masks(masks: torch.Tensor) -> list[dict[str, Any]]:
+    """Bitmaps (D, h, w) bool, on any device, as compressed run lengths."""
+    # pycocotools reads (h, w, D) in Fortran order, which in memory is (D, w, h): transpose where the masks are.
+    columns = masks.transpose(1, 2).contiguous().view(torch.uint8).cpu().numpy()
+    return [{"size": code["size"], "counts": code["counts"].decode()} for code in
+            coco_mask.encode(columns.transpose(2, 1, 0))]
 
 
 def run_lengths(compressed: str) -> list[int] | None:

@@ -1,19 +1,19 @@
-"""What every detection evaluator shares: detections kept compactly on the host, and the typed result.
+"""What every detection evaluator shares: detections kept compactly where they were made, and the typed result.
 
-Legend: N images, D detections, S side of a predicted mask, K classes.
+Legend: N images, D detections of an image (padded), n rows of a part, G truths, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import numpy as np
 import torch
-from pycocotools import mask as rle
 from torch import Tensor
 
-from detres.data.dataset import Dataset, ImageRecord
-from detres.ops.paste_masks import paste_masks
+from detres.data.dataset import Annotation, Dataset, ImageRecord
+from detres.evaluation.coco_engine import Found, Truths
 from detres.structures import Batch, Detections
 
 
@@ -21,17 +21,20 @@ from detres.structures import Batch, Detections
 class EvalResult:
     """Named numbers of an evaluation, as fractions of 1; -1 where nothing could be measured (as in pycocotools).
 
-    `metrics` has names such as "bbox/AP"; `per_class` has the same names for each class.
+    `metrics` has names such as "bbox/AP"; `per_class` has the same names for each class; `curves` has what they are
+    means of, such as "bbox": precision, recall and scores (`coco_engine.Arrays`).
     """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float]] = field(default_factory=dict)
+    curves: dict[str, Any] = field(default_factory=dict, compare=False)
 
     def merged(self, other: EvalResult) -> EvalResult:
         """Both results in one; names of `other` win."""
         names = [*self.per_class, *(name for name in other.per_class if name not in self.per_class)]
         return EvalResult({**self.metrics, **other.metrics},
-                          {name: {**self.per_class.get(name, {}), **other.per_class.get(name, {})} for name in names})
+                          {name: {**self.per_class.get(name, {}), **other.per_class.get(name, {})} for name in names},
+                          {**self.curves, **other.curves})
 
     def table(self) -> str:
         """A table for each protocol, as text: a row for all, then one for each class."""
@@ -63,94 +66,150 @@ def _number(value: float) -> str:
     return "n/a" if value == -1 else f"{value:.3f}"
 
 
-@dataclass(frozen=True)
-class ImageDetections:
-    """What was found in one image, in pixels of the original, in the model's order: 24 bytes each, and the masks."""
+class Rows(Protocol):
+    """Something that a `Part` keeps for each of its n rows, such as masks."""
 
-    boxes: np.ndarray  # (D, 4) float32
-    scores: np.ndarray  # (D,) float32
-    labels: np.ndarray  # (D,) int32
-    masks: tuple[bytes, ...] | None = None  # compressed RLE counts at the size of the original
+    def rows(self, keep: Tensor) -> Rows: ...
+    def to(self, device: torch.device | str) -> Rows: ...
+    def joined(self, others: Sequence[Rows]) -> Rows: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """What was found in some images: 28 bytes a detection, in pixels of the originals, in the model's order.
+
+    Rows with label -1 pad a batch. They go when numbers are computed: dropping them earlier would wait for the device.
+    """
+
+    images: tuple[int, ...]  # which images this part tells of, as places in the order of image ids
+    image: Tensor  # (n,) int32, likewise
+    boxes: Tensor  # (n, 4) float32 xyxy
+    scores: Tensor  # (n,) float32
+    labels: Tensor  # (n,) int32
+    extras: dict[str, Rows] = field(default_factory=dict)
+
+    def rows(self, keep: Tensor) -> Part:
+        """The rows at `keep` (m,) int64."""
+        return Part(self.images, self.image[keep], self.boxes[keep], self.scores[keep], self.labels[keep],
+                    {name: extra.rows(keep) for name, extra in self.extras.items()})
+
+    def to(self, device: torch.device | str) -> Part:
+        return Part(self.images, self.image.to(device), self.boxes.to(device), self.scores.to(device),
+                    self.labels.to(device), {name: extra.to(device) for name, extra in self.extras.items()})
+
+    @staticmethod
+    def joined(parts: Sequence[Part]) -> Part:
+        """The rows of all, in the order of images, without padding; of an image that several tell of, the last does."""
+        first, last = parts[0], {image: number for number, part in enumerate(parts) for image in part.images}
+        whole = Part(tuple(sorted(last)), *(torch.cat([getattr(part, name) for part in parts])
+                                            for name in ("image", "boxes", "scores", "labels")),
+                     {name: extra.joined([part.extras[name] for part in parts[1:]])
+                      for name, extra in first.extras.items()})
+        valid = whole.labels >= 0
+        if len(last) < sum(len(part.images) for part in parts):  # images were seen again
+            number = torch.cat([torch.full_like(part.image, i) for i, part in enumerate(parts)])
+            table = torch.zeros(max(last) + 1, dtype=torch.int32)
+            table[list(last)] = torch.tensor(list(last.values()), dtype=torch.int32)
+            valid &= table.to(number.device)[whole.image.long()] == number
+        keep = valid.nonzero()[:, 0]
+        return whole.rows(keep[whole.image[keep].argsort(stable=True)])
 
 
 class Evaluator:
-    """Collects detections image by image; a subclass adds `compute`.
+    """Collects detections batch by batch, on their device; a subclass adds `compute`.
 
-    An image seen again replaces what was kept of it. The order of results is that of the data set, whatever the order
-    of batches or ranks.
+    An image seen again replaces what was kept of it. The order of results is that of image ids, and in an image the
+    model's, whatever the order of batches or ranks.
     """
 
-    with_masks = False
     metric_names: tuple[str, ...]  # of what `compute` gives
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
-        self._records = {record.id: record for record in dataset.records}
-        self._seen: dict[int | str, ImageDetections] = {}
+        self.records = sorted(dataset.records, key=lambda record: record.id)
+        self._place = {record.id: place for place, record in enumerate(self.records)}
+        self._parts: list[Part] = []
 
     def reset(self) -> None:
         """Forget all detections."""
-        self._seen = {}
+        self._parts = []
 
     def update(self, detections: Detections, batch: Batch) -> None:
         """Add a batch of N images. `detections` are in pixels of the padded batch, on the model's device.
 
-        Raises ValueError for images that the data set does not have and for numbers that are not finite.
+        Raises ValueError for images that the data set does not have.
         """
+        for image_id, path in zip(batch.image_ids, batch.paths):
+            if image_id not in self._place:
+                raise ValueError(f"images must belong to the data set '{self.dataset.name}', got id {image_id!r} "
+                                 f"({path}). Build the evaluator from the data set that is loaded.")
         detections = detections.rescale(batch.images.sizes, batch.original_sizes)
-        singles = torch.stack([x.float() for x in (detections.scores, detections.labels, detections.valid)], -1)
-        table = torch.cat([detections.boxes.float(), singles], -1).cpu().numpy()  # (N, D, 7): one copy to the host
-        for i, image_id in enumerate(batch.image_ids):
-            rows = np.flatnonzero(table[i, :, 6])
-            boxes, scores, labels = np.split(table[i, rows, :6], (4, 5), axis=1)
-            self._check(image_id, batch.paths[i], boxes, scores)
-            masks = self._encode(detections, i, rows, self._records[image_id]) if self.with_masks else None
-            self._seen[image_id] = ImageDetections(boxes, scores[:, 0], labels[:, 0].astype(np.int32), masks)
+        images = [self._place[image_id] for image_id in batch.image_ids]
+        image = torch.tensor(images, dtype=torch.int32).to(detections.boxes.device, non_blocking=True)
+        labels = detections.labels.int().masked_fill(~detections.valid, -1)
+        self._parts.append(Part(tuple(images), image[:, None].expand_as(labels).flatten(),
+                                detections.boxes.float().flatten(0, 1), detections.scores.float().flatten(),
+                                labels.flatten(), self._extras(detections, images)))
 
-    def _check(self, image_id: int | str, path: str, boxes: np.ndarray, scores: np.ndarray) -> None:
-        if image_id not in self._records:
-            raise ValueError(f"images must belong to the data set '{self.dataset.name}', got id {image_id!r} ({path}). "
-                             "Build the evaluator from the data set that is loaded.")
-        if not (np.isfinite(boxes).all() and np.isfinite(scores).all()):
-            raise ValueError(f"boxes and scores must be finite, got nan or inf from the model ({path}). "
+    def _extras(self, detections: Detections, images: list[int]) -> dict[str, Rows]:
+        """What else to keep of (N, D) detections, whose boxes are in pixels of the originals."""
+        return {}
+
+    def state(self) -> list[Part]:
+        """What was collected so far, on the host, to be sent to other ranks."""
+        return [Part.joined(self._parts).to("cpu")] if self._parts else []
+
+    def merge(self, states: list[list[Part]]) -> None:
+        """Take over what all ranks collected."""
+        device = self._parts[0].boxes.device if self._parts else "cpu"
+        self._parts = [part.to(device) for state in states for part in state]
+
+    def collected(self) -> Part:
+        """All rows, in the order of images. Raises ValueError for numbers that are not finite."""
+        if not self._parts:
+            nothing = torch.zeros(0)
+            return Part((), nothing.int(), nothing.reshape(0, 4), nothing, nothing.int())
+        self._parts = [Part.joined(self._parts)]
+        self._require_finite(self._parts[0])
+        return self._parts[0]
+
+    def _require_finite(self, part: Part) -> None:
+        bad = ~(part.boxes.isfinite().all(1) & part.scores.isfinite())
+        if bool(bad.any()):
+            record = self.records[int(part.image[bad][0])]
+            raise ValueError(f"boxes and scores must be finite, got nan or inf from the model ({record.path}). "
                              "The training has probably diverged: lower train.lr.")
 
-    def _encode(self, detections: Detections, i: int, rows: np.ndarray, record: ImageRecord) -> tuple[bytes, ...]:
-        if detections.masks is None:
-            raise ValueError("detections must have masks for segm, got none. Evaluate with iou_types=('bbox',).")
-        index = torch.from_numpy(rows).to(detections.boxes.device)
-        bitmaps = paste_masks(detections.masks[i, index], detections.boxes[i, index], (record.height, record.width))
-        return encode_masks(bitmaps)
+    def found(self) -> Found:
+        """What was collected, as columns in float64. Raises as `collected`."""
+        part = self.collected()
+        boxes = part.boxes.double()
+        size = boxes[:, 2:] - boxes[:, :2]
+        return Found(part.image.long(), part.labels.long(), torch.cat([boxes[:, :2], size], 1), part.scores.double(),
+                     size[:, 0] * size[:, 1])
 
-    def state(self) -> dict[int | str, ImageDetections]:
-        """What was collected so far, to be sent to other ranks."""
-        return self._seen
-
-    def merge(self, states: list[dict[int | str, ImageDetections]]) -> None:
-        """Take over what all ranks collected; their order does not matter."""
-        self._seen = {image_id: found for state in states for image_id, found in state.items()}
-
-    def results(self) -> list[dict]:
-        """COCO results (original image and category ids) that pycocotools' `loadRes` accepts, best first per image."""
-        return [_result(record, self.dataset.category_ids, self._seen[record.id], row)
-                for record in self.dataset.records if record.id in self._seen
-                for row in range(len(self._seen[record.id].scores))]
+    def results(self) -> list[dict[str, Any]]:
+        """COCO results (original image and category ids) that pycocotools' `loadRes` accepts."""
+        part = self.collected()
+        found = self.found()
+        columns = (part.image, part.labels, found.boxes_xywh, found.scores)
+        return [{"image_id": self.records[image].id, "category_id": self.dataset.category_ids[label], "bbox": box,
+                 "score": score} for image, label, box, score in zip(*(column.tolist() for column in columns))]
 
     def compute(self) -> EvalResult:
         raise NotImplementedError
 
 
-def _result(record: ImageRecord, category_ids: tuple[int, ...], found: ImageDetections, row: int) -> dict:
-    x1, y1, x2, y2 = found.boxes[row].tolist()
-    result = {"image_id": record.id, "category_id": category_ids[found.labels[row]],
-              "bbox": [x1, y1, x2 - x1, y2 - y1], "score": float(found.scores[row])}
-    if found.masks is not None:
-        result["segmentation"] = {"size": [record.height, record.width], "counts": found.masks[row].decode()}
-    return result
+def truths_of(records: Sequence[ImageRecord], device: torch.device | str = "cpu") -> Truths:
+    """The ground truth of images in the order given, crowds and difficult objects ignored; G rows."""
+    items = [(image, item) for image, record in enumerate(records) for item in record.annotations]
+    flags = torch.tensor([(image, item.label, item.crowd, item.crowd or item.difficult) for image, item in items],
+                         dtype=torch.int64).reshape(-1, 4)
+    numbers = torch.tensor([(*item.box[:2], *_size(item), item.area) for _, item in items],
+                           dtype=torch.float64).reshape(-1, 5)
+    image, label, crowd, ignore = flags.to(device).T.contiguous()
+    return Truths(image, label, numbers[:, :4].to(device), numbers[:, 4].to(device), crowd.bool(), ignore.bool())
 
 
-def encode_masks(masks: Tensor) -> tuple[bytes, ...]:
-    """Compressed RLE counts of bitmaps (D, h, w) on any device."""
-    # pycocotools reads (h, w, D) in Fortran order, which in memory is (D, w, h): transpose where the masks are.
-    columns = masks.transpose(1, 2).contiguous().view(torch.uint8).cpu().numpy()
-    return tuple(code["counts"] for code in rle.encode(columns.transpose(2, 1, 0)))
+def _size(item: Annotation) -> tuple[float, float]:
+    return item.size or (item.box[2] - item.box[0], item.box[3] - item.box[1])

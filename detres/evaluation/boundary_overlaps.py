@@ -71,7 +71,7 @@ def _boundary(bitmaps: Tensor, distance: int) -> Tensor:
 
 
 def _all_in_window(bitmaps: Tensor, dim: int, window: int) -> Tensor:
-    """Whether all of `window` consecutive entries along `dim` are set, shorter by window - 1. What is covered doubles."""
+    """Whether all of `window` consecutive entries along `dim` are set; shorter by window - 1. Its reach doubles."""
     covered = 1
     while covered < window and bitmaps.shape[dim]:
         step = min(covered, window - covered)

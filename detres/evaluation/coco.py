@@ -1,54 +1,99 @@
-"""COCO detection and segmentation metrics: the twelve numbers, overall and per class.
+"""COCO AP and AR of boxes, masks, boundaries and keypoints: of a model's detections as they come.
 
-The numbers are pycocotools' (Lin et al., arXiv 1405.0312; cocodataset.org/#detection-eval), which does the matching
-here. What it gets wrong silently is put right before it sees it: annotation ids are renumbered from 1 (it takes a
-match with id 0 for none), image ids may be strings, and no detections at all are a result like any other.
+The numbers are pycocotools' to the last bit (`coco_engine`), on the results file that `results` gives. What it gets
+wrong silently is no matter here: annotation ids may be 0 and image ids strings, and no detections at all are a result
+like any other. Detections count as small, medium or large by their masks for "segm" and "boundary".
+
+Legend: N images, K classes, G truths, D detections.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-import numpy as np
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
+import torch
+from torch import Tensor
 
 from detres.data.dataset import Dataset
-from detres.evaluation.base import EvalResult, Evaluator
+from detres.evaluation.base import EvalResult, Evaluator, Part, Rows, truths_of
+from detres.evaluation.coco_engine import Arrays, Found, Overlaps, Protocol, Truths, accumulate, match
+from detres.evaluation.coco_masks import (BitmapComparer, PairOverlaps, RunLengths, code_overlaps, encode, truth_codes)
+from detres.evaluation.coco_numbers import IouType, Row, protocol_of, rows_of
+from detres.evaluation.mask_overlaps import rle_areas
+from detres.evaluation.overlaps import box_iou_pairs
+from detres.structures import Detections
 
-IouType = Literal["bbox", "segm"]
-Metrics = dict[str, float]
-NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MASK_TYPES = ("segm", "boundary")
 
 
 class CocoEvaluator(Evaluator):
-    """COCO AP and AR of boxes ("bbox") and masks ("segm").
+    """COCO AP and AR of boxes ("bbox"), masks ("segm") and their outlines ("boundary", Cheng et al. 2021).
 
+    `keep_masks` makes `results` have the masks also where they are evaluated on a GPU.
     Raises ValueError when masks are to be evaluated and an annotation has none.
     """
 
-    def __init__(self, dataset: Dataset, iou_types: tuple[IouType, ...] = ("bbox", "segm")):
+    def __init__(self, dataset: Dataset, iou_types: tuple[IouType, ...] = ("bbox", "segm"), keep_masks: bool = False):
         super().__init__(dataset)
         self.iou_types = iou_types
-        self.metric_names = tuple(f"{iou_type}/{name}" for iou_type in iou_types for name in NAMES)
-        self.with_masks = "segm" in iou_types
-        if self.with_masks:
+        self.mask_types = [name for name in iou_types if name in MASK_TYPES]
+        self.keep_masks = keep_masks
+        self.metric_names = tuple(f"{iou_type}/{row.name}" for iou_type in iou_types for row in rows_of(iou_type))
+        truths = truths_of(self.records)
+        self._truths = replace(truths, ignore=truths.crowd)  # COCO knows no difficult objects
+        if self.mask_types:
             _require_masks(dataset)
+            self._codes = truth_codes(self.records)
+            self._comparer = BitmapComparer(self.records, self._codes, self.mask_types)
+
+    def _extras(self, detections: Detections, images: list[int]) -> dict[str, Rows]:
+        if not self.mask_types:
+            return {}
+        if detections.masks is None:
+            raise ValueError("detections must have masks for segm, got none. Evaluate with iou_types=('bbox',).")
+        labels = detections.labels.masked_fill(~detections.valid, -1)
+        extras: dict[str, Rows] = {}
+        if detections.boxes.is_cuda:
+            first, *others = [self._comparer.compare(image, *tensors) for image, *tensors in zip(
+                images, detections.masks, detections.boxes, labels)]
+            extras["overlaps"] = first.joined(others)
+        if self.keep_masks or not detections.boxes.is_cuda:
+            codes = [encode(*tensors, self.records[image]) for image, *tensors in zip(
+                images, detections.masks, detections.boxes, detections.valid)]
+            extras["codes"] = RunLengths([code for part in codes for code in part])
+        return extras
 
     def compute(self) -> EvalResult:
         """Metrics named "bbox/AP", "bbox/AP50" ... "segm/ARl"; -1 where there is no ground truth."""
-        ground_truth, results = coco_dict(self.dataset), self.results()
-        names = dict(zip(self.dataset.category_ids, self.dataset.classes))
-        metrics, per_class = {}, {name: {} for name in self.dataset.classes}
+        part, found = self.collected(), self.found()
+        result = EvalResult({})
         for iou_type in self.iou_types:
-            overall, by_category = coco_metrics(ground_truth, results, iou_type)
-            metrics.update({f"{iou_type}/{key}": value for key, value in overall.items()})
-            for category_id, numbers in by_category.items():
-                per_class[names[category_id]].update({f"{iou_type}/{key}": value for key, value in numbers.items()})
-        return EvalResult(metrics, per_class)
+            truths, sized, overlaps = self._compared(part, found, iou_type)
+            result = result.merged(coco_result(truths, sized, self.dataset.classes, overlaps, iou_type))
+        return result
+
+    def _compared(self, part: Part, found: Found, iou_type: IouType) -> tuple[Truths, Found, Overlaps]:
+        """Truths on the device of the detections, detections with the areas of what is evaluated, and overlaps."""
+        truths = self._truths.to(found.scores.device)
+        if iou_type == "bbox":
+            return truths, found, box_overlaps(truths, found)
+        if (pairs := part.extras.get("overlaps")) is not None:
+            assert isinstance(pairs, PairOverlaps)
+            return truths, replace(found, area=pairs.area.double()), pairs.lookup(iou_type, len(truths.label))
+        codes = part.extras["codes"].codes if part.extras else []
+        areas = torch.from_numpy(rle_areas(codes))
+        lowest = protocol_of(iou_type).lowest()
+        overlaps = code_overlaps(iou_type, codes, areas, self._codes, truths, len(self.dataset.classes), lowest)
+        return truths, replace(found, area=areas.double()), overlaps
+
+    def results(self) -> list[dict[str, Any]]:
+        results = super().results()
+        if (codes := self.collected().extras.get("codes")) is not None:
+            for result, code in zip(results, codes.codes):
+                result["segmentation"] = code
+        return results
 
 
 def _require_masks(dataset: Dataset) -> None:
@@ -59,72 +104,27 @@ def _require_masks(dataset: Dataset) -> None:
                                  f"{annotation.id} of {record.path}. Evaluate boxes only, or remove the annotation.")
 
 
-def coco_dict(dataset: Dataset) -> dict:
-    """The ground truth of a data set as the contents of a COCO annotation file."""
-    annotations = []
-    for record in dataset.records:
-        for item in record.annotations:
-            x1, y1, x2, y2 = item.box
-            annotations.append({"id": item.id, "image_id": record.id, "category_id": dataset.category_ids[item.label],
-                                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": item.area, "iscrowd": int(item.crowd),
-                                "segmentation": item.segmentation})
-    return {"images": [{"id": r.id, "height": r.height, "width": r.width} for r in dataset.records],
-            "categories": [{"id": i, "name": name} for i, name in zip(dataset.category_ids, dataset.classes)],
-            "annotations": annotations}
+def box_overlaps(truths: Truths, found: Found) -> Overlaps:
+    return lambda d, g: box_iou_pairs(found.boxes_xywh, truths.boxes_xywh, truths.crowd, d, g)
 
 
-def coco_metrics(ground_truth: dict, results: list[dict], iou_type: IouType) -> tuple[Metrics, dict[int, Metrics]]:
-    """The twelve numbers over all categories, and for each category id, of the contents of two COCO files.
+def coco_result(truths: Truths, found: Found, classes: Sequence[str], overlaps: Overlaps, iou_type: IouType,
+                protocol: Protocol | None = None, rows: Sequence[Row] | None = None) -> EvalResult:
+    """Named numbers, overall and per class, and the arrays behind them; by default of COCO's protocol.
 
-    Detections count as small, medium or large by their mask's area for "segm", even when they have a box.
-    Raises ValueError for a result whose image is not in the ground truth.
+    Args:
+        classes: their names, label by label.
+        overlaps: see `coco_engine.match`.
+        rows: which numbers.
     """
-    # Ranks instead of ids keep the order in which pycocotools visits images, which settles ties of scores.
-    rank = {image_id: i for i, image_id in enumerate(sorted(image["id"] for image in ground_truth["images"]), 1)}
-    images = [{**image, "id": rank[image["id"]]} for image in ground_truth["images"]]
-    categories = ground_truth["categories"]
-    truths = [{**item, "id": i, "image_id": rank[item["image_id"]], "iscrowd": item.get("iscrowd", 0)}
-              for i, item in enumerate(ground_truth["annotations"], 1)]
-    found = [_detection(item, i, rank, iou_type) for i, item in enumerate(results, 1)]
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_indexed(images, categories, truths), _indexed(images, categories, found), iou_type)
-        evaluation.evaluate()
-        evaluation.accumulate()
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]  # (T, R, K, A, M), (T, K, A, M)
-    by_category = {int(category_id): _summary(precision[:, :, k:k + 1], recall[:, k:k + 1])
-                   for k, category_id in enumerate(evaluation.params.catIds)}
-    return _summary(precision, recall), by_category
+    protocol, rows = protocol or protocol_of(iou_type), rows or rows_of(iou_type)
+    arrays = coco_arrays(truths, found, len(classes), overlaps, protocol)
+    metrics = {f"{iou_type}/{row.name}": row.of(arrays, protocol) for row in rows}
+    per_class = {name: {f"{iou_type}/{row.name}": row.of(arrays, protocol, slice(k, k + 1)) for row in rows}
+                 for k, name in enumerate(classes)}
+    return EvalResult(metrics, per_class, {iou_type: arrays})
 
 
-def _detection(result: dict, number: int, rank: dict, iou_type: IouType) -> dict:
-    if result["image_id"] not in rank:
-        raise ValueError(f"results must be of images in the ground truth, got image_id {result['image_id']!r} "
-                         f"(result {number}). Evaluate against the data set that was predicted on.")
-    common = {"id": number, "image_id": rank[result["image_id"]], "category_id": result["category_id"],
-              "score": result["score"], "iscrowd": 0}
-    if iou_type == "segm":
-        return {**common, "segmentation": result["segmentation"], "area": rle.area(result["segmentation"])}
-    return {**common, "bbox": result["bbox"], "area": result["bbox"][2] * result["bbox"][3]}
-
-
-def _indexed(images: list[dict], categories: list[dict], annotations: list[dict]) -> COCO:
-    coco = COCO()
-    coco.dataset = {"info": {}, "images": images, "categories": categories, "annotations": annotations}
-    coco.createIndex()
-    return coco
-
-
-def _summary(precision: np.ndarray, recall: np.ndarray) -> Metrics:
-    """The twelve numbers from precision (T, R, K, A, M) and recall (T, K, A, M).
-
-    T thresholds .5:.05:.95, R recalls 0:.01:1, A areas all, small, medium, large, M bounds 1, 10, 100 on detections.
-    """
-    parts = [precision[..., 0, 2], precision[0, ..., 0, 2], precision[5, ..., 0, 2],
-             *(precision[..., area, 2] for area in (1, 2, 3)),
-             *(recall[..., 0, bound] for bound in (0, 1, 2)), *(recall[..., area, 2] for area in (1, 2, 3))]
-    return dict(zip(NAMES, map(_mean, parts)))
-
-
-def _mean(values: np.ndarray) -> float:
-    measured = values[values > -1]
-    return float(np.mean(measured)) if len(measured) else -1.0
+def coco_arrays(truths: Truths, found: Found, classes: int, overlaps: Overlaps, protocol: Protocol) -> Arrays:
+    """Precision, recall and scores on the host, computed on the device of the detections."""
+    return accumulate(match(truths, found, classes, overlaps, protocol), classes, protocol).to("cpu")

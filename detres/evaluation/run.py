@@ -24,10 +24,14 @@ from detres.progress import track
 from detres.structures import Batch
 
 
-def build_evaluators(dataset: Dataset, metrics: Sequence[Literal["coco", "voc"]], with_masks: bool) -> list[Evaluator]:
-    """One evaluator per protocol. COCO evaluates masks where the model predicts them and the data set has them."""
+def build_evaluators(dataset: Dataset, metrics: Sequence[Literal["coco", "voc"]], with_masks: bool,
+                     keep_masks: bool = False) -> list[Evaluator]:
+    """One evaluator per protocol. COCO evaluates masks where the model predicts them and the data set has them.
+
+    `keep_masks` is for results with masks.
+    """
     masks = with_masks and any(item.segmentation for record in dataset.records for item in record.annotations)
-    build = {"coco": lambda: CocoEvaluator(dataset, ("bbox", "segm") if masks else ("bbox",)),
+    build = {"coco": lambda: CocoEvaluator(dataset, ("bbox", "segm") if masks else ("bbox",), keep_masks),
              "voc": lambda: VocEvaluator(dataset)}
     return [build[name]() for name in metrics]
 
@@ -111,12 +115,12 @@ def evaluate_weights(path: str | Path, *, data: str | SourceConfig | None = None
     dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
     dataset = align_classes(dataset, meta.classes, meta.category_ids)
     with_masks = config.model.name == "mask_rcnn"
-    evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks)
+    evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks, save is not None)
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size or config.eval.batch_size,
                           training=False, with_masks=False, device_type=device_of(model).type)
     result = evaluate(model, loader, evaluators, device_of(model), precision=config.train.precision)
     if save is not None:
-        save_results(max(evaluators, key=lambda evaluator: evaluator.with_masks), save)
+        save_results(max(evaluators, key=lambda evaluator: isinstance(evaluator, CocoEvaluator)), save)
     print(f"{dataset.name}: {len(dataset.records)} images, weights {path} (step {meta.step})\n{result.table()}")
     return result.metrics
 

@@ -26,7 +26,7 @@ from detres.data.loader import pad_images
 from detres.data.transforms import resize_for_eval
 from detres.engine.checkpoint import WeightsMeta, find_weights, load_weights
 from detres.engine.distributed import pick_device
-from detres.evaluation.base import encode_masks
+from detres.data.masks import encode_masks
 from detres.inference.draw import draw
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Detections
@@ -78,14 +78,13 @@ class Prediction:
 
     def to_coco(self, image_id: int | str) -> list[dict]:
         """COCO results; masks as compressed RLE."""
-        size = list(self.image.shape[:2])
         codes = None if self.masks is None else encode_masks(self.masks)
         results = []
         for i, (x1, y1, x2, y2) in enumerate(self.boxes.tolist()):
             result = {"image_id": image_id, "category_id": self.category_ids[i], "bbox": [x1, y1, x2 - x1, y2 - y1],
                       "score": float(self.scores[i])}
             if codes is not None:
-                result["segmentation"] = {"size": size, "counts": codes[i].decode()}
+                result["segmentation"] = codes[i]
             results.append(result)
         return results
 

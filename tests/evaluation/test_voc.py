@@ -1,46 +1,109 @@
-"""VOC average precision: published numbers and hand-solved cases."""
+"""VOC average precision: published numbers, hand-solved cases, and the kit's loop as the oracle."""
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
+from statistics import fmean
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from detres.evaluation.voc import Matches, VocEvaluator, area, curve, eleven_point
+from detres.evaluation.coco_engine import Found, Truths
+from detres.evaluation.voc import (THRESHOLDS, VocEvaluator, area, eleven_point, judge, match, mean_of_measured,
+                                   voc_ap)
 
-TOY24 = {  # detection_results/README.md: IoU threshold -> 11-point, every point
+
+def flat(truths: list, found: list) -> tuple[Truths, Found]:
+    """From rows (image, label, (x, y, w, h), difficult) and (image, label, (x, y, w, h), score)."""
+    def columns(rows: list) -> list:
+        image, label = torch.tensor([row[:2] for row in rows], dtype=torch.int64).reshape(-1, 2).unbind(1)
+        boxes = torch.tensor([row[2] for row in rows], dtype=torch.float64).reshape(-1, 4)
+        return [image, label, boxes, torch.tensor([row[3] for row in rows])]
+
+    image, label, boxes, difficult = columns(truths)
+    ground_truth = Truths(image, label, boxes, boxes[:, 2] * boxes[:, 3], torch.zeros(len(boxes), dtype=torch.bool),
+                          difficult.bool())
+    image, label, boxes, scores = columns(found)
+    return ground_truth, Found(image, label, boxes, scores.double(), boxes[:, 2] * boxes[:, 3])
+
+
+# Published numbers
+
+EXPECTED = {  # detection_results/README.md: IoU threshold -> 11-point, every point
     0.1: (.3333333333, .3371980676), 0.3: (.2683982683, .2456866804), 0.5: (.0303030303, .0222222222), 0.75: (0.0, 0.0)}
+# Objects x y w h, then detections score x y w h, of each of the seven images; widths are xmax - xmin.
+TOY = """\
+25 16 38 56, 129 123 41 62 | .88 5 67 31 48, .70 119 111 40 67, .80 124 9 49 67
+123 11 43 55, 38 132 59 45 | .71 64 111 64 58, .54 26 140 60 47, .74 19 18 43 35
+16 14 35 48, 123 30 49 44, 99 139 47 47 | .18 109 15 77 39, .67 86 63 46 45, .38 160 62 36 53, .91 105 131 47 47, \
+.44 18 148 40 44
+53 42 40 52, 154 43 31 34 | .35 83 28 28 26, .78 28 68 42 67, .45 87 89 25 39, .14 10 155 60 26
+59 31 44 51, 48 128 34 52 | .62 50 38 28 46, .44 95 11 53 28, .95 29 131 72 29, .23 29 163 72 29
+36 89 52 76, 62 58 44 67 | .45 43 48 74 38, .84 17 155 29 35, .43 95 110 25 42
+28 31 55 63, 58 67 50 58 | .48 16 20 101 88, .95 33 116 37 49"""
+
+
+def toy() -> tuple[list, list]:
+    images = [[[tuple(map(float, row.split())) for row in part.split(",")] for part in line.split("|")]
+              for line in TOY.splitlines()]
+    return ([(i, 0, row, False) for i, (objects, _) in enumerate(images) for row in objects],
+            [(i, 0, row[1:], row[0]) for i, (_, found) in enumerate(images) for row in found])
+
+
+@pytest.mark.parametrize("threshold", EXPECTED)
+def test_published_numbers_of_a_toy_set(threshold):
+    truths, found = flat(*toy())
+    both = [voc_ap(truths, found, 1, threshold, eleven_points=points, border=1)[0] for points in (True, False)]
+    assert both == pytest.approx(EXPECTED[threshold], abs=1e-10)  # printed cut, not rounded
+
+
+def test_toy_without_the_pixel_of_the_border():
+    truths, found = flat(*toy())
+    values = [voc_ap(truths, found, 1, threshold)[0] for threshold in (0.1, 0.3, 0.5)]
+    assert values == pytest.approx((.2801, .2254, .0222), abs=5e-5)  # detection_results/README.md
+
+
+def lines(folder: Path) -> list[tuple[int, list[str]]]:
+    """The words of every line in a folder of text files, with the place of the file."""
+    return [(i, line.split()) for i, file in enumerate(sorted(folder.iterdir()))
+            for line in file.read_text().splitlines()]
 
 
 @pytest.mark.data
-def test_published_numbers_of_a_toy_set(shared_data, make_dataset, make_batch):
+def test_toy_is_the_published_one(shared_data):
     folder = shared_data / "detection_results" / "voc_toy24"
-
-    def rows(kind: str) -> dict[str, list]:
-        return {file.stem: [line.split()[1:] for line in file.read_text().splitlines()]
-                for file in sorted((folder / kind).iterdir())}
-
-    def box(numbers: list[str]) -> tuple[float, ...]:  # inclusive pixels x, y, x + w, y + h: that is w + 1 wide
-        x, y, w, h = map(float, numbers)
-        return x, y, x + w + 1, y + h + 1
-
-    dataset = make_dataset({name: [(0, box(row)) for row in lines] for name, lines in rows("groundtruths").items()},
-                           classes=("object",), size=(500, 500))
-    evaluator = VocEvaluator(dataset)
-    found = {name: [(0, box(row[1:]), float(row[0])) for row in lines] for name, lines in rows("detections").items()}
-    evaluator.update(*make_batch(dataset, found))
-    matches = evaluator.matches(0)
-    assert len(matches.difficult) == 15 and len(matches.overlap) == 24
-    for threshold, expected in TOY24.items():
-        points = curve(matches, threshold)
-        assert (eleven_point(*points), area(*points)) == pytest.approx(expected, abs=1e-10)  # printed cut, not rounded
-    assert evaluator.compute().metrics["voc/AP50"] == pytest.approx(TOY24[0.5][1], abs=1e-10)
+    truths = [(i, 0, tuple(map(float, box)), False) for i, (_, *box) in lines(folder / "groundtruths")]
+    found = [(i, 0, tuple(map(float, box)), float(score)) for i, (_, score, *box) in lines(folder / "detections")]
+    assert (truths, found) == toy()
 
 
-def evaluated(make_dataset, make_batch, truths: list, found: list, classes=("cat", "dog")) -> VocEvaluator:
+@pytest.mark.data
+def test_published_files_with_thirty_classes(shared_data):
+    folder = shared_data / "detection_results" / "cartucho85"
+    truths, found = lines(folder / "ground-truth"), lines(folder / "detection-results")
+    names = sorted({name for _, (name, *_) in truths + found})
+
+    def box(corners: list[str]) -> tuple[float, ...]:
+        x1, y1, x2, y2 = map(float, corners)
+        return x1, y1, x2 - x1, y2 - y1
+
+    arrays = flat([(i, names.index(name), box(rest[:4]), False) for i, (name, *rest) in truths],
+                  [(i, names.index(name), box(corners), float(score)) for i, (name, score, *corners) in found])
+    values = voc_ap(*arrays, len(names), border=1)
+    assert len(truths) == 686 and sum(value != -1 for value in values) == 30
+    assert mean_of_measured(values) == pytest.approx(0.3105, abs=5e-5)
+
+
+# Hand-solved cases
+
+
+def evaluated(make_dataset, make_batch, truths: list, found: list, classes=("cat", "dog"), border=0.0) -> VocEvaluator:
     dataset = make_dataset({"a": truths, "b": []}, classes)
-    evaluator = VocEvaluator(dataset)
+    evaluator = VocEvaluator(dataset, border)
     evaluator.update(*make_batch(dataset, {"a": found, "b": []}, scale=0.5))
     return evaluator
 
@@ -48,8 +111,17 @@ def evaluated(make_dataset, make_batch, truths: list, found: list, classes=("cat
 def test_perfect_and_absent_classes(make_dataset, make_batch):
     found = [(0, (0, 0, 10, 10), 0.9), (1, (0, 0, 9, 9), 0.9)]
     result = evaluated(make_dataset, make_batch, [(0, (0, 0, 10, 10))], found).compute()
-    assert result.metrics == {"voc/AP": 1.0, "voc/AP50": 1.0, "voc/AP50_11point": pytest.approx(1.0)}
+    assert result.metrics == {"voc/AP": 1.0, "voc/AP50": 1.0, "voc/AP50_11point": 1.0}
     assert set(result.per_class["dog"].values()) == {-1.0}
+
+
+def test_ap_is_the_mean_over_classes_and_over_thresholds(make_dataset, make_batch):
+    truths = [(0, (0, 0, 20, 20)), (1, (0, 0, 10, 10)), (1, (30, 30, 40, 40))]
+    found = [(0, (0, 0, 20, 13), 0.9), (1, (0, 0, 10, 10), 0.9)]  # IoU .65: four thresholds; half of the dogs
+    result = evaluated(make_dataset, make_batch, truths, found).compute()
+    assert result.per_class["cat"]["voc/AP"] == pytest.approx(0.4)
+    assert result.metrics["voc/AP"] == pytest.approx((0.4 + 0.5) / 2)
+    assert result.metrics["voc/AP50"] == pytest.approx((1 + 0.5) / 2)
 
 
 def test_difficult_is_ignored_even_twice(make_dataset, make_batch):
@@ -60,10 +132,21 @@ def test_difficult_is_ignored_even_twice(make_dataset, make_batch):
     assert set(only.metrics.values()) == {-1.0}
 
 
-def test_a_second_detection_of_an_object_is_wrong(make_dataset, make_batch):
-    truths = [(0, (0, 0, 20, 20)), (0, (50, 50, 70, 70))]
-    found = [(0, (0, 0, 20, 18), 0.9), (0, (0, 0, 20, 20), 0.8), (0, (50, 50, 70, 70), 0.7)]  # right, double, right
-    recall, precision = curve(evaluated(make_dataset, make_batch, truths, found).matches(0), 0.5)
+def test_crowds_are_ignored(make_dataset, make_batch):
+    truths = [(0, (0, 0, 10, 10), {"crowd": True}), (0, (50, 50, 70, 70))]
+    found = [(0, (50, 50, 70, 70), 0.7)]
+    assert evaluated(make_dataset, make_batch, truths, found).compute().metrics["voc/AP50"] == 1.0
+
+
+@pytest.mark.parametrize("recall, points", [(0.2, 3), (0.3, 3), (0.5, 6), (0.6, 6), (0.7, 7), (1.0, 11)])
+def test_three_of_the_eleven_points_lie_one_rounding_above(recall, points):
+    assert eleven_point(np.array([recall]), np.array([1.0])) == points / 11
+
+
+def test_a_second_detection_of_an_object_is_wrong():
+    truths = [(0, 0, (0, 0, 20, 20), False), (0, 0, (50, 50, 20, 20), False)]
+    found = [(0, 0, (0, 0, 20, 18), 0.9), (0, 0, (0, 0, 20, 20), 0.8), (0, 0, (50, 50, 20, 20), 0.7)]
+    recall, precision = judge(match(*flat(truths, found), 1), 0.5).curve(0)  # right, double, right
     assert recall.tolist() == [0.5, 0.5, 1.0] and precision.tolist() == [1.0, 0.5, 2 / 3]
     assert area(recall, precision) == pytest.approx(0.5 + 0.5 * 2 / 3)
     assert eleven_point(recall, precision) == pytest.approx((6 + 5 * 2 / 3) / 11)
@@ -72,6 +155,21 @@ def test_a_second_detection_of_an_object_is_wrong(make_dataset, make_batch):
 def test_overlap_on_the_threshold_counts(make_dataset, make_batch):
     evaluator = evaluated(make_dataset, make_batch, [(0, (0, 0, 20, 20))], [(0, (0, 0, 20, 10), 0.9)])  # IoU 1/2
     assert evaluator.compute().metrics["voc/AP50"] == 1.0
+
+
+def test_without_the_kits_pixel_it_is_below_the_threshold(make_dataset, make_batch):
+    evaluator = evaluated(make_dataset, make_batch, [(0, (0, 0, 20, 20))], [(0, (0, 0, 20, 10), 0.9)], border=-1)
+    assert evaluator.compute().metrics["voc/AP50"] == 0.0  # 19 * 9 / 19 ** 2
+
+
+def test_only_the_most_overlapped_object_can_be_found():
+    truths = [(0, 0, (0, 0, 20, 20), False), (0, 0, (0, 4, 20, 20), False)]
+    found = [(0, 0, (0, 0, 20, 20), 0.9), (0, 0, (0, 1, 20, 20), 0.8)]  # the second reaches .5 with both
+    assert voc_ap(*flat(truths, found), 1) == [0.5]
+
+
+def test_no_overlap_is_no_match_at_any_threshold():
+    assert voc_ap(*flat([(0, 0, (0, 0, 2, 2), False)], [(0, 0, (5, 5, 2, 2), 0.9)]), 1, threshold=0.0) == [0.0]
 
 
 def test_ties_keep_image_order_whatever_the_order_of_updates(make_dataset, make_batch):
@@ -84,29 +182,102 @@ def test_ties_keep_image_order_whatever_the_order_of_updates(make_dataset, make_
         assert evaluator.compute().metrics["voc/AP50"] == 1.0
 
 
+def test_ties_keep_the_order_given_within_an_image():
+    truths = [(0, 0, (0, 0, 20, 20), False)]
+    rows = [(0, 0, (50, 50, 9, 9), 0.5)] * 20 + [(0, 0, (0, 0, 20, 20), 0.5)]
+    assert voc_ap(*flat(truths, rows), 1) == [1 / 21] and voc_ap(*flat(truths, rows[::-1]), 1) == [1.0]
+
+
+def test_minus_zero_ties_with_zero():
+    truths, rows = [(0, 0, (0, 0, 20, 20), False)], [(0, 0, (0, 0, 20, 20), -0.0), (0, 0, (50, 50, 9, 9), 0.0)]
+    assert voc_ap(*flat(truths, rows), 1) == [1.0]
+
+
 def test_nothing_found(make_dataset, make_batch):
     evaluator = evaluated(make_dataset, make_batch, [(0, (0, 0, 20, 20))], [])
     assert set(evaluator.compute().metrics.values()) == {0.0} and evaluator.results() == []
+    assert set(VocEvaluator(evaluator.dataset).compute().metrics.values()) == {0.0}
 
 
-def naive(matches: Matches, threshold: float) -> tuple[list[float], list[float]]:
-    """The kit's loop, one detection after another."""
-    taken, right, wrong, points = set(), 0, 0, []
-    for overlap, target in zip(matches.overlap, matches.target):
-        if target < 0 or overlap < threshold:
-            wrong += 1
-        elif not matches.difficult[target]:
-            right, wrong = (right, wrong + 1) if target in taken else (right + 1, wrong)
-            taken.add(target)
-        points.append((right / (~matches.difficult).sum(), right / max(right + wrong, 1)))
-    return [r for r, _ in points], [p for _, p in points]
+def test_nothing_to_find_and_nothing_at_all(make_dataset, make_batch):
+    evaluator = evaluated(make_dataset, make_batch, [], [(0, (0, 0, 20, 20), 0.9)])
+    assert set(evaluator.compute().metrics.values()) == {-1.0}
+    assert voc_ap(*flat([], []), 2) == [-1.0, -1.0]
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.4, 0.5, 0.9]), st.integers(-1, 3)), max_size=12),
-       st.lists(st.booleans(), min_size=3, max_size=3))
-def test_curve_equals_the_naive_loop(found, difficult):
-    overlap, target = np.array([o for o, _ in found]), np.array([t for _, t in found], int)
-    matches = Matches(overlap, target, np.array([*difficult, False]))
-    recall, precision = curve(matches, 0.5)
-    expected = naive(matches, 0.5)
-    assert (recall.tolist(), precision.tolist()) == expected
+@pytest.mark.parametrize("found, message", [
+    ([(0, 2, (0, 0, 1, 1), 0.5)], r"0\.\.1, got 2 \(detections\)"),
+    ([(0, -1, (0, 0, 1, 1), 0.5)], r"got -1 \(detections\)"),
+    ([(0, 0, (0, 0, 1, 1), 0.5), (0, 0, (0, 0, 1, 1), math.nan)], r"scores must be .*, got \[nan\] \(detection 1\)"),
+    ([(0, 0, (0, 0, math.inf, 1), 0.5)], r"boxes must be finite, got \[0.0, 0.0, inf, 1.0\]")])
+def test_unusable_detections_are_refused(found, message):
+    with pytest.raises(ValueError, match=message):
+        voc_ap(*flat([], found), 2)
+
+
+def test_labels_of_objects_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"got 7 \(ground truth\)"):
+        voc_ap(*flat([(0, 7, (0, 0, 1, 1), False)], []), 2)
+
+
+# The kit's loop as the oracle
+
+
+def naive(truths: list, found: list, label: int, threshold: float, eleven_points: bool) -> float:
+    """VOCevaldet's description, one detection after another, with inclusive corners."""
+    def corners(box: tuple) -> tuple[float, ...]:
+        return box[0] + 1, box[1] + 1, box[0] + box[2], box[1] + box[3]
+
+    positives = sum(row[1] == label and not row[3] for row in truths)
+    if not positives:
+        return -1.0
+    taken, tp, fp, points = set(), 0, 0, []
+    by_image = sorted((row for row in found if row[1] == label), key=lambda row: row[0])
+    for image, _, box, _ in sorted(by_image, key=lambda row: -row[3]):
+        best, best_overlap, (x1, y1, x2, y2) = None, -math.inf, corners(box)
+        for j, (other_image, other_label, other, _) in enumerate(truths):
+            if (other_image, other_label) != (image, label):
+                continue
+            a1, b1, a2, b2 = corners(other)
+            w, h = min(x2, a2) - max(x1, a1) + 1, min(y2, b2) - max(y1, b1) + 1
+            if w > 0 and h > 0:
+                union = (x2 - x1 + 1) * (y2 - y1 + 1) + (a2 - a1 + 1) * (b2 - b1 + 1) - w * h
+                if w * h / union > best_overlap:
+                    best, best_overlap = j, w * h / union
+        if best_overlap < threshold:
+            fp += 1
+        elif not truths[best][3]:
+            tp, fp = (tp, fp + 1) if best in taken else (tp + 1, fp)
+            taken.add(best)
+        points.append((tp / positives, tp / (tp + fp) if tp + fp else 0.0))
+    if eleven_points:
+        return fmean(max([p for r, p in points if r >= t], default=0.0) for t in np.arange(0, 1.1, 0.1))
+    recall, precision = [0.0, *(r for r, _ in points), 1.0], [0.0, *(p for _, p in points), 0.0]
+    for i in reversed(range(len(precision) - 1)):
+        precision[i] = max(precision[i], precision[i + 1])
+    return math.fsum((recall[i] - recall[i - 1]) * precision[i] for i in range(1, len(recall)))
+
+
+boxes = st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(1, 5), st.integers(1, 5))
+truth_rows = st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1), boxes, st.booleans()), max_size=8)
+found_rows = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1), boxes, st.sampled_from([0.1, 0.5, 0.9])),
+                      max_size=12)
+
+
+@given(truth_rows, found_rows, st.sampled_from([0.25, 0.5, 0.75, *THRESHOLDS]), st.booleans())
+def test_equals_the_naive_loop(truths, found, threshold, eleven_points):
+    expected = [naive(truths, found, label, threshold, eleven_points) for label in (0, 1)]
+    assert voc_ap(*flat(truths, found), 2, threshold, eleven_points=eleven_points) == expected
+
+
+@given(truth_rows, found_rows)
+def test_order_between_images_does_not_matter(truths, found):
+    shuffled = sorted(found, key=lambda row: -row[0])
+    assert voc_ap(*flat(truths, found), 2) == voc_ap(*flat(truths, shuffled), 2)
+
+
+@given(truth_rows, found_rows, st.sampled_from([0.05, 0.5, 0.95]))
+def test_a_false_positive_never_raises_ap(truths, found, score):
+    before = voc_ap(*flat(truths, found), 2)
+    after = voc_ap(*flat(truths, [*found, (5, 0, (0, 0, 1, 1), score)]), 2)
+    assert after[0] <= before[0] and after[1] == before[1]
