@@ -22,20 +22,40 @@ def give_statistics(model):
     return model.eval()
 
 
-@pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
-@pytest.mark.parametrize("depth, dtype, tolerance", [(18, torch.float64, 1e-12), (50, torch.float64, 1e-12),
-                                                     (50, torch.float32, 1e-4)])  # 50 layers of rounding
-def test_features_equal_torchvisions(depth, dtype, tolerance, norm):
-    theirs = give_statistics(getattr(torchvision.models, f"resnet{depth}")(weights=None)).to(dtype)
-    ours = resnet(depth, norm=norm).to(dtype).eval()
+def theirs_and_ours(depth: int, norm: str):
+    """torchvision's network as a list of features per stage, ours with its weights, and images."""
+    theirs = give_statistics(getattr(torchvision.models, f"resnet{depth}")(weights=None))
+    ours = resnet(depth, norm=norm).eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not missing and all(k.startswith("fc.") or k.endswith("num_batches_tracked") for k in unexpected)
-    names = {f"layer{i}": str(i) for i in (1, 2, 3, 4)}
-    expected = create_feature_extractor(theirs, names)
-    x = torch.randn(2, 3, 64, 96, dtype=dtype)
+    return create_feature_extractor(theirs, {f"layer{i}": str(i) for i in (1, 2, 3, 4)}), ours, torch.randn(2, 3, 64, 96)
+
+
+@pytest.mark.parametrize("norm", ["bn", "frozen_bn"])
+@pytest.mark.parametrize("depth", [18, 50])
+def test_features_equal_torchvisions(depth, norm):
+    theirs, ours, x = theirs_and_ours(depth, norm)
     with torch.no_grad():
-        for feature, reference in zip(ours(x), expected(x).values()):
-            assert (feature - reference).abs().max() / reference.abs().max() < tolerance
+        for feature, reference in zip(ours.double()(x.double()), theirs.double()(x.double()).values(), strict=True):
+            assert (feature - reference).abs().max() / reference.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("depth", [18, 50, 101])
+def test_batch_norm_gives_the_bits_of_torchvision(depth):
+    theirs, ours, x = theirs_and_ours(depth, "bn")
+    with torch.no_grad():
+        for feature, reference in zip(ours(x), theirs(x).values(), strict=True):
+            assert torch.equal(feature, reference)
+
+
+@pytest.mark.parametrize("depth", [18, 50, 101])
+def test_folding_adds_no_error(depth):
+    """In float32, where no two orders of operations agree: both are as far from the result in float64."""
+    theirs, ours, x = theirs_and_ours(depth, "frozen_bn")
+    with torch.no_grad():
+        pairs = list(zip(ours(x), theirs(x).values(), strict=True))
+        for (feature, reference), exact in zip(pairs, theirs.double()(x.double()).values(), strict=True):
+            assert (feature - exact).norm() < 1.5 * (reference - exact).norm()
 
 
 @pytest.mark.parametrize("depth", list(DEPTHS))
