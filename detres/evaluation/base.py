@@ -53,12 +53,13 @@ def _grouped(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def _table(title: str, rows: dict[str, dict[str, float]]) -> str:
-    columns = {name: max(6, len(name) + 1) for name in rows["all"]}
+    columns = {name: max(6, len(name) + 1) for numbers in rows.values() for name in numbers}
     first = max(map(len, [title, *rows]))
     lines = [title.ljust(first) + "".join(name.rjust(width) for name, width in columns.items())]
     lines.append("-" * len(lines[0]))
-    lines += [name.ljust(first) + "".join(_number(numbers[column]).rjust(width) for column, width in columns.items())
-              for name, numbers in rows.items()]
+    for name, numbers in rows.items():
+        lines.append(name.ljust(first) + "".join(_number(numbers.get(column, -1)).rjust(width)
+                                                 for column, width in columns.items()))
     return "\n".join(lines)
 
 

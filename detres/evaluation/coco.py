@@ -14,7 +14,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from detres.data.dataset import Dataset
 from detres.evaluation.base import EvalResult, Evaluator, Part, Rows, truths_of
@@ -54,16 +53,21 @@ class CocoEvaluator(Evaluator):
         if detections.masks is None:
             raise ValueError("detections must have masks for segm, got none. Evaluate with iou_types=('bbox',).")
         labels = detections.labels.masked_fill(~detections.valid, -1)
-        extras: dict[str, Rows] = {}
-        if detections.boxes.is_cuda:
+        at_once, extras = self._compares_at_once(detections.boxes.device), {}
+        if at_once:
             first, *others = [self._comparer.compare(image, *tensors) for image, *tensors in zip(
                 images, detections.masks, detections.boxes, labels)]
             extras["overlaps"] = first.joined(others)
-        if self.keep_masks or not detections.boxes.is_cuda:
+        if self.keep_masks or not at_once:
             codes = [encode(*tensors, self.records[image]) for image, *tensors in zip(
                 images, detections.masks, detections.boxes, detections.valid)]
             extras["codes"] = RunLengths([code for part in codes for code in part])
         return extras
+
+    @staticmethod
+    def _compares_at_once(device: torch.device) -> bool:
+        """Whether masks are compared as bitmaps when they come, rather than as run lengths at the end."""
+        return device.type != "cpu"
 
     def compute(self) -> EvalResult:
         """Metrics named "bbox/AP", "bbox/AP50" ... "segm/ARl"; -1 where there is no ground truth."""

@@ -44,3 +44,10 @@ def test_results_merge_by_name():
     assert both.metrics == {"bbox/AP": 0.5, "val/loss": 1.0, "segm/AP": 0.25}
     assert both.per_class == {"cat": {"bbox/AP": 0.5, "segm/AP": 0.25}, "dog": {"segm/AP": 0.0}}
     assert both.curves == {"bbox": 1, "segm": 2}
+
+
+def test_the_table_has_a_column_for_every_name():
+    table = EvalResult({"panoptic/PQ": 0.5, "panoptic/PQ_th": 0.25}, {"cat": {"panoptic/PQ": 1.0, "panoptic/SQ": 0.75}})
+    assert [line.split() for line in table.table().splitlines()[::2]] == [
+        ["panoptic", "PQ", "PQ_th", "SQ"], ["all", "0.500", "0.250", "n/a"]]
+    assert table.table().splitlines()[-1].split() == ["cat", "1.000", "n/a", "0.750"]

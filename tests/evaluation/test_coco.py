@@ -287,13 +287,54 @@ def test_ground_truth_of_real_data_scores_one(shared_data, name):
         assert [metrics["AP"], metrics["AP50"], metrics["AR100"]] == [ONE] * 3
 
 
+class AtOnce(CocoEvaluator):
+    """Compares bitmaps on the CPU, too."""
+
+    @staticmethod
+    def _compares_at_once(device):
+        return True
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_bitmaps_and_run_lengths_and_pycocotools_agree(make_dataset, make_batch, seed):
+    rng = np.random.default_rng(seed)
+    crowd = {"crowd": True, "segmentation": {"size": [100, 120], "counts": [60 * 100, 60 * 100]}}
+
+    def box():
+        corner = rng.integers(0, 60, 2)
+        return tuple(map(int, (*corner, *(corner + rng.integers(5, 40, 2)))))
+
+    truths = {i: [(int(rng.integers(2)), box()) for _ in range(rng.integers(0, 5))] for i in (4, 1, 7)}
+    truths[1].append((0, (60, 0, 120, 100), crowd))
+    dataset = make_dataset(truths)
+    found = {i: [(label, tuple(np.add(place, rng.integers(-3, 4, 4)).tolist()), float(rng.integers(1, 4)) / 4)
+                 for label, place, *_ in 2 * truths[i]] for i in truths}
+    kinds = ("bbox", "segm", "boundary")
+    evaluators = [kind(dataset, kinds, keep_masks=True) for kind in (CocoEvaluator, AtOnce)]
+    for evaluator in evaluators:
+        for images in ((7,), (1, 4)):
+            evaluator.update(*make_batch(dataset, {i: found[i] for i in images}, scale=1.5, masks=True))
+        evaluator.merge([evaluator.state()])
+    runs, bitmaps = (evaluator.compute() for evaluator in evaluators)
+    for kind in kinds:
+        for name in ("precision", "recall", "scores"):
+            assert torch.equal(getattr(runs.curves[kind], name), getattr(bitmaps.curves[kind], name)), (kind, name)
+    assert runs.metrics["boundary/AP50"] <= runs.metrics["segm/AP50"] and runs.metrics["segm/AP50"] > 0
+    truth = coco_dict(dataset)
+    for i, annotation in enumerate(truth["annotations"], 1):
+        annotation["id"] = i
+    assert evaluators[0].results() == evaluators[1].results()
+    expected = pycocotools_metrics(truth, evaluators[0].results(), "segm")
+    assert expected == {name: runs.metrics[f"segm/{name}"] for name in NAMES}
+
+
 @pytest.mark.gpu
 def test_detections_on_a_gpu_give_the_same(make_dataset, make_batch):
     dataset = make_dataset({1: [(0, (10, 10, 60, 60))], 2: [(1, (5, 5, 90, 90))]})
     detections, batch = make_batch(dataset, {1: [(0, (10, 12, 60, 60), 0.9)], 2: [(1, (5, 5, 90, 80), 0.8)]}, masks=True)
     results = []
     for device in ("cpu", "cuda"):
-        evaluator = CocoEvaluator(dataset)
+        evaluator = CocoEvaluator(dataset, keep_masks=True)
         evaluator.update(detections.to(device), batch.to(device))
-        results.append(evaluator.results())
+        results.append((evaluator.results(), evaluator.compute()))
     assert results[0] == results[1]
