@@ -1,14 +1,17 @@
-"""What stops a training, said so that it can be acted on."""
+"""What stops a training, an evaluation or a prediction, said so that it can be acted on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from detres.config import Config
-from detres.structures import Batch
+from detres.structures import Batch, ImageBatch
 
 
 def non_finite(step: int, values: dict[str, float], paths: Sequence[str]) -> FloatingPointError:
@@ -21,19 +24,20 @@ def non_finite(step: int, values: dict[str, float], paths: Sequence[str]) -> Flo
 
 
 @contextmanager
-def explain_out_of_memory(config: Config, batch: Batch, step: int) -> Iterator[None]:
-    """Turns an out-of-memory error of the block into one that names the batch and the remedies."""
+def explain_out_of_memory(tell: Callable[..., str], *about: Any) -> Iterator[None]:
+    """Turns an out-of-memory error of the block into one that says `tell(*about)`: the batch and the remedies."""
     try:
         yield
     except RuntimeError as error:
         is_host = "DefaultCPUAllocator" in str(error)  # the host's allocator has no exception of its own
         if not is_host and not isinstance(error, torch.OutOfMemoryError):
             raise
-        raise torch.OutOfMemoryError(_out_of_memory(config, batch, step)) from error
+        raise torch.OutOfMemoryError(tell(*about)) from error
 
 
-def _out_of_memory(config: Config, batch: Batch, step: int) -> str:
-    images, _, height, width = batch.images.pixels.shape
+def of_training(config: Config, batch: Batch, step: int) -> str:
+    """What to say when a training step runs out of memory."""
+    images = len(batch.paths)
     boxes = batch.targets.valid.sum(1).tolist() if batch.targets is not None else [0] * images
     parts = config.train.accumulate
     remedies = [f"train.accumulate={2 * parts} (the same batch in smaller parts)"] if images > parts else []
@@ -43,9 +47,42 @@ def _out_of_memory(config: Config, batch: Batch, step: int) -> str:
         remedies.append("model.backbone.activation_checkpointing=true (slower)")
     remedies.append("smaller model.input.max_size and min_size, data.augment.min_sizes or crop_size")
     remedies.append("a smaller train.batch_size (the learning rate follows)")
-    return (f"a training step must fit into memory, ran out in step {step}: {images} images in {parts} parts on a "
-            f"canvas of {height}x{width} pixels (height x width), {sum(boxes)} boxes, at most {max(boxes)} in an "
-            f"image. Image files of that batch:{_listed(batch.paths)}\nAny of these helps:{_listed(remedies)}")
+    return (f"a training step must fit into memory, ran out in step {step}: {images} images in {parts} parts on "
+            f"{_canvas(batch.images)}, {sum(boxes)} boxes, at most {max(boxes)} in an image. "
+            f"{_told(batch.paths, remedies)}")
+
+
+def of_evaluation(batch: Batch, device: torch.device) -> str:
+    """What to say when a batch of an evaluation runs out of memory."""
+    images = len(batch.paths)
+    remedies = [f"eval.batch_size={images // 2}"] if images > 1 else []
+    remedies.append("smaller model.input.max_size and min_size (the results change with them)")
+    remedies += [] if device.type == "cpu" else ["device=cpu (slower)"]
+    return (f"a batch must fit into memory to be evaluated, ran out with {images} images on {_canvas(batch.images)}, "
+            f"{_largest(batch.original_sizes)}. {_told(batch.paths, remedies)}")
+
+
+def of_prediction(images: ImageBatch, original_sizes: Tensor, paths: Sequence[str | None], device: torch.device) -> str:
+    """What to say when a batch of a prediction runs out of memory."""
+    remedies = [f"batch_size={len(paths) // 2} (--batch-size {len(paths) // 2})"] if len(paths) > 1 else []
+    remedies.append("smaller images, or smaller max_size and min_size of predict() (the results change with them)")
+    remedies += [] if device.type == "cpu" else ["device='cpu' (--device cpu; slower)"]
+    return (f"a batch must fit into memory to be predicted on, ran out with {len(paths)} images on {_canvas(images)}, "
+            f"{_largest(original_sizes)}. {_told([path or 'an array' for path in paths], remedies)}")
+
+
+def _canvas(images: ImageBatch) -> str:
+    height, width = images.pixels.shape[-2:]
+    return f"a canvas of {height}x{width} pixels (height x width)"
+
+
+def _largest(sizes: Tensor) -> str:
+    height, width = max(sizes.tolist(), key=math.prod)
+    return f"originals up to {height}x{width}"
+
+
+def _told(paths: Sequence[str], remedies: Sequence[str]) -> str:
+    return f"Image files of that batch:{_listed(paths)}\nAny of these helps:{_listed(remedies)}"
 
 
 def _listed(lines: Sequence[str]) -> str:

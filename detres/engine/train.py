@@ -28,7 +28,7 @@ from detres.data.dataset import Dataset, load_dataset
 from detres.data.loader import build_loader
 from detres.engine import distributed
 from detres.engine.checkpoint import TrainState, WeightsMeta, atomic_write, preserved_rng, restore_rng, save_weights
-from detres.engine.failures import explain_out_of_memory
+from detres.engine.failures import explain_out_of_memory, of_training
 from detres.engine.interrupt import Interrupt, Interrupted, start
 from detres.engine.log import LossWindow, RunLog, tell
 from detres.engine.optim import EMA, Schedule, build_optimizer, clip_gradients, set_lr
@@ -121,7 +121,7 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
                 batch = log.next(batches)
                 lr = schedule.at(state.step)
                 set_lr(state.optimizer, lr)
-                with explain_out_of_memory(config, batch, state.step + 1):
+                with explain_out_of_memory(of_training, config, batch, state.step + 1):
                     losses = backward(forward, batch, device, options)
                     norm = clip_gradients(state.optimizer, options.grad_clip)
                     window.add(state.step + 1, {**losses, "grad_norm": norm}, batch)

@@ -16,6 +16,7 @@ from detres.config import SourceConfig
 from detres.data.dataset import Dataset, ImageRecord, load_dataset
 from detres.data.loader import build_loader
 from detres.engine.distributed import gather, rank, world_size
+from detres.engine.failures import explain_out_of_memory, of_evaluation
 from detres.evaluation.base import EvalResult, Evaluator
 from detres.evaluation.coco import CocoEvaluator
 from detres.evaluation.voc import VocEvaluator
@@ -43,6 +44,7 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Eva
 
     `losses` adds the validation losses, "val/loss_cls" ..., averaged over images (this costs a second forward pass).
     With processes that train together each loads its own part, and every one returns the result of the whole.
+    Raises torch.OutOfMemoryError that names the batch and what to change.
     """
     device = torch.device(device)
     means = _LossMeans()
@@ -54,12 +56,13 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Eva
         batches = track(loader, own_images, "evaluate", lambda batch: len(batch.image_ids))
     with _eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in batches:
-            batch = batch.to(device, non_blocking=True)
-            detections = model(batch.images)
-            for evaluator in evaluators:
-                evaluator.update(detections, batch)
-            if losses and batch.targets is not None:
-                means.add(model(batch.images, batch.targets), len(batch.image_ids))
+            with explain_out_of_memory(of_evaluation, batch, device):
+                batch = batch.to(device, non_blocking=True)
+                detections = model(batch.images)
+                for evaluator in evaluators:
+                    evaluator.update(detections, batch)
+                if losses and batch.targets is not None:
+                    means.add(model(batch.images, batch.targets), len(batch.image_ids))
     return _computed(evaluators, means)
 
 

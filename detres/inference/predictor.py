@@ -23,10 +23,11 @@ from detres.build import build_model
 from detres.config import Config, InputConfig
 from detres.data.images import to_rgb_array
 from detres.data.loader import pad_images
+from detres.data.masks import encode_masks
 from detres.data.transforms import resize_for_eval
 from detres.engine.checkpoint import WeightsMeta, find_weights, load_weights
 from detres.engine.distributed import pick_device
-from detres.data.masks import encode_masks
+from detres.engine.failures import explain_out_of_memory, of_prediction
 from detres.inference.draw import draw
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Detections
@@ -104,34 +105,40 @@ class Predictor:
         return cls(model, meta.classes, meta.category_ids, config.model.input)
 
     def predict(self, images: ImageLike | Sequence[ImageLike], score_thresh: float = 0.5, *,
-                min_size: int | None = None, max_size: int | None = None,
-                batch_size: int = 8) -> Prediction | list[Prediction]:
+                min_size: int | None = None, max_size: int | None = None, batch_size: int = 8,
+                paths: Sequence[str] | None = None) -> Prediction | list[Prediction]:
         """Detect in an image (a path, a PIL image, or an RGB array (H, W, 3) uint8), or in each of a list of them.
 
         `score_thresh` 0.5 keeps what is worth looking at; 0 keeps all that the model gives (its own threshold, 0.05 by
         default, is meant for evaluation). `min_size` and `max_size` replace the side lengths in pixels that images
-        are resized to. A list is run in padded batches of `batch_size`.
+        are resized to. A list is run in padded batches of `batch_size`. `paths` says where arrays of a list were read
+        from.
 
-        Raises ImageError for a file that is no readable image, ValueError or TypeError for what is no RGB image.
+        Raises ImageError for a file that is no readable image, ValueError or TypeError for what is no RGB image,
+        torch.OutOfMemoryError that names the batch and what to change.
         """
         one = not isinstance(images, (list, tuple))
         items = [images] if one else list(images)
         changes = {name: side for name, side in (("min_size", min_size), ("max_size", max_size)) if side is not None}
         preprocessing = InputConfig(**{**self.preprocessing.model_dump(), **changes})
-        found = [prediction for start in range(0, len(items), batch_size)
-                 for prediction in self._predict(items[start:start + batch_size], score_thresh, preprocessing)]
+        paths = paths or [str(item) if isinstance(item, (str, Path)) else None for item in items]
+        parts = [slice(start, start + batch_size) for start in range(0, len(items), batch_size)]
+        found = [prediction for part in parts
+                 for prediction in self._predict(items[part], paths[part], score_thresh, preprocessing)]
         return found[0] if one else found
 
     @torch.no_grad()
-    def _predict(self, items: list[ImageLike], score_thresh: float, preprocessing: InputConfig) -> list[Prediction]:
-        paths = [str(item) if isinstance(item, (str, Path)) else None for item in items]
+    def _predict(self, items: list[ImageLike], paths: Sequence[str | None], score_thresh: float,
+                 preprocessing: InputConfig) -> list[Prediction]:
         images = [to_rgb_array(item) for item in items]
         batch = pad_images([resize_for_eval(image, preprocessing) for image in images], preprocessing.size_divisor)
-        batch = batch.to(next(self.model.parameters()).device)
         sizes = torch.tensor([image.shape[:2] for image in images])
-        detections = self.model(batch).rescale(batch.sizes, sizes)
-        return [self._prediction(detections, i, image, path, score_thresh)
-                for i, (image, path) in enumerate(zip(images, paths))]
+        device = next(self.model.parameters()).device
+        with explain_out_of_memory(of_prediction, batch, sizes, paths, device):
+            batch = batch.to(device)
+            detections = self.model(batch).rescale(batch.sizes, sizes)
+            return [self._prediction(detections, i, image, path, score_thresh)
+                    for i, (image, path) in enumerate(zip(images, paths))]
 
     def _prediction(self, found: Detections, i: int, image: np.ndarray, path: str | None,
                     score_thresh: float) -> Prediction:

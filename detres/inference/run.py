@@ -46,7 +46,8 @@ def predict_files(weights: str | Path, inputs: Sequence[str | Path], out: str | 
     parts = [files[i:i + batch_size] for i in range(0, len(files), batch_size)]
     for part in track(parts, len(files), "predict", len):
         images = dict(_readable(part, problems))
-        found = predictor.predict(list(images.values()), score_thresh, batch_size=batch_size)
+        found = predictor.predict(list(images.values()), score_thresh, batch_size=batch_size,
+                                  paths=[str(file) for file in images])
         for file, prediction in zip(images, found):
             _save_picture(prediction.draw(), out / pictures[file])
             entries.append(_entry(prediction, file, pictures[file]))

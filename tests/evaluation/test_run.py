@@ -18,6 +18,7 @@ from detres.config import Config, SourceConfig
 from detres.data.dataset import load_dataset
 from detres.data.shapes import ShapesOptions, write_shapes
 from detres.engine.checkpoint import WeightsMeta, load_weights, save_weights
+from detres.engine.failures import of_evaluation
 from detres.evaluation.coco_files import results_columns, truth_columns
 from detres.evaluation.coco_results import evaluate_columns
 from detres.evaluation.run import align_classes, build_evaluators, evaluate, evaluate_weights, save_results
@@ -108,6 +109,33 @@ def test_classes_are_matched_by_name(make_dataset):
     assert align_classes(dataset, ("cat", "dog"), (1, 2)) is dataset
     with pytest.raises(ValueError, match="got cat in 'tiny'. The weights know dog, owl"):
         align_classes(dataset, ("dog", "owl"), (1, 2))
+
+
+@pytest.mark.parametrize("where", ["detections", "losses", "evaluator"])
+@pytest.mark.parametrize("cause", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_says_what_and_what_to_do(make_dataset, make_batch, monkeypatch, where, cause):
+    def greedy(*_):
+        raise cause
+
+    dataset = make_dataset(TRUTHS, size=(90, 120))
+    model, loader = model_and_loader(dataset, make_batch, [(4,), (2, 7)])
+    evaluators, forward = build_evaluators(dataset, ("coco",), with_masks=False), model.forward
+    if where == "evaluator":
+        monkeypatch.setattr(evaluators[0], "update", greedy)
+    else:
+        monkeypatch.setattr(model, "forward", lambda images, targets=None: greedy() if len(images.sizes) == 2 and
+                            (targets is None) == (where == "detections") else forward(images, targets))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        evaluate(model, map(with_targets, loader), evaluators, "cpu", losses=True, progress=False)
+    told = str(error.value)
+    images = ["4.jpg"] if where == "evaluator" else ["2.jpg", "7.jpg"]
+    assert f"ran out with {len(images)} image" in told and "canvas of 90x120 pixels" in told
+    assert "originals up to 90x120" in told and all(f"\n  {name}" in told for name in images)
+    assert ("eval.batch_size=1" in told) == (len(images) > 1) and "model.input.max_size" in told
+    assert "device=cpu" not in told and error.value.__cause__ is cause  # it is there already
+    assert "device=cpu" in of_evaluation(loader[0], torch.device("cuda"))
 
 
 def _rank(number, store, parts, dataset, out):

@@ -13,6 +13,7 @@ from pycocotools import mask as rle
 from detres.build import build_model
 from detres.config import Config, InputConfig
 from detres.engine.checkpoint import WeightsMeta, load_weights, save_weights
+from detres.inference import predictor as predictor_module
 from detres.inference.predictor import Predictor
 
 RED = (255, 0, 0)
@@ -40,6 +41,28 @@ def test_boxes_and_masks_are_in_pixels_of_the_image(predictor):
     inside[30:90, 20:80] = True
     mask = out.masks[0].numpy()
     assert (mask & inside).sum() / (mask | inside).sum() > 0.85
+
+
+@pytest.mark.parametrize("cause", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_says_what_and_what_to_do(predictor, monkeypatch, tmp_path, cause):
+    def greedy(*_):
+        raise cause
+
+    Image.fromarray(picture()).save(tmp_path / "image.png")
+    for module, name in ((predictor.model, "forward"), (predictor_module, "paste_masks")):  # each alone
+        with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError) as error:
+            patch.setattr(module, name, greedy)
+            predictor.predict([tmp_path / "image.png", picture(300, 90), picture()], batch_size=2)
+        told = str(error.value)
+        assert "ran out with 2 images on a canvas of 224x96 pixels" in told and "originals up to 300x90" in told
+        assert "image.png\n  an array\n" in told and "batch_size=1 (--batch-size 1)" in told and "max_size" in told
+        assert "device" not in told and error.value.__cause__ is cause  # it is on the CPU already
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError) as error:
+        patch.setattr(predictor.model, "forward", greedy)
+        predictor.predict([picture()], paths=["a.jpg"])
+    assert "a.jpg" in str(error.value) and "batch_size" not in str(error.value)
 
 
 def test_every_form_of_an_image_gives_the_same(predictor, tmp_path):
