@@ -180,7 +180,8 @@ def _explained(source: str, data: Any, message: str) -> str:
     field = (re.findall(r"\.(\w+)", place) or ["entry" if place else "file"])[-1]
     expected = re.search("Expected `(.*?)`( of length [0-9]+)?", message)
     kinds = dict.fromkeys(_TYPES[kind] for kind in expected[1].split(" | "))  # each once
-    return f"`{field}` must be {' or '.join(kinds)}{expected[2] or ''}, got {_short(value)} ({where}). {_FIXES.get(field, 'Correct the file.')}"
+    return (f"`{field}` must be {' or '.join(kinds)}{expected[2] or ''}, got {_short(value)} ({where}). "
+            f"{_FIXES.get(field, 'Correct the file.')}")
 
 
 _TYPES = {"int": "a number", "float": "a number", "str": "a string", "array": "a list", "object": "an object",

@@ -1,4 +1,4 @@
-"""Why AP is near zero: the usual causes are tried, and those after whose correction detections lie on objects are named.
+"""Why AP is near zero: usual causes are tried, and those are named after whose correction detections lie on objects.
 
 Image ids come first, then boxes, then classes, each judged with the corrections before it, on a sample: the best
 detections of some hundred images.
@@ -117,19 +117,29 @@ def _numbered(ids: np.ndarray, known: np.ndarray, what: str) -> Iterator[tuple[s
     for start in (0, 1):
         place = ids - start
         inside = (place >= 0) & (place < len(known))
-        yield (f"{what} ids are positions in the ground truth's list, counted from {start}", "Write the ids of the list.",
-               np.where(inside, known[place.clip(0, len(known) - 1)], -1))
+        yield (f"{what} ids are positions in the ground truth's list, counted from {start}",
+               "Write the ids of the list.", np.where(inside, known[place.clip(0, len(known) - 1)], -1))
 
 
 def _image_cause(truth: TruthFile, objects: _Objects, results: ResultsFile) -> tuple[_Guesses, str | None]:
+    """Judged by where detections lie, or, if few are of images that there are, by that."""
     chosen, cause = _sampled_guesses(objects, results.image_ids, results), None
     before = best = _overlapping(objects, chosen)[0]
+    listed = most = _listed(truth, results.image_ids)
     for text, fix, ids in _numbered(results.image_ids, truth.images.ids, "Image"):
-        guesses = _sampled_guesses(objects, ids, results)
+        guesses, now = _sampled_guesses(objects, ids, results), _listed(truth, ids)
         after = _overlapping(objects, guesses)[0]
-        if after > best and _explains(after, before, len(guesses.image)):
+        if now > most and now > GAIN * listed:
+            chosen, best, most = guesses, after, now
+            cause = (f"{text}: corrected, {now} of {len(ids)} detections are of listed images; as they are, {listed}. "
+                     f"{fix}")
+        elif most == listed and after > best and _explains(after, before, len(guesses.image)):
             chosen, best, cause = guesses, after, _told(text, fix, after, before, len(guesses.image))
     return chosen, cause
+
+
+def _listed(truth: TruthFile, image_ids: np.ndarray) -> int:
+    return int(np.isin(image_ids, truth.images.ids).sum()) if image_ids.dtype.kind == truth.images.ids.dtype.kind else 0
 
 
 def _box_cause(objects: _Objects, guesses: _Guesses) -> tuple[_Guesses, str | None]:
@@ -196,7 +206,7 @@ def _label_cause(truth: TruthFile, objects: _Objects, guesses: _Guesses) -> str 
         after = _overlapping(objects, replace(guesses, labels=labels))[1]
         if after > best and _explains(after, before, sample):
             best, cause = after, _told(text, fix, after, before, sample, what)
-    if cause is None and _explains(anything, 4 * before, sample):
+    if cause is None and _explains(anything, 2 * before, sample):
         return (f"Classes are wrong: {anything} of {sample} sampled detections overlap an object with an IoU of 0.5 or "
                 f"more, {before} of them one of their class. Compare the order of classes with the ground truth's.")
     return cause

@@ -215,10 +215,10 @@ def area_report(truth: TruthFile) -> AreaReport:
         codes[i] = compressed(truth.segmentation[i], *sizes[i])
     decode_runs(codes, f"{truth.path}, entry")  # raises for damaged ones
     pixels = rle_areas(codes)[doubtful]
-    doubtful, pixels = (values[np.abs(truth.area[doubtful] - pixels) > np.sqrt(pixels)] for values in (doubtful, pixels))
+    wrong = np.abs(truth.area[doubtful] - pixels) > np.sqrt(pixels)
     area = truth.area.copy()
-    area[doubtful] = pixels
-    return AreaReport(_area_lines(truth, doubtful, area) if len(doubtful) else [], area)
+    area[doubtful[wrong]] = pixels[wrong]
+    return AreaReport(_area_lines(truth, doubtful[wrong], area) if wrong.any() else [], area)
 
 
 _NO_MASK = {"size": (0, 0), "counts": "0"}
@@ -258,6 +258,6 @@ def _area_lines(truth: TruthFile, rows: np.ndarray, area: np.ndarray) -> list[st
     before, after = (np.digitize(values, (32**2, 96**2))[~truth.crowd] for values in (truth.area, area))
     if (before == after).all():
         return [first, "None is of another size for it: no number is affected."]
-    stated, true = (", ".join(f"{(size == i).sum()} {name}" for i, name in enumerate(SIZES)) for size in (before, after))
-    return [first, f"By their masks {(before != after).sum()} objects are of another size: {true} instead of {stated}. "
+    tally = [", ".join(f"{(size == i).sum()} {name}" for i, name in enumerate(SIZES)) for size in (before, after)]
+    return [first, f"By their masks, of another size are {(before != after).sum()}: {tally[1]} instead of {tally[0]}. "
                    f"APs, APm, APl, ARs, ARm and ARl are of other objects than their names say; AP is not affected."]

@@ -165,7 +165,7 @@ NUMBERS = st.one_of(st.floats().map(json.dumps), st.integers(-2**70, 2**70).map(
                     st.from_regex(r"-?(0|[1-9][0-9]{0,5})\.[0-9]{1,40}(e[+-]?[0-9]{1,3})?", fullmatch=True))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.lists(NUMBERS, min_size=5, max_size=5))
 def test_numbers_are_those_of_json_load(tmp_path_factory, numbers):
     *box, score = numbers
@@ -186,7 +186,7 @@ ENTRIES = st.lists(st.fixed_dictionaries(
     optional={"name": TEXT, "parts": st.lists(st.dictionaries(TEXT, st.none() | TEXT), max_size=3)}), max_size=12)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ENTRIES, st.integers(1, 200), st.sampled_from([None, 0, 2]))
 def test_a_file_cut_anywhere_gives_the_same(tmp_path_factory, monkeypatch, entries, piece, indent):
     path = tmp_path_factory.getbasetemp() / "cut.json"
@@ -225,52 +225,74 @@ def without(entry: dict, name: str) -> dict:
 
 
 TRUTH_FAULTS = {
-    "empty": ("", "a COCO file must be JSON, got its end (FILE, line 1, column 1: Expecting value). "
-                  "Was it written to the end?"),
+    "empty": (
+        "",
+        "a COCO file must be JSON, got its end (FILE, line 1, column 1: Expecting value). Was it written to the end?"),
     "cut off": ('{"images":\n [', "a COCO file must be JSON, got its end (FILE, line 2, column 3: Expecting value)"),
     "not JSON": ('{"images":\n [x]}', "got 'x]}' (FILE, line 2, column 3"),
     "compressed": (b"\x1f\x8b\x08", "must be JSON in UTF-8, got byte 0x8b (FILE, byte 1). Is it compressed?"),
     "results": ([DETECTION], '`file` must be an object, got [{"image_id": 7'),
-    "no annotations": (without(truth(), "annotations"), "the file must have `annotations`, got only images, categories "
-                       "(FILE). Test sets come without"),
-    "no image": (truth(ANNOTATION, without(ANNOTATION, "image_id")), "every entry must have `image_id`, got only id, "
-                 "category_id, bbox, area, iscrowd (FILE, entry 1 of annotations). Add it."),
-    "short box": (truth({**ANNOTATION, "bbox": [1, 2, 3]}), "`bbox` must be a list of length 4, got [1, 2, 3] (FILE, "
-                  "entry 0 of annotations). A box is [x, y, width, height]"),
+    "no annotations": (
+        without(truth(), "annotations"),
+        "the file must have `annotations`, got only images, categories (FILE). Test sets come without"),
+    "no image": (
+        truth(ANNOTATION, without(ANNOTATION, "image_id")),
+        "every entry must have `image_id`, got only id, category_id, bbox, area, iscrowd (FILE, entry 1 of "
+        "annotations). Add it."),
+    "short box": (
+        truth({**ANNOTATION, "bbox": [1, 2, 3]}),
+        "`bbox` must be a list of length 4, got [1, 2, 3] (FILE, entry 0 of annotations). A box is [x, y, width, "
+        "height]"),
     "box of strings": (truth({**ANNOTATION, "bbox": [1, 2, 3, "4"]}), '`bbox` must be a number, got "4"'),
     "null": (truth({**ANNOTATION, "id": None}), "`id` must be a number or a string, got null"),
-    "half an id": (truth({**ANNOTATION, "id": 1.5}), "`id` must be a whole number of 64 bits, got 1.5 (FILE, entry 0 of "
-                   "annotations)"),
+    "half an id": (
+        truth({**ANNOTATION, "id": 1.5}),
+        "`id` must be a whole number of 64 bits, got 1.5 (FILE, entry 0 of annotations)"),
     "NaN as id": (truth({**ANNOTATION, "id": float("nan")}), "`id` must be a whole number of 64 bits, got NaN"),
     "large id": (truth({**ANNOTATION, "category_id": 2**64}), "`category_id` must be a whole number of 64 bits"),
-    "mixed ids": (truth(ANNOTATION, {**ANNOTATION, "image_id": "7"}), "`image_id` must be numbers in all entries or "
-                  'strings in all, got "7" (FILE, entry 1 of annotations). Numbers are written without quotes.'),
+    "mixed ids": (
+        truth(ANNOTATION, {**ANNOTATION, "image_id": "7"}),
+        '`image_id` must be numbers in all entries or strings in all, got "7" (FILE, entry 1 of annotations). '
+        'Numbers are written without quotes.'),
     "image's id": (truth(images=[{"id": [1]}]), "`id` must be a number or a string, got [1] (FILE, entry 0 of images)"),
-    "polygon": (truth({**ANNOTATION, "segmentation": "x"}), "`segmentation` must be an object or a list or null, got "
-                '"x" (FILE, entry 0 of annotations). It is a list of polygons'),
-    "size of RLE": (truth({**ANNOTATION, "segmentation": {"size": [1], "counts": "x"}}), "`size` must be a list of "
-                    "length 2, got [1]"),
-    "keypoints": (truth({**ANNOTATION, "keypoints": KEYPOINTS}, {**ANNOTATION, "keypoints": [1, 2, 3]}),
-                  "`keypoints` must be triples x, y, v or score, here 3 of them, got [1.0, 2.0, 3.0] (FILE, entry 1 of "
-                  "annotations)"),
+    "polygon": (
+        truth({**ANNOTATION, "segmentation": "x"}),
+        '`segmentation` must be an object or a list or null, got "x" (FILE, entry 0 of annotations). It is a list of '
+        'polygons'),
+    "size of RLE": (
+        truth({**ANNOTATION, "segmentation": {"size": [1], "counts": "x"}}),
+        "`size` must be a list of length 2, got [1]"),
+    "keypoints": (
+        truth({**ANNOTATION, "keypoints": KEYPOINTS}, {**ANNOTATION, "keypoints": [1, 2, 3]}),
+        "`keypoints` must be triples x, y, v or score, here 3 of them, got [1.0, 2.0, 3.0] (FILE, entry 1 of "
+        "annotations)"),
 }
 RESULTS_FAULTS = {
     "empty": ("", "a COCO file must be JSON, got its end (FILE, line 1, column 1"),
     "cut off": (json.dumps([DETECTION] * 50)[:-20], "a COCO file must be JSON, got"),
     "truth": (truth(ANNOTATION), '`file` must be a list, got {"images": [{"id": 7'),
     "list of lists": ([[7, 2, 0.5]], "`entry` must be an object, got [7, 2, 0.5] (FILE, entry 0)"),
-    "no score": ([ANNOTATION], "every entry must have `score`, got only id, image_id, category_id, bbox, area, iscrowd "
-                 "(FILE, entry 0). Is this the ground truth instead of results?"),
-    "late": ([DETECTION] * 99 + [{**DETECTION, "score": "0.5"}], '`score` must be a number, got "0.5" (FILE, entry 99)'),
+    "no score": (
+        [ANNOTATION],
+        "every entry must have `score`, got only id, image_id, category_id, bbox, area, iscrowd (FILE, entry 0). Is "
+        "this the ground truth instead of results?"),
+    "late": (
+        [DETECTION] * 99 + [{**DETECTION, "score": "0.5"}],
+        '`score` must be a number, got "0.5" (FILE, entry 99)'),
     "late kind": ([DETECTION] * 99 + [{**DETECTION, "image_id": "7"}], 'got "7" (FILE, entry 99)'),
-    "box of one": ([DETECTION, without(DETECTION, "bbox")], "`bbox` must be in every entry if it is in the first, or if "
-                   "none has segmentation or keypoints, got null (FILE, entry 1). Add it."),
-    "polygons": ([{**without(DETECTION, "bbox"), "segmentation": [[1, 2, 3, 4, 5, 6]]}],
-                 "`segmentation` must be a compressed RLE, got [[1.0, 2.0"),
-    "damaged RLE": ([{**without(DETECTION, "bbox"), "segmentation": {"size": [9, 9], "counts": "1o"}}],
-                    "run lengths must add up to the 9 x 9 pixels of the mask, got '1o' (FILE, entry 0)"),
-    "keypoints of one": ([{**without(DETECTION, "bbox"), "keypoints": KEYPOINTS}, without(DETECTION, "bbox")],
-                         "`keypoints` must be in every entry if it is in the first"),
+    "box of one": (
+        [DETECTION, without(DETECTION, "bbox")],
+        "`bbox` must be in every entry if it is in the first, or if none has segmentation or keypoints, got null "
+        "(FILE, entry 1). Add it."),
+    "polygons": (
+        [{**without(DETECTION, "bbox"), "segmentation": [[1, 2, 3, 4, 5, 6]]}],
+        "`segmentation` must be a compressed RLE, got [[1.0, 2.0"),
+    "damaged RLE": (
+        [{**without(DETECTION, "bbox"), "segmentation": {"size": [9, 9], "counts": "1o"}}],
+        "run lengths must add up to the 9 x 9 pixels of the mask, got '1o' (FILE, entry 0)"),
+    "keypoints of one": (
+        [{**without(DETECTION, "bbox"), "keypoints": KEYPOINTS}, without(DETECTION, "bbox")],
+        "`keypoints` must be in every entry if it is in the first"),
 }
 
 

@@ -34,10 +34,10 @@ def encoded(height: int, width: int, box: tuple[int, int, int, int]) -> dict:
 
 
 def truth(**changes) -> dict:
-    """Two objects in each of three images, the `changes` applied to fields of the second object: its list, or values."""
-    annotations = [{"id": 2 * i + k + 1, "image_id": 10 * (i + 1), "category_id": k + 1, "bbox": [5 + 40 * k, 5, 30, 20],
-                    "area": 600, "iscrowd": 0, "segmentation": square(5 + 40 * k, 5, 30, 20), "keypoints": KEYPOINTS,
-                    "num_keypoints": 2} for i in range(3) for k in range(2)]
+    """Two objects in each of three images, with `changes` of the second."""
+    annotations = [{"id": 2 * i + k + 1, "image_id": 10 * (i + 1), "category_id": k + 1, "area": 600, "iscrowd": 0,
+                    "bbox": [5 + 40 * k, 5, 30, 20], "segmentation": square(5 + 40 * k, 5, 30, 20),
+                    "keypoints": KEYPOINTS, "num_keypoints": 2} for i in range(3) for k in range(2)]
     annotations[1].update(changes)
     return {"info": {}, "images": [{"id": 10 * i, "height": 50, "width": 90} for i in (1, 2, 3)],
             "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}], "annotations": annotations}
@@ -45,8 +45,8 @@ def truth(**changes) -> dict:
 
 def results(**changes) -> list[dict]:
     """The objects of `truth` as detections, with `changes` of the third."""
-    found = [{"image_id": item["image_id"], "category_id": item["category_id"], "bbox": item["bbox"], "score": 0.9 - i / 10,
-              "segmentation": encoded(50, 90, item["bbox"]), "keypoints": KEYPOINTS}
+    found = [{"image_id": item["image_id"], "category_id": item["category_id"], "bbox": item["bbox"],
+              "score": 0.9 - i / 10, "segmentation": encoded(50, 90, item["bbox"]), "keypoints": KEYPOINTS}
              for i, item in enumerate(truth()["annotations"])]
     found[2].update(changes)
     return found
@@ -71,64 +71,122 @@ def repeated_images() -> dict:
 
 # Ground truth, results, kind; the beginning of what is told; what is done when lenient; entries left of each.
 FAULTS = {
-    "id 0": (truth(id=0), results(), "bbox", "1 of 6 annotations have the id 0: entry 1 (0). pycocotools takes a match "
-             "with it for none, so that perfect detections score below 1.", "Kept: detres matches without ids", 6, 6),
-    "same id": (truth(id=1), results(), "bbox", "1 of 6 annotations have the id of another: entry 1 (1). pycocotools "
-                "replaces each of them by the last.", "Kept, each as it is", 6, 6),
-    "same image": (repeated_images(), results(), "bbox", "1 of 4 images have the id of another: entry 3 (10). "
-                   "pycocotools takes", "Done here, too.", 6, 6),
-    "same category": ({**truth(), "categories": [{"id": i} for i in (1, 2, 2)]}, results(), "bbox", "1 of 3 categories "
-                      "have the id of another: entry 2 (2). pycocotools takes them for one", "Done here, too.", 6, 6),
-    "image of a truth": (truth(image_id=11), results(), "bbox", "1 of 6 annotations are of an image that the ground truth "
-                         "does not list: entry 1 (11). pycocotools leaves them out silently.", "Left out.", 5, 6),
-    "category of a truth": (truth(category_id=9), results(), "bbox", "1 of 6 annotations are of a category that the "
-                            "ground truth does not list: entry 1 (9). pycocotools leaves", "Left out.", 5, 6),
-    "box of a truth": (truth(bbox=[NAN, 0, 1, 1]), results(), "bbox", "1 of 6 annotations have no finite box: entry 1 "
-                       "([nan, 0.0, 1.0, 1.0]). pycocotools takes an overlap that is NaN for a match", "Left out.", 5, 6),
-    "absent box": (truth(bbox=None), results(), "bbox", "1 of 6 annotations have no finite box: entry 1", "Left out.", 5,
-                   6),
-    "negative truth": (truth(bbox=[9, 9, -1, 1]), results(), "bbox", "1 of 6 annotations have a box of negative width or "
-                       "height: entry 1 ([9.0, 9.0, -1.0, 1.0])", "Left out.", 5, 6),
-    "area": (truth(area=None), results(), "bbox", "1 of 6 annotations have no finite area: entry 1 (nan). pycocotools "
-             "stops with a KeyError", "The area of the box is used.", 6, 6),
-    "mask of a truth": (truth(segmentation=None), results(), "segm", "1 of 6 annotations have no mask: entry 1 (10). "
-                        "pycocotools stops with a KeyError.", "Left out.", 5, 6),
-    "keypoints of a truth": (truth(keypoints=None), results(), "keypoints", "1 of 6 annotations have no keypoints, or "
-                             "some that are not finite: entry 1 ([nan", "Left out.", 5, 6),
-    "NaN score": (truth(), results(score=NAN), "bbox", "1 of 6 detections have a score that is not finite: entry 2 (nan). "
-                  "pycocotools ranks NaN below all others", "Left out.", 6, 5),
-    "infinite score": (truth(), results(score=INF), "bbox", "1 of 6 detections have a score that is not finite: entry 2 "
-                       "(inf).", "Left out.", 6, 5),
-    "image": (truth(), results(image_id=99), "bbox", "1 of 6 detections are of an image that the ground truth does not "
-              "list: entry 2 (99). pycocotools stops at unknown images", "Left out.", 6, 5),
-    "category": (truth(), results(category_id=0), "bbox", "1 of 6 detections are of a category that the ground truth does "
-                 "not list: entry 2 (0). pycocotools stops at unknown images, and leaves out unknown categories silently.",
-                 "Left out.", 6, 5),
-    "infinite box": (truth(), results(bbox=[0, 0, INF, 1]), "bbox", "1 of 6 detections have no finite box: entry 2 ([0.0, "
-                     "0.0, inf, 1.0]).", "Left out.", 6, 5),
-    "negative": (truth(), results(bbox=[9, 9, 5, -5]), "bbox", "1 of 6 detections have a box of negative width or height: "
-                 "entry 2 ([9.0, 9.0, 5.0, -5.0]). pycocotools takes their area as negative", "Left out.", 6, 5),
-    "mask": (truth(), results(segmentation=None), "segm", "1 of 6 detections have no mask: entry 2 (20). pycocotools "
-             "evaluates their boxes as masks.", "Left out.", 6, 5),
-    "size of a mask": (truth(), results(segmentation=encoded(90, 50, (1, 1, 9, 9))), "boundary", "1 of 6 detections have a "
-                       "mask whose size is not the image's: entry 2 ((90, 50)). In pycocotools they overlap nothing.",
-                       "Left out.", 6, 5),
-    "keypoints": (truth(), results(keypoints=[NAN] * 6), "keypoints", "1 of 6 detections have no keypoints, or some that "
-                  "are not finite: entry 2 ([nan", "Left out.", 6, 5),
-    "number of keypoints": (truth(), [{**item, "keypoints": [1.0] * 9} for item in results()], "keypoints", "6 of 6 "
-                            "detections have 3 keypoints, annotations 2: entry 0 (10), entry 1 (10), entry 2 (20), ....",
-                            "Left out.", 6, 0),
-    "empty": (truth(), [], "bbox", "the results has no detections. pycocotools stops with an IndexError.",
-              "All is missed: AP is 0.", 6, 0),
-    "shifted images": (truth(), [{**item, "image_id": item["image_id"] - 1} for item in results()], "bbox", "6 of 6 "
-                       "detections are of an image", "Adding 1 makes all of them known. Left out.", 6, 0),
-    "shifted categories": (truth(), [{**item, "category_id": item["category_id"] + 1} for item in results()], "bbox",
-                           "3 of 6 detections are of a category that the ground truth does not list: entry 1 (3), entry 3 "
-                           "(3), entry 5 (3). pycocotools", "Subtracting 1 makes all of them known. Left out.", 6, 3),
-    "positions": (truth(), [{**item, "image_id": item["image_id"] // 10 - 1} for item in results()], "bbox", "6 of 6 "
-                  "detections are of an image", "They may be positions in the list, counted from 0. Left out.", 6, 0),
-    "strings": (truth(), [{**item, "image_id": str(item["image_id"])} for item in results()], "bbox", "6 of 6 detections "
-                "are of an image", "These ids are strings, the listed ones numbers. Left out.", 6, 0),
+    "id 0": (
+        truth(id=0), results(), "bbox",
+        "1 of 6 annotations have the id 0: entry 1 (0). pycocotools takes a match with it for none, so that perfect "
+        "detections score below 1.",
+        "Kept: detres matches without ids", 6, 6),
+    "same id": (
+        truth(id=1), results(), "bbox",
+        "1 of 6 annotations have the id of another: entry 1 (1). pycocotools replaces each of them by the last.",
+        "Kept, each as it is", 6, 6),
+    "same image": (
+        repeated_images(), results(), "bbox",
+        "1 of 4 images have the id of another: entry 3 (10). pycocotools takes",
+        "Done here, too.", 6, 6),
+    "same category": (
+        {**truth(), "categories": [{"id": i} for i in (1, 2, 2)]}, results(), "bbox",
+        "1 of 3 categories have the id of another: entry 2 (2). pycocotools takes them for one",
+        "Done here, too.", 6, 6),
+    "image of a truth": (
+        truth(image_id=11), results(), "bbox",
+        "1 of 6 annotations are of an image that the ground truth does not list: entry 1 (11). pycocotools leaves "
+        "them out silently.",
+        "Left out.", 5, 6),
+    "category of a truth": (
+        truth(category_id=9), results(), "bbox",
+        "1 of 6 annotations are of a category that the ground truth does not list: entry 1 (9). pycocotools leaves",
+        "Left out.", 5, 6),
+    "box of a truth": (
+        truth(bbox=[NAN, 0, 1, 1]), results(), "bbox",
+        "1 of 6 annotations have no finite box: entry 1 ([nan, 0.0, 1.0, 1.0]). pycocotools takes an overlap that is "
+        "NaN for a match",
+        "Left out.", 5, 6),
+    "absent box": (
+        truth(bbox=None), results(), "bbox",
+        "1 of 6 annotations have no finite box: entry 1",
+        "Left out.", 5, 6),
+    "negative truth": (
+        truth(bbox=[9, 9, -1, 1]), results(), "bbox",
+        "1 of 6 annotations have a box of negative width or height: entry 1 ([9.0, 9.0, -1.0, 1.0])",
+        "Left out.", 5, 6),
+    "area": (
+        truth(area=None), results(), "bbox",
+        "1 of 6 annotations have no finite area: entry 1 (nan). pycocotools stops with a KeyError",
+        "The area of the box is used.", 6, 6),
+    "mask of a truth": (
+        truth(segmentation=None), results(), "segm",
+        "1 of 6 annotations have no mask: entry 1 (10). pycocotools stops with a KeyError.",
+        "Left out.", 5, 6),
+    "keypoints of a truth": (
+        truth(keypoints=None), results(), "keypoints",
+        "1 of 6 annotations have no keypoints, or some that are not finite: entry 1 ([nan",
+        "Left out.", 5, 6),
+    "NaN score": (
+        truth(), results(score=NAN), "bbox",
+        "1 of 6 detections have a score that is not finite: entry 2 (nan). pycocotools ranks NaN below all others",
+        "Left out.", 6, 5),
+    "infinite score": (
+        truth(), results(score=INF), "bbox",
+        "1 of 6 detections have a score that is not finite: entry 2 (inf).",
+        "Left out.", 6, 5),
+    "image": (
+        truth(), results(image_id=99), "bbox",
+        "1 of 6 detections are of an image that the ground truth does not list: entry 2 (99). pycocotools stops at "
+        "unknown images",
+        "Left out.", 6, 5),
+    "category": (
+        truth(), results(category_id=0), "bbox",
+        "1 of 6 detections are of a category that the ground truth does not list: entry 2 (0). pycocotools stops at "
+        "unknown images, and leaves out unknown categories silently.",
+        "Left out.", 6, 5),
+    "infinite box": (
+        truth(), results(bbox=[0, 0, INF, 1]), "bbox",
+        "1 of 6 detections have no finite box: entry 2 ([0.0, 0.0, inf, 1.0]).",
+        "Left out.", 6, 5),
+    "negative": (
+        truth(), results(bbox=[9, 9, 5, -5]), "bbox",
+        "1 of 6 detections have a box of negative width or height: entry 2 ([9.0, 9.0, 5.0, -5.0]). pycocotools "
+        "takes their area as negative",
+        "Left out.", 6, 5),
+    "mask": (
+        truth(), results(segmentation=None), "segm",
+        "1 of 6 detections have no mask: entry 2 (20). pycocotools evaluates their boxes as masks.",
+        "Left out.", 6, 5),
+    "size of a mask": (
+        truth(), results(segmentation=encoded(90, 50, (1, 1, 9, 9))), "boundary",
+        "1 of 6 detections have a mask whose size is not the image's: entry 2 ((90, 50)). In pycocotools they "
+        "overlap nothing.",
+        "Left out.", 6, 5),
+    "keypoints": (
+        truth(), results(keypoints=[NAN] * 6), "keypoints",
+        "1 of 6 detections have no keypoints, or some that are not finite: entry 2 ([nan",
+        "Left out.", 6, 5),
+    "number of keypoints": (
+        truth(), [{**item, "keypoints": [1.0] * 9} for item in results()], "keypoints",
+        "6 of 6 detections have 3 keypoints, annotations 2: entry 0 (10), entry 1 (10), entry 2 (20), ....",
+        "Left out.", 6, 0),
+    "empty": (
+        truth(), [], "bbox",
+        "the results has no detections. pycocotools stops with an IndexError.",
+        "All is missed: AP is 0.", 6, 0),
+    "shifted images": (
+        truth(), [{**item, "image_id": item["image_id"] - 1} for item in results()], "bbox",
+        "6 of 6 detections are of an image",
+        "Adding 1 makes all of them known. Left out.", 6, 0),
+    "shifted categories": (
+        truth(), [{**item, "category_id": item["category_id"] + 1} for item in results()], "bbox",
+        "3 of 6 detections are of a category that the ground truth does not list: entry 1 (3), entry 3 (3), entry 5 "
+        "(3). pycocotools",
+        "Subtracting 1 makes all of them known. Left out.", 6, 3),
+    "positions": (
+        truth(), [{**item, "image_id": item["image_id"] // 10 - 1} for item in results()], "bbox",
+        "6 of 6 detections are of an image",
+        "They may be positions in the list, counted from 0. Left out.", 6, 0),
+    "strings": (
+        truth(), [{**item, "image_id": str(item["image_id"])} for item in results()], "bbox",
+        "6 of 6 detections are of an image",
+        "These ids are strings, the listed ones numbers. Left out.", 6, 0),
 }
 
 
@@ -231,9 +289,9 @@ def test_areas_that_disagree_and_what_that_does():
     box = square(0, 0, 40, 40)
     found = report((500, box), (1600, box), (100, square(100, 0, 200, 200)), (1650, encoded(200, 300, (0, 0, 40, 40))))
     assert found.lines == [
-        "3 of 4 annotations of the ground truth have an area that is not their mask's: entry 0 says 500, its mask has 1600 "
-        "pixels; entry 2 says 100, its mask has 40000 pixels; entry 3 says 1650, its mask has 1600 pixels.",
-        "By their masks 2 objects are of another size: 0 small, 3 medium, 1 large instead of 2 small, 2 medium, 0 large. "
+        "3 of 4 annotations of the ground truth have an area that is not their mask's: entry 0 says 500, its mask has "
+        "1600 pixels; entry 2 says 100, its mask has 40000 pixels; entry 3 says 1650, its mask has 1600 pixels.",
+        "By their masks, of another size are 2: 0 small, 3 medium, 1 large instead of 2 small, 2 medium, 0 large. "
         "APs, APm, APl, ARs, ARm and ARl are of other objects than their names say; AP is not affected."]
     assert found.area.tolist() == [1600, 1600, 40000, 1600]
 
@@ -256,5 +314,5 @@ def test_areas_of_published_files(shared_data):
     folder = shared_data / "detection_results"
     found = area_report(read_truth(folder / "cocoapi_fake100" / "instances_val2014_100.json", masks=True))
     assert found.lines[0].startswith("8 of 839 annotations") and found.lines[1].startswith("None is of another size")
-    assert "1 objects are of another size" in area_report(
+    assert "of another size are 1:" in area_report(
         read_truth(folder / "lvis_gt_only" / "lvis_val_100.json", masks=True)).lines[1]
