@@ -40,7 +40,8 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
     "eval": """
   detres eval runs/bccd
   detres eval runs/bccd --split test --metrics voc
-  detres eval best.safetensors --data datasets/coco --save results.json""",
+  detres eval best.safetensors --data datasets/coco --save results.json
+  detres eval runs/bccd eval.batch_size=4 model.input.min_size=600 model.box_head.score_thresh=0.01""",
     "predict": """
   detres predict runs/bccd cells.jpg
   detres predict runs/bccd photos/ 'more/*.png' --out found --score-thresh 0.7""",
@@ -139,8 +140,10 @@ def _train(args: argparse.Namespace) -> None:
 def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _eval, "measure weights on a data set",
                       "Prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class. Without "
-                      "--data, on what the weights were validated on in training.")
+                      "--data, on what the weights were validated on in training.", rest="overrides")
     _add_weights(parser)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
+                        help="fields of the config that the weights carry, such as model.box_head.score_thresh=0.1")
     parser.add_argument("--data", metavar="PATH", help="COCO, VOC or YOLO data set; recognised from the path")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set, such as test")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the detections as COCO results JSON")
@@ -153,7 +156,7 @@ def _eval(args: argparse.Namespace) -> None:
     from detres.evaluation.run import evaluate_weights
 
     evaluate_weights(args.weights, data=args.data, split=args.split, save=args.save, metrics=args.metrics,
-                     batch_size=args.batch_size, device=args.device)
+                     batch_size=args.batch_size, device=args.device, overrides=args.overrides)
 
 
 def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:

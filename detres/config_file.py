@@ -64,15 +64,15 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises ConfigError with every problem found.
     """
     problems: list[str] = []
-    tree: _Tree = {}
-    for layer in (*_files(path, problems), *_overrides(overrides, problems)):
-        tree = _merge(tree, layer)
-    leaves = dict(_leaves(tree))
-    config = _validate(tree, leaves, problems)
-    if config is None or problems:
-        raise ConfigError(problems)
-    origins = {".".join(p): leaf.origin for p, leaf in leaves.items()}
-    return ResolvedConfig(config, {name: origins.get(name, DEFAULT) for name, _ in _fields(config)})
+    return _resolve(_files(path, problems), overrides, problems)
+
+
+def override(config: Config, overrides: Sequence[str], origin: str) -> Config:
+    """`config`, which comes from `origin`, with `overrides`. Raises ConfigError with every problem found."""
+    problems: list[str] = []
+    loader, node = _parse(dump_yaml(config), origin, problems)
+    layer = _layer(node, loader, Config, "", lambda _: origin, problems)
+    return _resolve([layer], overrides, problems).config
 
 
 def dump_yaml(config: Config) -> str:
@@ -95,6 +95,18 @@ def json_schema() -> dict[str, Any]:
     source = schema["$defs"]["SourceConfig"]
     schema["$defs"]["SourceConfig"] = {"anyOf": [{"type": "string"}, source]}  # a path alone will do
     return schema
+
+
+def _resolve(layers: Sequence[_Tree], overrides: Sequence[str], problems: list[str]) -> ResolvedConfig:
+    tree: _Tree = {}
+    for layer in (*layers, *_overrides(overrides, problems)):
+        tree = _merge(tree, layer)
+    leaves = dict(_leaves(tree))
+    config = _validate(tree, leaves, problems)
+    if config is None or problems:
+        raise ConfigError(problems)
+    origins = {".".join(p): leaf.origin for p, leaf in leaves.items()}
+    return ResolvedConfig(config, {name: origins.get(name, DEFAULT) for name, _ in _fields(config)})
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ def test_no_command_and_version(capsys):
     (["train", "a.yaml", "--resum"], "unknown option --resum. Did you mean --resume?"),
     (["train", "a.yaml", "--num-gpu=2"], "unknown option --num-gpu=2. Did you mean --num-gpus?"),
     (["train"], "required: config\n"), (["eval", "a", "--metrics", "vco"], "Did you mean voc?"),
-    (["eval", "a", "train.lr=1"], "unexpected arguments: train.lr=1"),
+    (["demo", "train.lr=1"], "unexpected arguments: train.lr=1"),
     (["train", "a.yaml", "--num-gpus", "0"], "must be an integer >= 1, got '0'"),
     (["train", "a.yaml", "--num-gpus", "x"], "must be an integer >= 1, got 'x'"),
     (["predict", "a", "b.jpg", "--score-thresh", "1.5"], "must be a number from 0 to 1, got '1.5'"),
@@ -154,10 +154,10 @@ def test_eval_and_predict(monkeypatch):
     assert cli.main(["eval", "runs/a", "--data", "d", "--split", "test", "--metrics", "coco", "voc", "--batch-size",
                      "3", "--save", "r.json", "--device", "cpu"]) == 0
     assert call.arguments == {"path": Path("runs/a"), "data": "d", "split": "test", "save": Path("r.json"),
-                              "metrics": ["coco", "voc"], "batch_size": 3, "device": "cpu"}
-    assert cli.main(["eval", "runs/a"]) == 0
+                              "metrics": ["coco", "voc"], "batch_size": 3, "device": "cpu", "overrides": []}
+    assert cli.main(["eval", "runs/a", "data.workers=0", "--device", "cpu", "eval.batch_size=4"]) == 0
     assert call.arguments == {"path": Path("runs/a"), "data": None, "split": None, "save": None, "metrics": None,
-                              "batch_size": None, "device": "auto"}
+                              "batch_size": None, "device": "cpu", "overrides": ["data.workers=0", "eval.batch_size=4"]}
     call = Call(monkeypatch, inference_run, "predict_files")
     assert cli.main(["predict", "w", "a.jpg", "--out", "o", "b/", "--score-thresh", "0.3", "c/*.png"]) == 0
     assert call.arguments == {"weights": Path("w"), "inputs": ["a.jpg", "b/", "c/*.png"], "out": Path("o"),
@@ -282,10 +282,10 @@ def test_tools_train_net(folder, monkeypatch, capsys):
 def test_tools_train_net_eval_only(folder, monkeypatch, capsys):
     call = Call(monkeypatch, evaluation_run, "evaluate_weights")
     main = _tool("train_net").main
-    assert main(["--config-file", "a.yaml", "--eval-only", "output=runs/x", "data.val={path: d, split: s}",
-                 "eval.metrics=[voc]"]) == 0
+    overrides = ["output=runs/x", "data.val={path: d, split: s}", "eval.metrics=[voc]", "model.rpn.nms_thresh=0.5"]
+    assert main(["--config-file", "a.yaml", "--eval-only", *overrides]) == 0
     assert call.arguments == {"path": "runs/x", "data": SourceConfig(path="d", split="s"), "metrics": ("voc",),
-                              "batch_size": 1, "device": "auto"}
+                              "batch_size": 1, "device": "auto", "overrides": overrides}
     assert main(["--config-file", "a.yaml", "--eval-only", "trian.lr=1"]) == 1
     assert "Did you mean train?" in capsys.readouterr().err
 

@@ -34,7 +34,7 @@ def evaluate(config_file: str, overrides: Sequence[str]) -> None:
 
     config = load_config(config_file, overrides).config
     evaluate_weights(config.output, data=config.data.val, metrics=config.eval.metrics,
-                     batch_size=config.eval.batch_size, device=config.device)
+                     batch_size=config.eval.batch_size, device=config.device, overrides=overrides)
 
 
 if __name__ == "__main__":

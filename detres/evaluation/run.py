@@ -107,14 +107,16 @@ def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
 
 def evaluate_weights(path: str | Path, *, data: str | SourceConfig | None = None, split: str | None = None,
                      save: str | Path | None = None, metrics: Sequence[Literal["coco", "voc"]] | None = None,
-                     batch_size: int | None = None, device: str = "auto") -> dict[str, float]:
+                     batch_size: int | None = None, device: str = "auto",
+                     overrides: Sequence[str] = ()) -> dict[str, float]:
     """Evaluate a weights file or a run folder; print the table; return the metrics.
 
     `data` and `split` default to what the weights were validated on in training, `metrics` and `batch_size` to their
-    config. The precision is that of training, so the numbers are those of the run. `save` is a file for the detections
-    as COCO results, which pycocotools' `loadRes` reads.
+    config, which `overrides` such as "model.box_head.score_thresh=0.1" change first (`load_model`). The precision is
+    that of training, so the numbers are those of the run. `save` is a file for the detections as COCO results, which
+    pycocotools' `loadRes` reads.
     """
-    model, meta, config = load_model(path, device)
+    model, meta, config = load_model(path, device, overrides)
     dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
     dataset = align_classes(dataset, meta.classes, meta.category_ids)
     with_masks = config.model.name == "mask_rcnn"

@@ -20,7 +20,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from detres.build import build_model
-from detres.config import Config, InputConfig
+from detres.config import Config, InputConfig, ModelConfig
+from detres.config_file import override
 from detres.data.images import to_rgb_array
 from detres.data.loader import pad_images
 from detres.data.masks import encode_masks
@@ -151,18 +152,42 @@ class Predictor:
                           [self.category_ids[k] for k in labels], masks, image, path)
 
 
-def load_model(path: str | Path, device: str = "auto") -> tuple[nn.Module, WeightsMeta, Config]:
-    """A model in eval mode, with what its weights file (or run folder) says about it.
+def load_model(path: str | Path, device: str = "auto",
+               overrides: Sequence[str] = ()) -> tuple[nn.Module, WeightsMeta, Config]:
+    """A model in eval mode, with what its weights file (or run folder) says about it, and its config as it is used here.
 
-    Raises what `find_weights` and `load_weights` do, and ValueError for weights that do not fit their own model.
+    That is the config of the weights with `device`, then with `overrides` (key=value) that keep the network.
+    Raises what `find_weights` and `load_weights` do, ConfigError for bad overrides, and ValueError for weights that do
+    not fit their own model, or for overrides that make another one.
     """
     file = find_weights(path)
     tensors, meta = load_weights(file)
     try:
-        config = Config.model_validate(meta.config)
-        model = build_model(config.model, len(meta.classes))
+        own = Config.model_validate({**meta.config, "device": device})
+        model = build_model(own.model, len(meta.classes))
         model.load_state_dict(tensors)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"weights must fit the model that they describe, got {file}: {error}. "
                          "They are probably of another version of detres; use that one, or train again.") from None
-    return model.to(pick_device(device)).eval(), meta, config
+    config = override(own, overrides, str(file)) if overrides else own
+    if config.model != own.model:
+        model = _rebuilt(model, config.model, len(meta.classes), overrides, file)
+    return model.to(pick_device(config.device)).eval(), meta, config
+
+
+def _rebuilt(model: nn.Module, config: ModelConfig, num_classes: int, overrides: Sequence[str],
+             file: Path) -> nn.Module:
+    """A model of another config with the same weights."""
+    other = build_model(config, num_classes)
+    weights = model.state_dict()
+    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in state.items()}
+                      for state in (weights, other.state_dict()))
+    differing = [name for name in {**shapes, **wanted} if shapes.get(name) != wanted.get(name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(f"overrides must keep the network of the weights, got {' '.join(overrides)} for {file}, which "
+                         f"changes {len(differing)} of its tensors, the first {name}: {shapes.get(name, 'absent')} in "
+                         f"the file, {wanted.get(name, 'absent')} with the overrides. Leave out those that change "
+                         "layers; a network can only be evaluated with other thresholds, sizes and the like.")
+    other.load_state_dict(weights)
+    return other

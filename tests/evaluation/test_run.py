@@ -218,3 +218,35 @@ def test_weights_without_data_must_be_told_one(weights, tmp_path):
     save_weights(tmp_path / "a.safetensors", tensors, replace(meta, config=config.model_dump(mode="json")))
     with pytest.raises(ValueError, match="a data set must be given.*--data"):
         evaluate_weights(tmp_path / "a.safetensors", device="cpu")
+
+
+def test_overrides_change_how_weights_are_evaluated(weights):
+    plain = evaluate_weights(weights, device="cpu")
+    assert evaluate_weights(weights, device="cpu", overrides=["eval.batch_size=3", "data.workers=0"]) == \
+        pytest.approx(plain, abs=1e-6)
+    none = evaluate_weights(weights, overrides=["model.box_head.score_thresh=1", "device=cpu", "eval.metrics=[voc]"])
+    assert none["voc/AP"] == 0 and set(none) == {"voc/AP", "voc/AP50", "voc/AP50_11point"}
+    assert evaluate_weights(weights, device="cpu", overrides=["data.val.split=train"]) == \
+        evaluate_weights(weights, device="cpu", split="train")
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["model.backbone.depth=34"], "overrides must keep the network.* got model.backbone.depth=34"),
+    (["model.box_head.fc_dim=8"], "(?s)overrides must keep the network.*fc.*evaluated with other"),
+    (["model.name=faster_rcnn"], "overrides must keep the network"),
+    (["model.box_head.score_tresh=1"], "score_tresh is not a known key .*Did you mean model.box_head.score_thresh"),
+    (["model.rpn.fg_iou=0.1"], "model.rpn: .*fg_iou=0.1 [(]fg_iou: command line, bg_iou: .*best.safetensors[)]"),
+    (["eval.batch_size=0"], "eval.batch_size must be an integer >= 1, got 0"), (["device=gpu"], "device must be auto"),
+    (["runs/b"], "override must be key=value")])
+def test_overrides_that_cannot_be(weights, overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate_weights(weights, overrides=overrides)
+    assert len(str(error.value)) < 1000
+
+
+def test_overrides_are_not_blamed_for_weights_that_are_wrong(weights, tmp_path):
+    tensors, meta = load_weights(weights / "checkpoints" / "best.safetensors")
+    tensors.popitem()
+    save_weights(tmp_path / "a.safetensors", tensors, meta)
+    with pytest.raises(ValueError, match="weights must fit the model that they describe"):
+        evaluate_weights(tmp_path / "a.safetensors", overrides=["model.box_head.score_thresh=0.1"])
