@@ -124,8 +124,8 @@ def coco_result(truths: Truths, found: Found, classes: Sequence[str], overlaps: 
     protocol, rows = protocol or protocol_of(iou_type), rows or rows_of(iou_type)
     arrays = coco_arrays(truths, found, len(classes), overlaps, protocol)
     metrics = {f"{iou_type}/{row.name}": row.of(arrays, protocol) for row in rows}
-    per_class = {name: {f"{iou_type}/{row.name}": row.of(arrays, protocol, slice(k, k + 1)) for row in rows}
-                 for k, name in enumerate(classes)}
+    columns = {f"{iou_type}/{row.name}": row.of_each_class(arrays, protocol) for row in rows}
+    per_class = {name: {key: column[k] for key, column in columns.items()} for k, name in enumerate(classes)}
     return EvalResult(metrics, per_class, {iou_type: arrays})
 
 

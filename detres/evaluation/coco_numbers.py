@@ -34,11 +34,21 @@ class Row:
 
     def of(self, arrays: Arrays, protocol: Protocol, classes: np.ndarray | slice = slice(None)) -> float:
         """Of arrays on the CPU; -1 where nothing could be measured."""
-        thresholds = slice(None) if self.iou is None else np.array(protocol.iou_thresholds) == self.iou
-        values = (arrays.precision if self.kind == "AP" else arrays.recall).numpy()
-        values = values[thresholds][..., classes, protocol.area_names.index(self.area), self.bound]
+        values = self._values(arrays, protocol)[..., classes]
         measured = values[values > -1]
         return float(np.mean(measured)) if len(measured) else -1.0
+
+    def of_each_class(self, arrays: Arrays, protocol: Protocol) -> list[float]:
+        """As `of` one class; K."""
+        values = self._values(arrays, protocol)
+        columns = np.ascontiguousarray(values.reshape(-1, values.shape[-1]).T)
+        return columns.mean(1).tolist() if columns.shape[1] else [-1.0] * len(columns)
+
+    def _values(self, arrays: Arrays, protocol: Protocol) -> np.ndarray:
+        """(T', R, K) or (T', K), of which a class has -1 everywhere or nowhere."""
+        thresholds = slice(None) if self.iou is None else np.array(protocol.iou_thresholds) == self.iou
+        values = (arrays.precision if self.kind == "AP" else arrays.recall).numpy()
+        return values[thresholds][..., protocol.area_names.index(self.area), self.bound]
 
     def line(self, value: float, protocol: Protocol) -> str:
         """As pycocotools prints it."""

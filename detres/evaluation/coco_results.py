@@ -33,7 +33,7 @@ def evaluate_columns(truth: TruthFile, results: ResultsFile, iou_type: IouType,
     Masks count as small, medium or large by their own area: as in Detectron2, and as in pycocotools where the results
     have masks alone. Beside boxes, pycocotools takes the box's area.
     """
-    truths, found = tensors(truth, results)
+    truths, found, names = truth_tensors(truth), found_tensors(truth, results), class_names(truth)
     if iou_type == "bbox":
         overlaps = box_overlaps(truths, found)
     elif iou_type == "keypoints":
@@ -43,25 +43,33 @@ def evaluate_columns(truth: TruthFile, results: ResultsFile, iou_type: IouType,
         codes, truth_codes = mask_codes(truth, results)
         areas = torch.from_numpy(rle_areas(codes))
         found = replace(found, area=areas.double())
-        overlaps = code_overlaps(iou_type, codes, areas, truth_codes, truths, len(truth.categories.ids),
+        overlaps = code_overlaps(iou_type, codes, areas, truth_codes, truths, len(names),
                                  protocol_of(iou_type).lowest())
-    names = [truth.categories.names[i] for i in np.argsort(truth.categories.ids)]
     return coco_result(truths, found, names, overlaps, iou_type)
 
 
-def tensors(truth: TruthFile, results: ResultsFile) -> tuple[Truths, Found]:
-    """Both with images and classes numbered in the order of their ids."""
-    images, classes = np.sort(truth.images.ids), np.sort(truth.categories.ids)
+def truth_tensors(truth: TruthFile) -> Truths:
+    """With images and classes numbered in the order of their ids."""
     crowd = torch.from_numpy(truth.crowd)
-    truths = Truths(_place(truth.image_ids, images), _place(truth.category_ids, classes),
-                    torch.from_numpy(truth.boxes_xywh), torch.from_numpy(truth.area), crowd, crowd)
-    found = Found(_place(results.image_ids, images), _place(results.category_ids, classes),
-                  torch.from_numpy(results.boxes_xywh), torch.from_numpy(results.scores),
-                  torch.from_numpy(results.area))
-    return truths, found
+    return Truths(_place(truth.image_ids, truth.images.ids), _place(truth.category_ids, truth.categories.ids),
+                  torch.from_numpy(truth.boxes_xywh), torch.from_numpy(truth.area), crowd, crowd)
 
 
-def _place(ids: np.ndarray, ascending: np.ndarray) -> Tensor:
+def found_tensors(truth: TruthFile, results: ResultsFile) -> Found:
+    """Numbered as the truths."""
+    return Found(_place(results.image_ids, truth.images.ids), _place(results.category_ids, truth.categories.ids),
+                 torch.from_numpy(results.boxes_xywh), torch.from_numpy(results.scores),
+                 torch.from_numpy(results.area))
+
+
+def class_names(truth: TruthFile) -> list[str]:
+    _, first = np.unique(truth.categories.ids, return_index=True)
+    return [truth.categories.names[i] for i in first]
+
+
+def _place(ids: np.ndarray, known: np.ndarray) -> Tensor:
+    """Of each id in the order of the known ones."""
+    ascending = np.unique(known)
     place = np.searchsorted(ascending, ids)
     assert (ascending[np.minimum(place, len(ascending) - 1)] == ids).all(), "unknown ids: see trust.check"
     return torch.from_numpy(place)

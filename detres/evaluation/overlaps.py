@@ -33,13 +33,26 @@ def _corners_and_area(xywh: Tensor) -> tuple[Tensor, ...]:
 
 
 def _box_iou(found: tuple[Tensor, ...], truths: tuple[Tensor, ...], crowd: Tensor, d: Tensor, g: Tensor) -> Tensor:
-    dx1, dy1, dx2, dy2, da = (column[d] for column in found)
-    gx1, gy1, gx2, gy2, ga = (column[g] for column in truths)
-    width = torch.minimum(dx2, gx2) - torch.maximum(dx1, gx1)
-    height = torch.minimum(dy2, gy2) - torch.maximum(dy1, gy1)
-    intersection = width * height
-    union = torch.where(crowd[g], da, da + ga - intersection)
-    return torch.where((width <= 0) | (height <= 0), 0.0, intersection / union)
+    iou = torch.zeros_like(d, dtype=torch.float64)
+    width, across = _overlap(found[0], found[2], truths[0], truths[2], d, g)
+    d, g = take(d, across), take(g, across)  # those apart from left to right, about half, are done
+    height, down = _overlap(found[1], found[3], truths[1], truths[3], d, g)
+    d, g = take(d, down), take(g, down)
+    intersection, da = take(width, down) * height, take(found[4], d)
+    union = torch.where(take(crowd, g), da, da + take(truths[4], g) - intersection)
+    return iou.index_copy_(0, take(across, down), intersection / union)
+
+
+def _overlap(d1: Tensor, d2: Tensor, g1: Tensor, g2: Tensor, d: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Lengths (p,) on one axis where positive, and which of the P pairs these are."""
+    length = torch.minimum(take(d2, d), take(g2, g)) - torch.maximum(take(d1, d), take(g1, g))
+    positive = (length > 0).nonzero()[:, 0]
+    return take(length, positive), positive
+
+
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """values[index]; on the CPU several times faster."""
+    return values.index_select(0, index)
 
 
 def oks_pairs(dt_keypoints: Tensor, gt_keypoints: Tensor, gt_boxes_xywh: Tensor, gt_area: Tensor, sigmas: Tensor,
