@@ -138,7 +138,7 @@ def _draw(strokes: np.ndarray, pairs: slice, corner: np.ndarray, column: np.ndar
     owner = owner - pairs.start
     place = (column[owner] + x - corner[owner, 0]) * shape[1] - corner[owner, 1]
     toggles = np.zeros(shape[0] * shape[1], np.uint8)
-    toggles[place + begin] ^= 1  # twice, as a stroke may begin where another ends
+    toggles[place + begin] ^= 1  # apart: runs of no length make one stroke begin where another ends
     toggles[place + stop] ^= 1
     inside = torch.from_numpy(toggles).cumsum(0, dtype=torch.uint8) & 1  # wraps at 256, which is even
     return inside.view(torch.bool).view(1, *shape)

@@ -71,8 +71,6 @@ def _may_reach(dt_area: np.ndarray, gt_area: np.ndarray, crowd: np.ndarray, lowe
 
     Division rounds monotonously, so a quotient that is below `lowest` here is below it with the true counts, too.
     """
-    if lowest <= 0:
-        return np.ones(len(dt_area), bool)
     union = np.where(crowd, dt_area, np.maximum(dt_area, gt_area))
     return np.minimum(dt_area, gt_area) / np.maximum(union, 1) >= lowest
 

@@ -80,6 +80,16 @@ def encode(bitmaps: np.ndarray) -> list[dict]:
     return rle.encode(np.asfortranarray(bitmaps.transpose(1, 2, 0).astype(np.uint8))) if len(bitmaps) else []
 
 
+def with_empty_runs(code: dict, rng: np.random.Generator) -> bytes:
+    """The same mask with two of its runs interrupted by a run of no length."""
+    runs = run_lengths(code["counts"].decode())
+    for _ in range(2):
+        i = int(rng.integers(len(runs)))
+        part = int(rng.integers(runs[i] + 1))
+        runs[i:i + 1] = [part, 0, runs[i] - part]
+    return rle.frPyObjects({"size": code["size"], "counts": runs}, *code["size"])["counts"]
+
+
 class Scene:
     """Masks of several images of different sizes, flat, and all pairs of each image."""
 
@@ -98,6 +108,8 @@ class Scene:
         self.d, self.g = torch.cat(pairs, 1)
         self.crowd, self.image = torch.from_numpy(rng.random(len(image)) < 0.2), torch.tensor(image, dtype=torch.long)
         self.dt_rles, self.gt_rles = ([encode(m[None])[0] for m in part] for part in (self.found, self.truths))
+        for code in self.dt_rles[::3]:
+            code["counts"] = with_empty_runs(code, rng)
         for code in self.dt_rles[::2]:
             code["counts"] = code["counts"].decode()  # as from JSON
         self.dt_area, self.gt_area = (torch.from_numpy(rle_areas(part)) for part in (self.dt_rles, self.gt_rles))
@@ -207,12 +219,13 @@ def test_decoder_gives_the_runs(seed):
     assert runs.sizes.tolist() == [list(code["size"]) for code in codes]
 
 
-@pytest.mark.parametrize("counts", ["", "Z", "523", "5220", "522Z", "52 2", "52\x7f2", "52é", "0L="])
+@pytest.mark.parametrize("counts", ["", "Z", "523", "5220", "522Z", "52 2", "52\x7f2", "52é", "0L=", "52\x120"])
 def test_decoder_refuses_damaged_strings(counts):
     sound = {"size": [3, 3], "counts": "522"}
     decode_runs([sound, sound])
-    with pytest.raises(ValueError, match=r"add up to the 3 x 3 pixels.*got .*truth 1.*encode it again"):
-        decode_runs([sound, {"size": [3, 3], "counts": counts}, sound], "truth")
+    for after in ([], [sound]):
+        with pytest.raises(ValueError, match=r"add up to the 3 x 3 pixels.*got .*truth 1.*encode it again"):
+            decode_runs([sound, {"size": [3, 3], "counts": counts}, *after], "truth")
 
 
 # Boundaries
@@ -248,8 +261,10 @@ def test_boundary_overlaps(seed, monkeypatch):
     least = np.minimum(of_masks, scene.reference(dt, gt, scene.crowd))
     expected = np.where(scene.crowd.numpy()[scene.g], of_masks, least)
     for lowest in (0.0, 0.3, 0.5):
-        ours = rle_boundary_iou_pairs(scene.dt_rles, scene.gt_rles, scene.crowd, scene.d, scene.g, scene.iou(lowest),
-                                      lowest, ratio).numpy()
+        mask_iou = scene.iou(lowest)
+        ours = rle_boundary_iou_pairs(scene.dt_rles, scene.gt_rles, scene.crowd, scene.d, scene.g, mask_iou, lowest,
+                                      ratio).numpy()
+        assert (ours == mask_iou.numpy())[mask_iou < lowest].all()  # not computed
         assert (ours[expected >= lowest] == expected[expected >= lowest]).all()
         assert (ours[expected < lowest] < lowest).all()
     assert ((0 < expected) & (expected < of_masks)).any() or not len(expected)
@@ -285,7 +300,7 @@ def test_keypoints(joints, seed, monkeypatch):
     found = np.concatenate([truths, rng.uniform(0, 200, (5, joints, 3))])
     found[:25] += rng.normal(0, 5, (25, joints, 3))
     gt_boxes, gt_area = rng.uniform(0, 100, (25, 4)), rng.uniform(0, 9000, 25)
-    gt_area[-1] = 0
+    gt_area[-1], found[24] = 0, truths[24]
     sigmas = rng.uniform(0.02, 0.12, joints)
     d, g = all_pairs(30, 25)
     ours = oks_pairs(*map(torch.from_numpy, (found, truths, gt_boxes, gt_area, sigmas)), d, g)
