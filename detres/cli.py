@@ -41,7 +41,8 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres eval runs/bccd
   detres eval runs/bccd --split test --metrics voc
   detres eval best.safetensors --data datasets/coco --save results.json
-  detres eval runs/bccd eval.batch_size=4 model.input.min_size=600 model.box_head.score_thresh=0.01""",
+  detres eval runs/bccd eval.batch_size=4 model.input.min_size=600 model.box_head.score_thresh=0.01
+  detres eval --gt instances_val2017.json --results theirs.json --iou-type bbox segm --json numbers.json""",
     "predict": """
   detres predict runs/bccd cells.jpg
   detres predict runs/bccd photos/ 'more/*.png' --out found --score-thresh 0.7""",
@@ -138,10 +139,12 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _eval, "measure weights on a data set",
-                      "Prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class. Without "
-                      "--data, on what the weights were validated on in training.", rest="overrides")
-    _add_weights(parser)
+    parser = _command(commands, name, _eval, "measure weights, or a results file of any program, on a data set",
+                      "Of weights: prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class; "
+                      "without --data, on what they were validated on in training.\n\nOf a results file (--gt and "
+                      "--results): prints pycocotools' numbers, to the last bit, and warns of what makes them wrong.",
+                      rest="overrides")
+    _add_weights(parser, nargs="?")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="fields of the config that the weights carry, such as model.box_head.score_thresh=0.1")
     parser.add_argument("--data", metavar="PATH", help="COCO, VOC or YOLO data set; recognised from the path")
@@ -150,9 +153,26 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--metrics", nargs="+", choices=("coco", "voc"), help="protocols (default: of the config)")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
     _add_device(parser)
+    files = parser.add_argument_group("results files")
+    files.add_argument("--gt", type=Path, metavar="FILE", help="annotations, as COCO or LVIS JSON")
+    files.add_argument("--results", type=Path, metavar="FILE", help="detections, as COCO results JSON")
+    files.add_argument("--iou-type", nargs="+", choices=("bbox", "segm", "keypoints", "boundary"), default=["bbox"],
+                       help="what is compared (default: bbox)")
+    files.add_argument("--sigmas", type=float, nargs="+", metavar="S",
+                       help="of OKS, one for each keypoint (default: those of COCO's 17)")
+    files.add_argument("--lenient", action="store_true", help="leave out what cannot be evaluated, and say so")
+    files.add_argument("--json", type=Path, metavar="OUT", help="write the named numbers in full precision")
 
 
 def _eval(args: argparse.Namespace) -> None:
+    if (args.gt is None) != (args.results is None) or (args.gt is None) == (args.weights is None):
+        args.parser.error("give either RUN_OR_WEIGHTS, or both --gt and --results")
+    if args.gt is not None:
+        from detres.evaluation.files import evaluate_files
+
+        options = {"sigmas": args.sigmas} if args.sigmas else {}
+        evaluate_files(args.gt, args.results, args.iou_type, lenient=args.lenient, save=args.json, **options)
+        return
     from detres.evaluation.run import evaluate_weights
 
     evaluate_weights(args.weights, data=args.data, split=args.split, save=args.save, metrics=args.metrics,
@@ -249,8 +269,8 @@ COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "co
             "demo": _add_demo}
 
 
-def _add_weights(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS",
+def _add_weights(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", nargs=nargs,
                         help="weights file, or run folder: its best weights")
 
 

@@ -1,0 +1,82 @@
+"""`detres eval --gt G --results R`: the numbers of any model's results file, with what is doubtful about them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from detres.evaluation import lvis
+from detres.evaluation.base import EvalResult
+from detres.evaluation.coco import MASK_TYPES
+from detres.evaluation.coco_columns import ResultsFile, TruthFile
+from detres.evaluation.coco_files import read_results, read_truth
+from detres.evaluation.coco_numbers import IouType, protocol_of, rows_of
+from detres.evaluation.coco_results import COCO_SIGMAS, evaluate_columns
+from detres.evaluation.diagnosis import diagnose
+from detres.evaluation.trust import area_report, check
+
+log = logging.getLogger(__name__)
+NEAR_ZERO = 0.01  # AP below which the usual mistakes are looked for
+
+
+def evaluate_files(truth: str | Path, results: str | Path, iou_types: Sequence[IouType] = ("bbox",), *,
+                   lenient: bool = False, sigmas: Sequence[float] = COCO_SIGMAS, save: str | Path | None = None
+                   ) -> EvalResult:
+    """Evaluate a COCO results file against an annotation file (LVIS' protocol for LVIS' files), and print the numbers.
+
+    Warnings go to the log: what was left out (`lenient`), areas that disagree with masks, and why AP is near zero.
+
+    Args:
+        sigmas: of OKS, one for each keypoint.
+        save: JSON file for the named numbers.
+
+    Raises ValueError for files that are malformed or, if not `lenient`, have entries that cannot be evaluated.
+    """
+    masks, keypoints = any(kind in MASK_TYPES for kind in iou_types), "keypoints" in iou_types
+    gt, dt = read_truth(truth, masks, keypoints), read_results(results, masks, keypoints)
+    areas = area_report(gt) if masks else None
+    for line in areas.lines if areas else ():
+        log.warning("%s", line)
+    total = EvalResult({})
+    for iou_type in iou_types:
+        checked = check(gt, dt, iou_type, lenient)
+        for warning in checked.warnings:
+            log.warning("%s", warning)
+        result = _evaluate(checked.truth, checked.results, iou_type, sigmas)
+        print(_printout(result, iou_type, lvis.is_lvis(gt)))
+        if areas is not None and areas.lines:
+            truth_areas = check(replace(gt, area=areas.area), dt, iou_type, lenient).truth
+            corrected = _evaluate(truth_areas, checked.results, iou_type, sigmas)
+            log.warning("%s", _changes(result, corrected))
+        if 0 <= result.metrics[f"{iou_type}/AP"] < NEAR_ZERO:
+            for cause in diagnose(checked.truth, checked.results):
+                log.warning("%s/AP is near zero. %s", iou_type, cause)
+        total = total.merged(result)
+    if save is not None:
+        Path(save).parent.mkdir(parents=True, exist_ok=True)
+        Path(save).write_text(json.dumps(total.metrics, indent=2) + "\n")
+    return total
+
+
+def _evaluate(truth: TruthFile, results: ResultsFile, iou_type: IouType, sigmas: Sequence[float]) -> EvalResult:
+    if lvis.is_lvis(truth):
+        return lvis.evaluate_lvis(truth, results, iou_type)
+    return evaluate_columns(truth, results, iou_type, sigmas)
+
+
+def _printout(result: EvalResult, iou_type: IouType, is_lvis: bool) -> str:
+    if is_lvis:
+        return f"{iou_type} (LVIS)\n{lvis.printout(result, iou_type)}"
+    protocol = protocol_of(iou_type)
+    return "\n".join([iou_type, *(row.line(result.metrics[f"{iou_type}/{row.name}"], protocol)
+                                  for row in rows_of(iou_type))])
+
+
+def _changes(result: EvalResult, corrected: EvalResult) -> str:
+    """What areas that disagree with their masks do to the numbers of small, medium and large objects."""
+    changed = [f"{name} {value:.4f} -> {corrected.metrics[name]:.4f}" for name, value in result.metrics.items()
+               if value != corrected.metrics[name]]
+    return f"With the areas of the masks: {', '.join(changed) or 'the same numbers'}."
