@@ -331,7 +331,8 @@ def test_bitmaps_and_run_lengths_and_pycocotools_agree(make_dataset, make_batch,
 @pytest.mark.gpu
 def test_detections_on_a_gpu_give_the_same(make_dataset, make_batch):
     dataset = make_dataset({1: [(0, (10, 10, 60, 60))], 2: [(1, (5, 5, 90, 90))]})
-    detections, batch = make_batch(dataset, {1: [(0, (10, 12, 60, 60), 0.9)], 2: [(1, (5, 5, 90, 80), 0.8)]}, masks=True)
+    found = {1: [(0, (10, 12, 60, 60), 0.9)], 2: [(1, (5, 5, 90, 80), 0.8)]}
+    detections, batch = make_batch(dataset, found, masks=True)
     results = []
     for device in ("cpu", "cuda"):
         evaluator = CocoEvaluator(dataset, keep_masks=True)

@@ -50,7 +50,8 @@ def random_protocol(rng):
     thresholds = tuple(rng.choice([0.0, 0.1, 0.3, 0.5, 0.55, 0.6, 0.75, 0.9, 1.0], rng.integers(1, 9)).tolist())
     recalls = rng.random(rng.integers(1, 30)) * 1.2 - 0.1
     recalls = tuple((np.sort(recalls) if rng.random() < 0.8 else recalls).tolist())
-    areas = tuple((low, low + float(rng.integers(1, 5000))) for low in rng.integers(0, 2000, rng.integers(1, 12)).tolist())
+    lows = rng.integers(0, 2000, rng.integers(1, 12)).tolist()
+    areas = tuple((low, low + float(rng.integers(1, 5000))) for low in lows)
     bounds = tuple(sorted(set(rng.integers(1, 12, rng.integers(1, 4)).tolist())))
     return Protocol(thresholds, recalls, areas, tuple(map(str, areas)), bounds)
 
