@@ -168,6 +168,9 @@ def test_two_processes_give_the_result_of_one(make_dataset, make_batch, tmp_path
         for result in (torch.load(out / f"{number}.pt", weights_only=False) for number in (0, 1)):
             assert {key: result.metrics[key] for key in whole.metrics} == whole.metrics
             assert result.per_class == whole.per_class
+            for kind, arrays in whole.curves.items():
+                for field, values in vars(arrays).items():
+                    assert torch.equal(getattr(result.curves[kind], field), values)
             assert result.metrics["val/loss_cls"] == pytest.approx(1.0 if name == "uneven" else 5 / 3)
 
 
