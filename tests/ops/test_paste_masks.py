@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
@@ -7,8 +8,10 @@ from detres.ops import paste_masks as module
 from detres.ops.paste_masks import paste_masks
 
 
-def test_equals_torchvision(monkeypatch):
+@pytest.mark.parametrize("paste", ["_paste_inside", "_paste_whole"])
+def test_equals_torchvision(monkeypatch, paste):
     monkeypatch.setattr(module, "PIXELS_AT_ONCE", 160 * 208 * 7)  # several chunks
+    monkeypatch.setattr(module, "_paste_inside", getattr(module, paste))
     masks = torch.rand(100, 28, 28)
     xy = torch.rand(100, 2) * 150 - 10
     boxes = torch.cat([xy, xy + torch.rand(100, 2) ** 3 * 90 + 0.5], 1)
@@ -17,7 +20,40 @@ def test_equals_torchvision(monkeypatch):
     assert torch.equal(paste_masks(masks, boxes, (160, 208)), expected)
 
 
+def odd_boxes(count: int, height: int, width: int) -> torch.Tensor:
+    """From far smaller than a pixel to far larger than the image, inside, across and beyond its edges."""
+    size = torch.exp(torch.randn(count, 2) * 1.5 + 3)
+    center = (torch.rand(count, 2) * 1.6 - 0.3) * torch.tensor([width, height])
+    odd = torch.tensor([[-90.0, 5, -50, 20], [5, -90, 20, -50], [9e3, 5, 9.1e3, 20], [5, 9e3, 20, 9.1e3], [7, 7, 7, 7],
+                        [9, 9, 4, 4], [-50, -50, 400, 400], [0, 0, width, height], [width, height, width, height]])
+    return torch.cat([torch.cat([center - size / 2, center + size / 2], 1), odd])
+
+
+@pytest.mark.parametrize("side", [1, 7, 28])
+@pytest.mark.parametrize("size", [(160, 208), (1, 300), (37, 1)])
+def test_inside_boxes_only_gives_the_same_bits(side, size):
+    """What the CPU does, and what a GPU does."""
+    boxes = odd_boxes(200, *size)
+    shape = (len(boxes), side, side)
+    for masks in (torch.rand(shape), torch.full(shape, 0.5), torch.randint(0, 3, shape) / 2):  # many at the threshold
+        grown, framed = module._grow(boxes, (side + 2) / side).long(), torch.nn.functional.pad(masks, (1, 1, 1, 1))
+        whole = module._paste_whole(framed, grown, size, 0.5)
+        assert torch.equal(module._paste_inside(framed, grown, size, 0.5), whole) and whole.any()
+        assert torch.equal(paste_masks(masks, boxes, size), whole)
+
+
+def test_no_more_pixels_than_in_boxes_are_computed_on_the_cpu(monkeypatch):
+    counts = []
+    weights = module._weights
+    monkeypatch.setattr(module, "_weights", lambda positions, side: counts.append(positions.numel()) or
+                        weights(positions, side))
+    paste_masks(torch.rand(3, 28, 28), torch.tensor([[10.0, 10, 20, 30]] * 3), (480, 640))
+    assert sum(counts) <= 3 * (10 + 20 + 8)  # growing adds a few
+
+
 def test_full_mask_fills_its_box_and_none_gives_none():
     found = paste_masks(torch.ones(1, 28, 28), torch.tensor([[4.0, 6, 12, 10]]), (20, 20))
     assert found[0, 6:10, 4:12].all() and found.sum() <= 10 * 6  # torchvision's may reach one pixel further
-    assert paste_masks(torch.ones(0, 28, 28), torch.zeros(0, 4), (20, 30)).shape == (0, 20, 30)
+    none = torch.ones(0, 28, 28), torch.zeros(0, 4)
+    assert paste_masks(*none, (20, 30)).shape == (0, 20, 30)
+    assert module._paste_whole(torch.ones(0, 30, 30), none[1].long(), (20, 30), 0.5).shape == (0, 20, 30)
