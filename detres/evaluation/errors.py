@@ -285,7 +285,7 @@ def _measure(protocol: Protocol, truths: Truths, found: Found, classes: int, ove
     protocol = replace(protocol, max_detections=(max_detections,))
     arrays = accumulate(match(truths, found, classes, overlaps, protocol), classes, protocol)
     precision = arrays.precision[..., 0].permute(3, 0, 1, 2)  # (A, T, R, K)
-    counts = (inside(truths.area, protocol) & ~truths.ignore[:, None]).sum(0).tolist()
+    counts = (inside(truths.area, protocol) & ~truths.ignore).sum(1).tolist()
     return tuple(Bin(name, count, _mean(values), _mean(values[0]))
                  for name, count, values in zip(protocol.area_names, counts, precision))
 

@@ -220,18 +220,25 @@ def test_aspect_ratio_by_hand():
 
 
 def test_crowding_by_hand():
-    truths = [(0, CAT, A), (1, CAT, A), (1, CAT, (0, 0, 10, 4)), (1, DOG, B), (1, CAT, (0, 0, 10, 9), 1)]
+    truths = [(0, CAT, A), (1, CAT, A), (1, CAT, (0, 0, 10, 4)), (1, DOG, B), (1, CAT, (0, 0, 10, 9), 1),
+              (0, DOG, (500, 0, 90, 90), 1)]
     found = [(0, CAT, FAR, 0.9), (0, CAT, A, 0.8), (1, CAT, A, 0.7), (1, DOG, B, 0.6)]
     result = analyse(truths, found)
     # Alone in image 0, where the first one is wrong. In image 1 half of the cats are found (precision 1 at 51 recalls).
     assert bins_of(result, "objects in the image") == {"1": (1, 0.5), "2 - 5": (3, (51 / 101 + 1) / 2)}
-    # The two cats of image 1 overlap by .4 (the crowd does not count); the wrong one overlaps no truth.
+    # The two cats of image 1 overlap by .4 (crowds do not count); the wrong one overlaps no truth.
     assert bins_of(result, "overlap with another object") == {"< .1": (2, 0.75), ".3 - .5": (2, 51 / 101)}
 
 
 def test_neighbours_may_be_of_another_class():
     result = analyse([(0, CAT, A), (0, DOG, A)], [(0, CAT, A, 0.9)])
     assert bins_of(result, "overlap with another object") == {"> .5": (2, 0.5)}
+
+
+def test_a_false_detection_is_crowded_as_the_truth_that_it_overlaps_most():
+    truths = [(0, CAT, A), (0, CAT, (0, 0, 10, 6)), (1, DOG, B)]
+    result = analyse(truths, [(0, DOG, A, 0.9), (1, DOG, B, 0.8)])  # the first one is no matter of the lonely dog
+    assert bins_of(result, "overlap with another object") == {"> .5": (2, 0), "< .1": (1, 1)}
 
 
 # All together
