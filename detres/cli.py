@@ -152,6 +152,9 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the detections as COCO results JSON")
     parser.add_argument("--metrics", nargs="+", choices=("coco", "voc"), help="protocols (default: of the config)")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the named numbers in full precision")
+    parser.add_argument("--errors", type=Path, metavar="DIR",
+                        help="analyse the errors: kinds of mistakes, confusions, best thresholds; table and pictures")
     _add_device(parser)
     files = parser.add_argument_group("results files")
     files.add_argument("--gt", type=Path, metavar="FILE", help="annotations, as COCO or LVIS JSON")
@@ -161,7 +164,6 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     files.add_argument("--sigmas", type=float, nargs="+", metavar="S",
                        help="of OKS, one for each keypoint (default: those of COCO's 17)")
     files.add_argument("--lenient", action="store_true", help="leave out what cannot be evaluated, and say so")
-    files.add_argument("--json", type=Path, metavar="OUT", help="write the named numbers in full precision")
 
 
 def _eval(args: argparse.Namespace) -> None:
@@ -171,12 +173,14 @@ def _eval(args: argparse.Namespace) -> None:
         from detres.evaluation.files import evaluate_files
 
         options = {"sigmas": args.sigmas} if args.sigmas else {}
-        evaluate_files(args.gt, args.results, args.iou_type, lenient=args.lenient, save=args.json, **options)
+        evaluate_files(args.gt, args.results, args.iou_type, lenient=args.lenient, numbers=args.json, errors=args.errors,
+                       **options)
         return
     from detres.evaluation.run import evaluate_weights
 
     evaluate_weights(args.weights, data=args.data, split=args.split, save=args.save, metrics=args.metrics,
-                     batch_size=args.batch_size, device=args.device, overrides=args.overrides)
+                     batch_size=args.batch_size, device=args.device, overrides=args.overrides, numbers=args.json,
+                     errors=args.errors)
 
 
 def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:

@@ -152,12 +152,14 @@ def test_train_on_several_gpus_launches_itself(folder, monkeypatch):
 def test_eval_and_predict(monkeypatch):
     call = Call(monkeypatch, evaluation_run, "evaluate_weights")
     assert cli.main(["eval", "runs/a", "--data", "d", "--split", "test", "--metrics", "coco", "voc", "--batch-size",
-                     "3", "--save", "r.json", "--device", "cpu"]) == 0
+                     "3", "--save", "r.json", "--json", "n.json", "--errors", "e", "--device", "cpu"]) == 0
     assert call.arguments == {"path": Path("runs/a"), "data": "d", "split": "test", "save": Path("r.json"),
-                              "metrics": ["coco", "voc"], "batch_size": 3, "device": "cpu", "overrides": []}
+                              "metrics": ["coco", "voc"], "batch_size": 3, "device": "cpu", "overrides": [],
+                              "numbers": Path("n.json"), "errors": Path("e")}
     assert cli.main(["eval", "runs/a", "data.workers=0", "--device", "cpu", "eval.batch_size=4"]) == 0
     assert call.arguments == {"path": Path("runs/a"), "data": None, "split": None, "save": None, "metrics": None,
-                              "batch_size": None, "device": "cpu", "overrides": ["data.workers=0", "eval.batch_size=4"]}
+                              "batch_size": None, "device": "cpu", "overrides": ["data.workers=0", "eval.batch_size=4"],
+                              "numbers": None, "errors": None}
     call = Call(monkeypatch, inference_run, "predict_files")
     assert cli.main(["predict", "w", "a.jpg", "--out", "o", "b/", "--score-thresh", "0.3", "c/*.png"]) == 0
     assert call.arguments == {"weights": Path("w"), "inputs": ["a.jpg", "b/", "c/*.png"], "out": Path("o"),

@@ -6,7 +6,7 @@ Legend: N images, K classes, G truths, D detections, J keypoints.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -26,6 +26,16 @@ from detres.evaluation.overlaps import oks_pairs
 COCO_SIGMAS = tuple(np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 100 / 10)
 
 
+@dataclass(frozen=True)
+class Compared:
+    """What `coco_engine` and `errors` work on; images and classes are numbered in the order of their ids."""
+
+    truths: Truths
+    found: Found
+    classes: tuple[str, ...]
+    overlaps: Overlaps
+
+
 def evaluate_columns(truth: TruthFile, results: ResultsFile, iou_type: IouType,
                      sigmas: Sequence[float] = COCO_SIGMAS) -> EvalResult:
     """COCO's numbers of columns that `trust.check` has passed. `sigmas` (J,) are those of OKS.
@@ -33,19 +43,24 @@ def evaluate_columns(truth: TruthFile, results: ResultsFile, iou_type: IouType,
     Masks count as small, medium or large by their own area: as in Detectron2, and as in pycocotools where the results
     have masks alone. Beside boxes, pycocotools takes the box's area.
     """
-    truths, found, names = truth_tensors(truth), found_tensors(truth, results), class_names(truth)
+    pair = compare(truth, results, iou_type, sigmas)
+    return coco_result(pair.truths, pair.found, pair.classes, pair.overlaps, iou_type)
+
+
+def compare(truth: TruthFile, results: ResultsFile, iou_type: IouType, sigmas: Sequence[float] = COCO_SIGMAS,
+            lowest: float | None = None) -> Compared:
+    """See `evaluate_columns`. Overlaps of masks are exact from `lowest` on (None: the lowest IoU threshold of COCO)."""
+    truths, found, classes = truth_tensors(truth), found_tensors(truth, results), class_names(truth)
     if iou_type == "bbox":
-        overlaps = box_overlaps(truths, found)
-    elif iou_type == "keypoints":
+        return Compared(truths, found, classes, box_overlaps(truths, found))
+    if iou_type == "keypoints":
         truths = replace(truths, ignore=truths.ignore | torch.from_numpy(truth.num_keypoints == 0))
-        overlaps = _keypoint_overlaps(truth, results, truths, sigmas)
-    else:
-        codes, truth_codes = mask_codes(truth, results)
-        areas = torch.from_numpy(rle_areas(codes))
-        found = replace(found, area=areas.double())
-        overlaps = code_overlaps(iou_type, codes, areas, truth_codes, truths, len(names),
-                                 protocol_of(iou_type).lowest())
-    return coco_result(truths, found, names, overlaps, iou_type)
+        return Compared(truths, found, classes, _keypoint_overlaps(truth, results, truths, sigmas))
+    lowest = protocol_of(iou_type).lowest() if lowest is None else lowest
+    codes, truth_codes = mask_codes(truth, results)
+    areas = torch.from_numpy(rle_areas(codes))
+    overlaps = code_overlaps(iou_type, codes, areas, truth_codes, truths, len(classes), lowest)
+    return Compared(truths, replace(found, area=areas.double()), classes, overlaps)
 
 
 def truth_tensors(truth: TruthFile) -> Truths:
@@ -62,9 +77,9 @@ def found_tensors(truth: TruthFile, results: ResultsFile) -> Found:
                  torch.from_numpy(results.area))
 
 
-def class_names(truth: TruthFile) -> list[str]:
+def class_names(truth: TruthFile) -> tuple[str, ...]:
     _, first = np.unique(truth.categories.ids, return_index=True)
-    return [truth.categories.names[i] for i in first]
+    return tuple(truth.categories.names[i] for i in first)
 
 
 def _place(ids: np.ndarray, known: np.ndarray) -> Tensor:

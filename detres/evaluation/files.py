@@ -8,30 +8,34 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from detres.engine.checkpoint import atomic_write
 from detres.evaluation import lvis
 from detres.evaluation.base import EvalResult
 from detres.evaluation.coco import MASK_TYPES
 from detres.evaluation.coco_columns import ResultsFile, TruthFile
 from detres.evaluation.coco_files import read_results, read_truth
 from detres.evaluation.coco_numbers import IouType, protocol_of, rows_of
-from detres.evaluation.coco_results import COCO_SIGMAS, evaluate_columns
+from detres.evaluation.coco_results import COCO_SIGMAS, Compared, compare, evaluate_columns
 from detres.evaluation.diagnosis import diagnose
+from detres.evaluation.errors import analyse_errors
 from detres.evaluation.trust import area_report, check
 
 log = logging.getLogger(__name__)
 NEAR_ZERO = 0.01  # AP below which the usual mistakes are looked for
+BACKGROUND = 0.1  # IoU up to which a detection has hit nothing, in the analysis of errors
 
 
 def evaluate_files(truth: str | Path, results: str | Path, iou_types: Sequence[IouType] = ("bbox",), *,
-                   lenient: bool = False, sigmas: Sequence[float] = COCO_SIGMAS, save: str | Path | None = None
-                   ) -> EvalResult:
+                   lenient: bool = False, sigmas: Sequence[float] = COCO_SIGMAS, numbers: str | Path | None = None,
+                   errors: str | Path | None = None) -> EvalResult:
     """Evaluate a COCO results file against an annotation file (LVIS' protocol for LVIS' files), and print the numbers.
 
     Warnings go to the log: what was left out (`lenient`), areas that disagree with masks, and why AP is near zero.
 
     Args:
         sigmas: of OKS, one for each keypoint.
-        save: JSON file for the named numbers.
+        numbers: JSON file for the named numbers.
+        errors: folder for the analysis of errors of the first of `iou_types`; its table is printed, too.
 
     Raises ValueError for files that are malformed or, if not `lenient`, have entries that cannot be evaluated.
     """
@@ -54,10 +58,11 @@ def evaluate_files(truth: str | Path, results: str | Path, iou_types: Sequence[I
         if 0 <= result.metrics[f"{iou_type}/AP"] < NEAR_ZERO:
             for cause in diagnose(checked.truth, checked.results):
                 log.warning("%s/AP is near zero. %s", iou_type, cause)
+        if errors is not None and iou_type == iou_types[0]:
+            save_errors(compare(checked.truth, checked.results, iou_type, sigmas, BACKGROUND), errors)
         total = total.merged(result)
-    if save is not None:
-        Path(save).parent.mkdir(parents=True, exist_ok=True)
-        Path(save).write_text(json.dumps(total.metrics, indent=2) + "\n")
+    if numbers is not None:
+        save_numbers(total.metrics, numbers)
     return total
 
 
@@ -73,6 +78,19 @@ def _printout(result: EvalResult, iou_type: IouType, is_lvis: bool) -> str:
     protocol = protocol_of(iou_type)
     return "\n".join([iou_type, *(row.line(result.metrics[f"{iou_type}/{row.name}"], protocol)
                                   for row in rows_of(iou_type))])
+
+
+def save_numbers(metrics: dict[str, float], path: str | Path) -> None:
+    """As JSON, in full precision; folders are created."""
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+
+
+def save_errors(pair: Compared, folder: str | Path) -> None:
+    """Print the table of an analysis of errors, and write it and its pictures into a folder."""
+    analysis = analyse_errors(pair.truths, pair.found, pair.classes, pair.overlaps, background_threshold=BACKGROUND)
+    analysis.save(folder)
+    print(f"\n{analysis.table()}\n\nPictures of this are in {folder}.")
 
 
 def _changes(result: EvalResult, corrected: EvalResult) -> str:

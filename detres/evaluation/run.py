@@ -17,8 +17,10 @@ from detres.data.dataset import Dataset, ImageRecord, load_dataset
 from detres.data.loader import build_loader
 from detres.engine.distributed import gather, rank, world_size
 from detres.engine.failures import explain_out_of_memory, of_evaluation
-from detres.evaluation.base import EvalResult, Evaluator
-from detres.evaluation.coco import CocoEvaluator
+from detres.evaluation.base import EvalResult, Evaluator, truths_of
+from detres.evaluation.coco import CocoEvaluator, box_overlaps
+from detres.evaluation.coco_results import Compared
+from detres.evaluation.files import save_errors, save_numbers
 from detres.evaluation.voc import VocEvaluator
 from detres.inference.predictor import load_model
 from detres.progress import track
@@ -107,14 +109,15 @@ def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
 
 def evaluate_weights(path: str | Path, *, data: str | SourceConfig | None = None, split: str | None = None,
                      save: str | Path | None = None, metrics: Sequence[Literal["coco", "voc"]] | None = None,
-                     batch_size: int | None = None, device: str = "auto",
-                     overrides: Sequence[str] = ()) -> dict[str, float]:
+                     batch_size: int | None = None, device: str = "auto", overrides: Sequence[str] = (),
+                     numbers: str | Path | None = None, errors: str | Path | None = None) -> dict[str, float]:
     """Evaluate a weights file or a run folder; print the table; return the metrics.
 
     `data` and `split` default to what the weights were validated on in training, `metrics` and `batch_size` to their
     config, which `overrides` such as "model.box_head.score_thresh=0.1" change first (`load_model`). The precision is
     that of training, so the numbers are those of the run. `save` is a file for the detections as COCO results, which
-    pycocotools' `loadRes` reads.
+    pycocotools' `loadRes` reads; `numbers` one for the metrics, as JSON; `errors` a folder for an analysis of the
+    errors of boxes.
     """
     model, meta, config = load_model(path, device, overrides)
     dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
@@ -124,9 +127,15 @@ def evaluate_weights(path: str | Path, *, data: str | SourceConfig | None = None
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size or config.eval.batch_size,
                           training=False, with_masks=False, device_type=device_of(model).type)
     result = evaluate(model, loader, evaluators, device_of(model), precision=config.train.precision)
-    if save is not None:
-        save_results(max(evaluators, key=lambda evaluator: isinstance(evaluator, CocoEvaluator)), save)
     print(f"{dataset.name}: {len(dataset.records)} images, weights {path} (step {meta.step})\n{result.table()}")
+    evaluator = max(evaluators, key=lambda evaluator: isinstance(evaluator, CocoEvaluator))
+    if save is not None:
+        save_results(evaluator, save)
+    if numbers is not None:
+        save_numbers(result.metrics, numbers)
+    if errors is not None:
+        truths, found = truths_of(evaluator.records, device_of(model)), evaluator.found()
+        save_errors(Compared(truths, found, dataset.classes, box_overlaps(truths, found)), errors)
     return result.metrics
 
 

@@ -104,6 +104,15 @@ def test_corners_given_as_sizes_are_named(files, caplog):
     assert "near zero" in caplog.text and "Boxes are [x1, y1, x2, y2]" in caplog.text
 
 
+def test_errors_are_analysed(files, tmp_path, capsys):
+    gt, dt = files([{**found, "segmentation": box_mask(found["bbox"])} for found in PERFECT[:1]])
+    evaluate_files(gt, dt, ("segm", "bbox"), errors=tmp_path / "errors")
+    analysis = json.loads((tmp_path / "errors" / "errors.json").read_text())
+    assert analysis["tide"]["counts"]["missed"] == 1
+    assert (tmp_path / "errors" / "errors.png").stat().st_size > 10_000
+    assert capsys.readouterr().out.count("kind of mistake") == 1
+
+
 def test_what_belongs_together(capsys):
     for arguments in ([], ["runs/a", "--gt", "a.json"], ["--gt", "a.json"], ["--results", "a.json"],
                       ["runs/a", "--gt", "a.json", "--results", "b.json"]):

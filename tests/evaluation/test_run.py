@@ -253,3 +253,10 @@ def test_overrides_are_not_blamed_for_weights_that_are_wrong(weights, tmp_path):
     save_weights(tmp_path / "a.safetensors", tensors, meta)
     with pytest.raises(ValueError, match="weights must fit the model that they describe"):
         evaluate_weights(tmp_path / "a.safetensors", overrides=["model.box_head.score_thresh=0.1"])
+
+
+def test_numbers_and_errors_of_weights(weights, tmp_path, capsys):
+    metrics = evaluate_weights(weights, numbers=tmp_path / "numbers.json", errors=tmp_path / "errors", device="cpu")
+    assert json.loads((tmp_path / "numbers.json").read_text()) == metrics
+    analysis = json.loads((tmp_path / "errors" / "errors.json").read_text())
+    assert analysis["overall"]["ap50"] == metrics["bbox/AP50"] and "kind of mistake" in capsys.readouterr().out
