@@ -28,7 +28,7 @@ class _Objects:
     """Of the sampled images."""
 
     images: np.ndarray  # (n,) ids, ascending
-    sizes: np.ndarray  # (n, 2) width, height; NaN where unknown
+    sizes: np.ndarray  # (n, 2) width, height; 0 where unknown
     image: np.ndarray  # (G,) 0..n-1, ascending
     labels: np.ndarray  # (G,) category ids
     boxes: np.ndarray  # (G, 4) xywh
@@ -63,8 +63,8 @@ def _sampled_objects(truth: TruthFile) -> _Objects:
     images = images[np.linspace(0, len(images) - 1, min(IMAGES, len(images))).astype(int)]  # evenly
     rows = rows[np.isin(truth.image_ids[rows], images)]
     rows = rows[np.argsort(truth.image_ids[rows], kind="stable")]
-    sizes = np.full((len(images), 2), np.nan)
-    listed = np.flatnonzero(np.isin(truth.images.ids, images) & (truth.images.height > 0))
+    sizes = np.zeros((len(images), 2))
+    listed = np.flatnonzero(np.isin(truth.images.ids, images))
     sizes[np.searchsorted(images, truth.images.ids[listed])] = np.stack(
         [truth.images.width[listed], truth.images.height[listed]], 1)
     return _Objects(images, sizes, np.searchsorted(images, truth.image_ids[rows]), truth.category_ids[rows],

@@ -101,9 +101,12 @@ def _truth_faults(truth: TruthFile, iou_type: IouType) -> Iterator[_Fault]:
     yield from _unknown_faults("annotations", truth, truth, "pycocotools leaves them out silently.")
     if iou_type in ("bbox", "keypoints"):
         yield from _box_faults("annotations", truth.boxes_xywh)
-    yield _Fault("annotations", ~np.isfinite(truth.area), "have no finite area", truth.area,
-                 "pycocotools stops with a KeyError, or counts NaN as every size.", "The area of the box is used.")
+    no_area, no_box = ~np.isfinite(truth.area), ~np.isfinite(truth.boxes_xywh).all(1)
+    effect = "pycocotools stops with a KeyError, or counts NaN as every size."
+    yield _Fault("annotations", no_area & ~no_box, "have no finite area", truth.area, effect,
+                 "The area of the box is used.")
     if iou_type in ("segm", "boundary"):
+        yield _Fault("annotations", no_area & no_box, "have neither a finite area nor a box", truth.area, effect)
         yield from _mask_faults("annotations", truth, truth, "pycocotools stops with a KeyError.")
     if iou_type == "keypoints":
         yield from _keypoint_faults("annotations", truth.keypoints, len(truth.ids))

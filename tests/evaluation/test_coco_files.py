@@ -50,15 +50,16 @@ def written(tmp_path):
 
 
 def test_truth_as_columns_in_file_order(written):
-    data = truth(ANNOTATION, {**ANNOTATION, "id": 9, "image_id": 3.0, "category_id": 1, "iscrowd": True, "ignore": 1},
-                 {"id": 4, "image_id": 3, "category_id": 1, "segmentation": [[0, 0, 1, 0, 1, 1]], "num_keypoints": 3})
+    data = truth(ANNOTATION, {**ANNOTATION, "id": 9, "image_id": 3.0, "category_id": 1, "iscrowd": True},
+                 {"id": 4, "image_id": 3, "category_id": 1, "ignore": 1, "num_keypoints": 3,
+                  "segmentation": [[0, 0, 1, 0, 1, 1]]})
     columns = read_truth(written(data))
     assert columns.ids.tolist() == [5, 9, 4] and columns.ids.dtype == np.int64
     assert columns.image_ids.tolist() == [7, 3, 3] and columns.image_ids.dtype == np.int64
     assert columns.category_ids.tolist() == [2, 1, 1]
     assert columns.boxes_xywh[0].tolist() == [1.0, 2.0, 3.5, 4.0] and np.isnan(columns.boxes_xywh[2]).all()
     assert columns.area[:2].tolist() == [12.25, 12.25] and np.isnan(columns.area[2])
-    assert columns.crowd.tolist() == [False, True, False] and columns.ignore.tolist() == [False, True, False]
+    assert columns.crowd.tolist() == [False, True, False] and columns.ignore.tolist() == [False, False, True]
     assert columns.num_keypoints.tolist() == [-1, -1, 3]
     assert columns.segmentation is None and columns.keypoints is None
     assert columns.images.ids.tolist() == [7, 3] and columns.images.width.tolist() == [30, 50]

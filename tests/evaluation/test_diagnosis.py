@@ -112,6 +112,33 @@ def test_what_is_told():
         "more; as they are, 0. Write [x, y, width, height] in pixels of the original image."]
 
 
+def corners(results):
+    boxes = results.boxes_xywh
+    return replace(results, boxes_xywh=np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1))
+
+
+def test_the_best_detections_of_an_image_decide():
+    poor = [{"image_id": int(image), "category_id": 1, "score": 0.01, "bbox": [0, 0, 1, 1]}
+            for image in TRUTH.images.ids for _ in range(40)]
+    good = [{"image_id": int(image), "category_id": 1, "score": 0.9, "bbox": box}
+            for image, box in zip(TRUTH.image_ids, TRUTH.boxes_xywh.tolist())]
+    told = diagnose(TRUTH, corners(results_columns(poor + good)))
+    assert told[0].startswith("Boxes are [x1, y1, x2, y2]: corrected, 300 of 600 sampled")
+
+
+def test_one_change_is_preferred_to_two():
+    boxes = [[20 * i, 20 * i, 20, 20] for i in range(19)] + [[300, 20, 30, 10]]  # the last is exchanged in x and y
+    truth = truth_columns({"images": [{"id": i, "height": 400, "width": 400} for i in (1, 2)],
+                           "categories": [{"id": 1}], "annotations": [
+                               {"id": i, "image_id": 1 + i % 2, "category_id": 1, "bbox": box}
+                               for i, box in enumerate(boxes)]})
+    boxes[-1] = [20, 300, 10, 30]
+    found = results_columns([{"image_id": 1 + i % 2, "category_id": 1, "score": 1, "bbox": [v / 400 for v in box]}
+                             for i, box in enumerate(boxes)])
+    assert diagnose(truth, found)[0].startswith(
+        "Boxes are in fractions of the image's width and height: corrected, 19 of")
+
+
 def test_nothing_is_named_without_a_reason():
     shuffled = np.random.default_rng(1).permutation(len(BOXES))
     assert diagnose(TRUTH, RESULTS) == []
@@ -127,17 +154,15 @@ def test_without_detections_or_objects():
 
 def test_sizes_of_images_and_numeric_ids_may_be_missing():
     truth, results = scene(sized=False)
-    corners = np.concatenate([results.boxes_xywh[:, :2], results.boxes_xywh[:, :2] + results.boxes_xywh[:, 2:]], 1)
     named = replace(truth, image_ids=truth.image_ids.astype(str),
                     images=replace(truth.images, ids=truth.images.ids.astype(str)))
-    told = diagnose(named, replace(results, image_ids=results.image_ids.astype(str), boxes_xywh=corners))
+    told = diagnose(named, replace(corners(results), image_ids=results.image_ids.astype(str)))
     assert len(told) == 1 and told[0].startswith("Boxes are [x1, y1, x2, y2]:")
 
 
 def test_only_a_sample_of_a_large_set_is_used():
     truth, results = scene(images=900)
-    corners = np.concatenate([results.boxes_xywh[:, :2], results.boxes_xywh[:, :2] + results.boxes_xywh[:, 2:]], 1)
-    told = diagnose(truth, replace(results, boxes_xywh=corners))
+    told = diagnose(truth, corners(results))
     assert len(told) == 1 and "of 4000 sampled detections" in told[0]
 
 

@@ -114,6 +114,10 @@ FAULTS = {
         truth(area=None), results(), "bbox",
         "1 of 6 annotations have no finite area: entry 1 (nan). pycocotools stops with a KeyError",
         "The area of the box is used.", 6, 6),
+    "neither area nor box": (
+        truth(area=None, bbox=None), results(), "segm",
+        "1 of 6 annotations have neither a finite area nor a box: entry 1 (nan). pycocotools stops with a KeyError",
+        "Left out.", 5, 6),
     "mask of a truth": (
         truth(segmentation=None), results(), "segm",
         "1 of 6 annotations have no mask: entry 1 (10). pycocotools stops with a KeyError.",
@@ -216,6 +220,13 @@ def test_all_faults_are_told_at_once():
     assert len(checked(ground_truth, found, lenient=True).results.scores) == 3
 
 
+def test_numbers_in_quotes_are_other_ids():
+    data = truth()
+    data["images"] += [{"id": i} for i in range(100, 140)]  # numpy would compare that many as strings
+    with pytest.raises(ValueError, match="6 of 6 detections.* strings, the listed ones numbers"):
+        checked(data, [{**item, "image_id": str(item["image_id"])} for item in results()])
+
+
 def test_an_absent_area_is_the_box():
     assert checked(truth(area=None, bbox=[0, 0, 4, 2.5]), results(), lenient=True).truth.area[1] == 10.0
 
@@ -281,6 +292,7 @@ def test_areas_of_polygons_and_masks_agree():
     triangle = [[10, 10, 60, 10, 10, 50]]
     overlapping = [*square(0, 0, 50, 50), *square(25, 0, 50, 50)]
     found = report((1000, triangle), (1000.5, triangle), (3750, overlapping), (500, encoded(200, 300, (5, 5, 25, 20))),
+                   (520, encoded(200, 300, (5, 5, 25, 20))), (60.9, [[10, 10, 110, 10, 110, 10.6, 10, 10.6]]),
                    (100, {"size": [200, 300], "counts": [7, 100, 59893]}), (5, None), (NAN, triangle))
     assert found.lines == [] and np.isnan(found.area[-1]) and found.area[:3].tolist() == [1000, 1000.5, 3750]
 
