@@ -61,7 +61,7 @@ def evaluate_lvis(truth: TruthFile, results: ResultsFile, iou_type: IouType = "b
 
 def _require(truth: TruthFile, iou_type: IouType) -> None:
     if iou_type not in ("bbox", *MASK_TYPES):
-        raise ValueError(f"iou_type of LVIS must be bbox, segm or boundary, got {iou_type!r}.")
+        raise ValueError(f"iou_type of LVIS must be bbox, segm or boundary, got {iou_type!r}. LVIS has no keypoints.")
     if not is_lvis(truth):
         raise ValueError(f"LVIS' annotations must have `frequency` in categories and `neg_category_ids` in images, got "
                          f"none ({truth.path}). Evaluate them by COCO's protocol.")
@@ -86,7 +86,7 @@ def _limited(results: ResultsFile) -> ResultsFile:
         return results
     order = np.lexsort((-results.scores, image))
     rank = np.arange(len(image)) - np.repeat(np.cumsum(number) - number, number)
-    return results.select(np.sort(order[rank < limit]))
+    return results.select(order[rank < limit])
 
 
 def _judged(truth: TruthFile, results: ResultsFile) -> ResultsFile:
