@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from detres.data.dataset import Annotation, Dataset, ImageRecord
-from detres.evaluation.coco_engine import Found, Truths
+from detres.evaluation.flat import Found, Truths
 from detres.structures import Batch, Detections
 
 

@@ -17,7 +17,8 @@ import torch
 
 from detres.data.dataset import Dataset
 from detres.evaluation.base import EvalResult, Evaluator, Part, Rows, truths_of
-from detres.evaluation.coco_engine import Arrays, Found, Overlaps, Protocol, Truths, accumulate, match
+from detres.evaluation.coco_engine import Arrays, Overlaps, Protocol, accumulate, match
+from detres.evaluation.flat import Found, Truths
 from detres.evaluation.coco_masks import (BitmapComparer, PairOverlaps, RunLengths, code_overlaps, encode, truth_codes)
 from detres.evaluation.coco_numbers import IouType, Row, protocol_of, rows_of
 from detres.evaluation.mask_overlaps import rle_areas

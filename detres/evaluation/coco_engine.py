@@ -24,33 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from detres.evaluation.overlaps import take
+from detres.evaluation.flat import Found, Truths, argsort, by_class, pairs_of, place_in_run, take
 from detres.ops.greedy_match import LANES, greedy_match
 from detres.structures import Movable
-
-
-@dataclass(frozen=True)
-class Truths(Movable):
-    """Ground truth of a whole data set."""
-
-    image: Tensor  # (G,) int64 0..N-1, in the order of image ids
-    label: Tensor  # (G,) int64 0..K-1, in the order of category ids
-    boxes_xywh: Tensor  # (G, 4) float64
-    area: Tensor  # (G,) float64
-    crowd: Tensor  # (G,) bool: any number of detections may match it
-    ignore: Tensor  # (G,) bool: neither found nor missed; crowds are
-
-
-@dataclass(frozen=True)
-class Found(Movable):
-    """Detections in a whole data set, those of an image in the order in which equal scores are to be ranked."""
-
-    image: Tensor  # (D,) int64
-    label: Tensor  # (D,) int64
-    boxes_xywh: Tensor  # (D, 4) float64
-    scores: Tensor  # (D,) float64
-    area: Tensor  # (D,) float64
-    excused: Tensor | None = None  # (D,) bool: no false positive if unmatched (LVIS: class not labelled everywhere)
 
 
 @dataclass(frozen=True)
@@ -104,15 +80,14 @@ def match(truths: Truths, found: Found, classes: int, overlaps: Overlaps, protoc
     `overlaps` is asked for pairs of one image and class only, image by image; below `protocol.lowest()` its value
     does not matter. For `protocol.lowest()` <= 0 every pair is a candidate.
     """
-    by_score = _by_score(found)
-    by_label = take(by_score, _argsort(take(found.label, by_score)))
-    grouped = take(by_label, _argsort(take(found.image, by_label)))  # by image, label, score
+    by_label = by_class(found)
+    grouped = take(by_label, argsort(take(found.image, by_label)))  # by image, label, score
     key = found.image * classes + found.label
     rank = torch.empty_like(grouped)
-    rank[grouped] = _place_in_run(take(key, grouped))
+    rank[grouped] = place_in_run(take(key, grouped))
     last = protocol.max_detections[-1]
     grouped = grouped[take(rank, grouped) < last]
-    d, g = _pairs(take(key, grouped), truths.image * classes + truths.label)
+    d, g = pairs_of(take(key, grouped), truths.image * classes + truths.label)
     iou = overlaps(take(grouped, d), g)
     near = (iou >= protocol.lowest()).nonzero()[:, 0]
     near = near[_best_first(d[near], iou[near])]
@@ -124,47 +99,11 @@ def match(truths: Truths, found: Found, classes: int, overlaps: Overlaps, protoc
     return Matches(d, g, lanes, ignored, order, take(rank, order), found, truths)
 
 
-def _by_score(found: Found) -> Tensor:
-    """Rows by score, highest first; equal ones by image, then as they came."""
-    by_image = torch.arange(len(found.image), device=found.image.device)
-    if not bool((found.image[1:] >= found.image[:-1]).all()):
-        by_image = _argsort(found.image)
-    return take(by_image, _argsort(-take(found.scores, by_image)))
-
-
-def _argsort(values: Tensor) -> Tensor:
-    """Stable, ascending. Float64 goes by its bits, as torch sorts integers by radix: on the CPU three times faster."""
-    if values.is_floating_point():
-        bits = (values + 0.0).view(torch.int64)  # -0.0 becomes 0.0
-        values = bits ^ ((bits >> 63) & 0x7FFF_FFFF_FFFF_FFFF)  # below zero, larger bits are smaller numbers
-    return values.argsort(stable=True)
-
-
-def _place_in_run(values: Tensor) -> Tensor:
-    """0, 1, 2 ... along each run of equal values."""
-    _, counts = values.unique_consecutive(return_counts=True)
-    starts = counts.cumsum(0) - counts
-    return torch.arange(len(values), device=values.device) - starts.repeat_interleave(counts)
-
-
-def _pairs(found_key: Tensor, truth_key: Tensor) -> tuple[Tensor, Tensor]:
-    """All pairs (P,), (P,) of detections and truths with the same key, ascending; `found_key` is ascending."""
-    by_key = _argsort(truth_key)
-    truth_key = truth_key[by_key]
-    groups, members = found_key.unique_consecutive(return_counts=True)
-    first = torch.searchsorted(truth_key, groups)
-    count = torch.searchsorted(truth_key, groups, right=True) - first
-    first, count = first.repeat_interleave(members), count.repeat_interleave(members)  # of each detection
-    d = torch.arange(len(found_key), device=found_key.device).repeat_interleave(count)
-    shift = first - (count.cumsum(0) - count)  # from the number of a pair to the place of its truth
-    return d, take(by_key, torch.arange(len(d), device=d.device) + take(shift, d))
-
-
 def _best_first(d: Tensor, iou: Tensor) -> Tensor:
     """Order of pairs by detection, then by IoU; of equal overlaps the later truth comes first."""
     order = torch.arange(len(d) - 1, -1, -1, device=d.device)
-    order = order[_argsort(-iou[order])]
-    return order[_argsort(d[order])]
+    order = order[argsort(-iou[order])]
+    return order[argsort(d[order])]
 
 
 Word = list[tuple[int, int]]  # up to LANES settings that share 64 bits: index of IoU threshold, of area range
@@ -195,7 +134,7 @@ def _match_lanes(crowd: Tensor, key: Tensor, d: Tensor, g: Tensor, near: Tensor,
     again = several.nonzero()[:, 0]
     pair = torch.cat([torch.arange(len(d), device=d.device), again])
     allowed = torch.cat([near & torch.where(several, ~ignored, -1), (near & ignored)[again]])
-    order = _argsort(_run(d)[pair])  # both offers beside the others of the detection
+    order = argsort(_run(d)[pair])  # both offers beside the others of the detection
     pair = pair[order]
     won = greedy_match(key[pair], d[pair], g[pair], allowed[order], crowd)
     return torch.zeros_like(d).index_add_(0, pair, won)  # the two offers of a pair differ in their lanes

@@ -18,7 +18,8 @@ from torch import Tensor
 from detres.data.dataset import ImageRecord
 from detres.data.masks import compressed, encode_masks
 from detres.evaluation.boundary_overlaps import bitmap_boundary_iou_pairs, rle_boundary_iou_pairs
-from detres.evaluation.coco_engine import Overlaps, Truths
+from detres.evaluation.coco_engine import Overlaps
+from detres.evaluation.flat import Truths
 from detres.evaluation.mask_overlaps import (bitmap_iou_pairs, decode_runs, rle_areas, rle_iou_pairs, runs_to_bitmaps)
 from detres.ops.paste_masks import paste_masks
 

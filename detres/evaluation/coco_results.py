@@ -16,7 +16,8 @@ from detres.data.masks import compressed
 from detres.evaluation.base import EvalResult
 from detres.evaluation.coco import MASK_TYPES, box_overlaps, coco_result
 from detres.evaluation.coco_columns import ResultsFile, Segmentation, TruthFile
-from detres.evaluation.coco_engine import Found, Overlaps, Truths
+from detres.evaluation.coco_engine import Overlaps
+from detres.evaluation.flat import Found, Truths
 from detres.evaluation.coco_masks import Rle, code_overlaps
 from detres.evaluation.coco_numbers import IouType, protocol_of
 from detres.evaluation.mask_overlaps import rle_areas
@@ -103,9 +104,9 @@ def mask_codes(truth: TruthFile, results: ResultsFile) -> tuple[list[Rle], list[
 def _codes(path: str, kind: str, masks: Sequence[Segmentation | None] | None, image_ids: np.ndarray,
            sizes: dict) -> list[Rle]:
     codes = []
-    for number, (mask, image_id) in enumerate(zip(masks or [None] * len(image_ids), image_ids.tolist()), 1):
+    for number, (mask, image_id) in enumerate(zip(masks or [None] * len(image_ids), image_ids.tolist())):
         if not mask:
-            raise ValueError(f"every {kind} must have a segmentation to evaluate masks, got none for {kind} {number}, "
+            raise ValueError(f"every {kind} must have a segmentation to evaluate masks, got none for entry {number}, "
                              f"image_id {image_id!r} ({path}). Evaluate with --iou-type bbox, or correct the file.")
         size = tuple(mask["size"]) if isinstance(mask, dict) else sizes[image_id]
         if 0 in size:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from detres.engine.checkpoint import atomic_write
-from detres.evaluation.coco_engine import Found, Overlaps, Protocol, Truths, accumulate, inside, match
+from detres.evaluation.coco_engine import Overlaps, Protocol, accumulate, inside, match
+from detres.evaluation.flat import Found, Truths
 from detres.evaluation.tide import (Case, Pairs, Ranking, Tide, assign, best_per_image, best_truth, box_overlaps,
                                     excused, overlapping, precision_curves, rank, tide)
 

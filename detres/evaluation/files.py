@@ -56,7 +56,7 @@ def evaluate_files(truth: str | Path, results: str | Path, iou_types: Sequence[I
             corrected = _evaluate(truth_areas, checked.results, iou_type, sigmas)
             log.warning("%s", _changes(result, corrected))
         if 0 <= result.metrics[f"{iou_type}/AP"] < NEAR_ZERO:
-            for cause in diagnose(checked.truth, checked.results):
+            for cause in diagnose(gt, dt):  # with entries that were left out, whose ids may be the cause
                 log.warning("%s/AP is near zero. %s", iou_type, cause)
         if errors is not None and iou_type == iou_types[0]:
             save_errors(compare(checked.truth, checked.results, iou_type, sigmas, BACKGROUND), errors)

@@ -18,8 +18,8 @@ from torch import Tensor
 from detres.data.dataset import Dataset
 from detres.evaluation.base import EvalResult, Evaluator, truths_of
 from detres.evaluation.classification import ClassCounts, CountsState, ratio
-from detres.evaluation.coco_engine import Found, Truths
-from detres.evaluation.voc import Verdicts, area, by_class, mean_of_measured, pairs, verdicts_of
+from detres.evaluation.flat import Found, Truths, by_class
+from detres.evaluation.voc import Verdicts, area, mean_of_measured, pairs, verdicts_of
 from detres.geometry.boxes import pairwise_iou
 from detres.ops.greedy_match import greedy_match
 

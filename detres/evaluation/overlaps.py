@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from detres.evaluation.flat import take
+
 PAIRS_AT_ONCE = 2**14  # temporaries of a chunk stay in the cache
 
 
@@ -48,11 +50,6 @@ def _overlap(d1: Tensor, d2: Tensor, g1: Tensor, g2: Tensor, d: Tensor, g: Tenso
     length = torch.minimum(take(d2, d), take(g2, g)) - torch.maximum(take(d1, d), take(g1, g))
     positive = (length > 0).nonzero()[:, 0]
     return take(length, positive), positive
-
-
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """values[index]; on the CPU several times faster."""
-    return values.index_select(0, index)
 
 
 def oks_pairs(dt_keypoints: Tensor, gt_keypoints: Tensor, gt_boxes_xywh: Tensor, gt_area: Tensor, sigmas: Tensor,

@@ -31,7 +31,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from detres.evaluation.coco_engine import Found, Overlaps, Truths, _argsort, _by_score, _pairs, _place_in_run
+from detres.evaluation.coco_engine import Overlaps
+from detres.evaluation.flat import Found, Truths, argsort, by_score, pairs_of, place_in_run
 from detres.evaluation.overlaps import box_iou_pairs
 from detres.ops.greedy_match import greedy_match
 
@@ -69,9 +70,9 @@ def box_overlaps(truths: Truths, found: Found) -> Overlaps:
 
 def best_per_image(found: Found, overlaps: Overlaps, limit: int) -> tuple[Found, Overlaps]:
     """Up to `limit` detections of each image, by image, then score; and `overlaps` for their rows."""
-    rows = _by_score(found)
-    rows = rows[_argsort(found.image[rows])]
-    rows = rows[_place_in_run(found.image[rows]) < limit]
+    rows = by_score(found)
+    rows = rows[argsort(found.image[rows])]
+    rows = rows[place_in_run(found.image[rows]) < limit]
     best = Found(*(value if value is None else value[rows] for value in vars(found).values()))
     return best, lambda d, g: overlaps(rows[d], g)
 
@@ -80,13 +81,13 @@ def overlapping(truths: Truths, found: Found, overlaps: Overlaps, minimum: float
     """Pairs with IoU >= `minimum`, of whatever classes. `found` is sorted by image."""
     parts = []
     for rows in torch.arange(len(found.image), device=found.image.device).split(ROWS_AT_ONCE):
-        d, g = _pairs(found.image[rows], truths.image)
+        d, g = pairs_of(found.image[rows], truths.image)
         iou = overlaps(rows[d], g)
         near = (iou >= minimum).nonzero()[:, 0]
         parts.append((rows[d[near]], g[near], iou[near]))
     d, g, iou = map(torch.cat, zip(*parts))
-    order = _argsort(-iou)
-    order = order[_argsort(d[order])]
+    order = argsort(-iou)
+    order = order[argsort(d[order])]
     d, g, iou = d[order], g[order], iou[order]
     return Pairs(d, g, iou, found.label[d] == truths.label[g], truths.ignore[g], found.image[d])
 
@@ -136,10 +137,10 @@ class Ranking:
 
 def rank(case: Case) -> Ranking:
     rows = case.keep.nonzero()[:, 0]
-    rows = rows[_argsort(-(case.scores[rows] + 0.0))]
-    rows = rows[_argsort(case.label[rows])]
+    rows = rows[argsort(-case.scores[rows])]
+    rows = rows[argsort(case.label[rows])]
     label, hit = case.label[rows], case.hit[rows]
-    place = _place_in_run(label)
+    place = place_in_run(label)
     before = hit.cumsum(0) - hit.long()
     start = torch.arange(len(rows), device=rows.device) - place
     return Ranking(label, case.scores[rows], hit, before - before[start] + hit.long(), place + 1)
@@ -205,7 +206,7 @@ def _kinds(pairs: Pairs, false: Tensor, tf: float, tb: float) -> tuple[Tensor, T
 def best_truth(pairs: Pairs, candidates: Tensor, detections: int) -> tuple[Tensor, Tensor]:
     """Truth (D,) that each detection overlaps most, -1 for none, and its IoU, 0 for none."""
     d, g, iou = pairs.found[candidates], pairs.truth[candidates], pairs.iou[candidates]
-    first = _place_in_run(d) == 0
+    first = place_in_run(d) == 0
     values = torch.zeros(detections, dtype=iou.dtype, device=iou.device)
     values[d[first]] = iou[first]
     return _filled(detections, -1, d[first], g[first]), values

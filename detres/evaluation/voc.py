@@ -33,7 +33,7 @@ from torch import Tensor
 
 from detres.data.dataset import Dataset
 from detres.evaluation.base import EvalResult, Evaluator, truths_of
-from detres.evaluation.coco_engine import Found, Truths
+from detres.evaluation.flat import Found, Truths, by_class, pairs_of
 from detres.geometry.boxes import pairwise_iou
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10).tolist()
@@ -155,25 +155,11 @@ def verdicts_of(label: Tensor, right: Tensor, wrong: Tensor, sought: Tensor, cla
     return Verdicts(*(x.cpu().numpy() for x in (label, right, wrong, sought.bincount(minlength=classes))))
 
 
-def by_class(found: Found) -> Tensor:
-    """Rows (D,) by class, then by score, highest first; equal ones by image, then as they came."""
-    order = found.image.argsort(stable=True)
-    # Adding 0 makes -0.0 the 0.0 that it equals; a sort by bits, as on GPUs, would tell them apart.
-    order = order[(found.scores[order] + 0.0).argsort(stable=True, descending=True)]
-    return order[found.label[order].argsort(stable=True)]
-
-
 def pairs(truths: Truths, found: Found, rows: Tensor, classes: int, border: float) -> tuple[Tensor, Tensor, Tensor]:
     """All pairs of a detection and a truth of one image and class: places in `rows` (P,), ascending, rows of truths
     (P,), ascending for each detection, and IoU (P,) float64. Raises as `voc_ap`."""
     _check(truths, found, classes)
-    truth_key, by_key = (truths.image * classes + truths.label).sort(stable=True)
-    found_key = found.image[rows] * classes + found.label[rows]
-    start = torch.searchsorted(truth_key, found_key)
-    count = torch.searchsorted(truth_key, found_key, right=True) - start
-    d = torch.arange(len(rows), device=rows.device).repeat_interleave(count)
-    within = torch.arange(len(d), device=d.device) - (count.cumsum(0) - count)[d]
-    g = by_key[start[d] + within]
+    d, g = pairs_of(found.image[rows] * classes + found.label[rows], truths.image * classes + truths.label)
     return d, g, _iou(found.boxes_xywh[rows[d]], truths.boxes_xywh[g], border)
 
 
