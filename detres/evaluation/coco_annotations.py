@@ -17,7 +17,8 @@ from pycocotools.cocoeval import Params
 from torch import Tensor
 
 from detres.evaluation.boundary_overlaps import rle_boundary_iou_pairs
-from detres.evaluation.coco_engine import Found, Overlaps, Truths
+from detres.evaluation.coco_engine import Overlaps
+from detres.evaluation.flat import Found, Truths
 from detres.evaluation.mask_overlaps import Rle, decode_runs, rle_areas, rle_iou_pairs
 from detres.evaluation.overlaps import box_iou_pairs, oks_pairs
 
