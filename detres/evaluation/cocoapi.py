@@ -31,7 +31,6 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import torch
 from pycocotools import coco as reference_coco
 from pycocotools import cocoeval as reference
 
