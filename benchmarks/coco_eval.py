@@ -1,8 +1,9 @@
-"""COCO evaluation of boxes at the size of COCO val, beside pycocotools and the compiled evaluators.
+"""COCO evaluation of boxes and masks at the size of COCO val, beside pycocotools and the compiled evaluators.
 
     pip install -e '.[benchmark]'
     python benchmarks/coco_eval.py                 # from arrays and from JSON files, all evaluators
     python benchmarks/coco_eval.py --only detres hotcoco --runs 5
+    python benchmarks/coco_eval.py --iou-type segm --scale 0.2      # masks, from JSON files with run lengths
 
 Each run is a process of its own on one core; runs of different evaluators alternate, and the table has medians. "CPU s"
 is the user and system time from after the imports to the twelve numbers. From arrays: the ground truth is loaded
@@ -34,12 +35,12 @@ from coco_scene import make, write
 Stages = tuple[Callable[[], Any], Callable[[Any], dict]]  # ground truth, then detections to pycocotools' `eval`
 
 
-def api(coco: type, evaluation: type) -> Callable[[Path, Any], Stages]:
+def api(coco: type, evaluation: type) -> Callable[[Path, Any, str], Stages]:
     """An evaluator with the classes of pycocotools."""
 
-    def run(truth: Path, results: Any) -> Stages:
+    def run(truth: Path, results: Any, iou_type: str) -> Stages:
         def evaluate(gt) -> dict:
-            e = evaluation(gt, gt.loadRes(results), "bbox")
+            e = evaluation(gt, gt.loadRes(results), iou_type)
             e.evaluate()
             e.accumulate()
             e.summarize()
@@ -72,11 +73,11 @@ def ultrafast_pycocotools():
 
 
 def vernier():
-    from vernier.instance import Bbox, CocoDataset, Evaluator
+    from vernier.instance import Bbox, CocoDataset, Evaluator, Segm
 
-    def run(truth: Path, results: Any) -> Stages:
+    def run(truth: Path, results: Any, iou_type: str) -> Stages:
         detections = Path(results).read_bytes if isinstance(results, str) else lambda: results
-        evaluator = Evaluator(iou=Bbox(), parity_mode="strict")
+        evaluator = Evaluator(iou=Bbox() if iou_type == "bbox" else Segm(), parity_mode="strict")
         return (lambda: CocoDataset.from_json(truth.read_bytes()),
                 lambda gt: {"stats": evaluator.evaluate(gt, detections(), num_threads=1).stats})
 
@@ -94,10 +95,12 @@ def detres():
 
     torch.set_num_threads(1)
 
-    def run(truth: Path, results: Any) -> Stages:
+    def run(truth: Path, results: Any, iou_type: str) -> Stages:
+        masks = iou_type == "segm"
+
         def from_files(gt) -> dict:
-            checked = check(gt, read_results(results), "bbox")
-            return vars(evaluate_columns(checked.truth, checked.results, "bbox").curves["bbox"])
+            checked = check(gt, read_results(results, masks), iou_type)
+            return vars(evaluate_columns(checked.truth, checked.results, iou_type).curves[iou_type])
 
         def from_arrays(gt) -> dict:
             truths, classes = gt
@@ -108,7 +111,7 @@ def detres():
             return vars(result.curves["bbox"])
 
         if isinstance(results, str):
-            return lambda: read_truth(truth), from_files
+            return lambda: read_truth(truth, masks), from_files
         columns = read_truth(truth)
         return lambda: (truth_tensors(columns), class_names(columns)), from_arrays
 
@@ -119,13 +122,13 @@ EVALUATORS = {function.__name__: function for function in (
     detres, pycocotools, faster_coco_eval, hotcoco, ultrafast_pycocotools, vernier)}
 
 
-def measure(name: str, source: str, folder: Path) -> dict:
+def measure(name: str, source: str, folder: Path, iou_type: str) -> dict:
     """One evaluation in this process."""
     truth, results = folder / "truth.json", str(folder / "results.json")
     if source == "arrays":
         results = np.load(folder / "results.npy")
     with redirect_stdout(sys.stderr):
-        load, evaluate = EVALUATORS[name]()(truth, results)
+        load, evaluate = EVALUATORS[name]()(truth, results, iou_type)
         before = peak_mb()
         gt = load() if source == "arrays" else None
         start = cpu_seconds()
@@ -152,29 +155,30 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=EVALUATORS, default=list(EVALUATORS))
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="share of COCO val (default: 1)")
+    parser.add_argument("--iou-type", choices=("bbox", "segm"), default="bbox")
     parser.add_argument("--one", nargs=3, metavar=("NAME", "SOURCE", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, source, folder = args.one
-        print(json.dumps(measure(name, source, Path(folder))))
+        print(json.dumps(measure(name, source, Path(folder), args.iou_type)))
         return
     with tempfile.TemporaryDirectory() as folder:
         truths, found = make(args.scale)
-        write(Path(folder), truths, found)
+        write(Path(folder), truths, found, masks=args.iou_type == "segm")
         columns = [found["image"] + 1, *found["box"].T, found["score"], found["label"] + 1]
         np.save(Path(folder) / "results.npy", np.stack(columns, 1))
         print(f"{found['image'].max() + 1} images, {len(truths['image'])} truths, {len(found['image'])} detections")
-        for source in ("arrays", "json"):
-            report(source, compare(args.only, source, folder, args.runs))
+        for source in ("arrays", "json") if args.iou_type == "bbox" else ("json",):
+            report(source, compare(args.only, source, folder, args.runs, args.iou_type))
 
 
-def compare(names: list[str], source: str, folder: str, runs: int) -> dict[str, list[dict]]:
+def compare(names: list[str], source: str, folder: str, runs: int, iou_type: str) -> dict[str, list[dict]]:
     """Runs of each evaluator, in turns."""
     one_core = {**os.environ, "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1"}
     measured: dict[str, list[dict]] = {name: [] for name in names}
     for _ in range(runs):
         for name in names:
-            command = [sys.executable, __file__, "--one", name, source, folder]
+            command = [sys.executable, __file__, "--one", name, source, folder, "--iou-type", iou_type]
             process = subprocess.run(command, env=one_core, capture_output=True, text=True)
             if process.returncode:
                 sys.exit(f"{name} from {source} failed:\n{process.stderr}")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+from pycocotools import mask as coco_mask
 
 IMAGES, CLASSES, TRUTHS, DETECTIONS = 5_000, 80, 36_781, 500_000
 SIDES = ((8, 32, 0.41), (32, 96, 0.34), (96, 400, 0.25))  # from, to (pixels), share: COCO's small, medium and large
@@ -51,26 +52,38 @@ def _boxes(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.concatenate([corner, extent], 1).round(2)
 
 
-def write(folder: Path, truths: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> tuple[Path, Path]:
-    """Both as COCO files; truths get a polygon of 20 corners, as a real file has (it is read over)."""
-    angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
-    circle = np.stack([np.cos(angle), np.sin(angle)], 1)
+def write(folder: Path, truths: dict[str, np.ndarray], found: dict[str, np.ndarray], masks: bool = False
+          ) -> tuple[Path, Path]:
+    """Both as COCO files. Truths have a polygon of 20 corners, detections a box or, with `masks`, run lengths alone."""
+    rng = np.random.default_rng(0)
     annotations = []
     for i, (image, label, box, area, crowd) in enumerate(zip(*(truths[k].tolist() for k in (
             "image", "label", "box", "area", "crowd"))), 1):
-        center, half = np.add(box[:2], np.divide(box[2:], 2)), np.divide(box[2:], 2)
-        polygon = (center + circle * half).round(2).flatten().tolist()
-        annotations.append({"segmentation": [polygon], "area": area, "iscrowd": int(crowd), "image_id": image + 1,
-                            "bbox": box, "category_id": label + 1, "id": i})
+        annotations.append({"segmentation": [_outline(rng, box)], "area": area, "iscrowd": int(crowd),
+                            "image_id": image + 1, "bbox": box, "category_id": label + 1, "id": i})
     count = int(max(truths["image"].max(), found["image"].max())) + 1
     truth = {"images": [{"id": i + 1, "file_name": f"{i + 1:012}.jpg", "height": 480, "width": 640}
                         for i in range(count)],
              "categories": [{"id": k + 1, "name": f"class {k + 1}"} for k in range(CLASSES)],
              "annotations": annotations}
-    results = [{"image_id": image + 1, "category_id": label + 1, "bbox": box, "score": score}
+    results = [{"image_id": image + 1, "category_id": label + 1, "score": score,
+                **({"segmentation": _run_lengths(_outline(rng, box))} if masks else {"bbox": box})}
                for image, label, box, score in zip(*(found[k].tolist() for k in ("image", "label", "box", "score")))]
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "truth.json", folder / "results.json"
     for path, content in zip(paths, (truth, results)):
         path.write_text(json.dumps(content))
     return paths
+
+
+def _outline(rng: np.random.Generator, box: list[float]) -> list[float]:
+    """A polygon of 20 corners, a dented ellipse in the box."""
+    angle = np.linspace(0, 2 * np.pi, 20, endpoint=False)
+    corners = np.stack([np.cos(angle), np.sin(angle)], 1) * rng.uniform(0.8, 1, (20, 1))
+    half = np.array(box[2:]) / 2
+    return (box[:2] + half + half * corners).round(2).flatten().tolist()
+
+
+def _run_lengths(polygon: list[float]) -> dict:
+    (code,) = coco_mask.frPyObjects([polygon], 480, 640)
+    return {"size": code["size"], "counts": code["counts"].decode()}

@@ -184,18 +184,20 @@ def accumulate(matches: Matches, classes: int, protocol: Protocol) -> Arrays:
     counted = _counted(matches, classes, protocol)
     t, r, a, m = map(len, (protocol.iou_thresholds, protocol.recall_thresholds, protocol.areas,
                            protocol.max_detections))
-    precision, scores = counted.scores.new_empty(2, t, r, classes, a, m)
-    recall = counted.scores.new_empty(t, classes, a, m)
+    precision, scores = (counted.scores.new_empty(m, t * a, classes, r) for _ in range(2))
+    recall, first = counted.scores.new_empty(m, t * a, classes, 1), 0
     for word, lanes, ignored in zip(words(protocol), matches.pair_lanes, matches.pair_ignored):
         events = _events(matches, counted, word, lanes, ignored)
-        at = torch.tensor(word, device=recall.device).T  # (2, L)
+        area = torch.tensor([area for _, area in word], device=lanes.device)
         for i, bound in enumerate(protocol.max_detections):
-            curves = _curves(counted, events, at[1], bound, protocol)
-            precision[at[0], :, :, at[1], i] = curves.precision.transpose(1, 2)
-            scores[at[0], :, :, at[1], i] = curves.scores.transpose(1, 2)
-            recall[at[0], :, at[1], i] = curves.recall
-    absent = (counted.positives == 0)[..., None]  # (K, A, 1)
-    return Arrays(*(array.masked_fill_(absent, -1.0) for array in (precision, recall, scores)))
+            curves = _curves(counted, events, area, bound, protocol)
+            for whole, part in ((precision, curves.precision), (recall, curves.recall), (scores, curves.scores)):
+                whole[i, first:first + len(word)] = part
+        first += len(word)
+    absent = (counted.positives == 0).T[..., None]  # (A, K, 1)
+    precision, recall, scores = (whole.view(m, t, a, classes, -1).masked_fill_(absent, -1.0).permute(1, 4, 3, 2, 0)
+                                 for whole in (precision, recall, scores))
+    return Arrays(precision, recall[:, 0], scores)
 
 
 @dataclass(frozen=True)
@@ -249,7 +251,8 @@ def _events(matches: Matches, counted: _Counted, word: Word, lanes: Tensor, igno
 
 
 def _curves(counted: _Counted, events: _Events, area: Tensor, bound: int, protocol: Protocol) -> Arrays:
-    """Arrays (L, K, R), (L, K), (L, K, R) of lanes with area ranges (L,) and `bound` detections per image and class."""
+    """Arrays (L, K, R), (L, K, 1), (L, K, R) of lanes with area ranges (L,) and up to `bound` detections per image and
+    class."""
     kept = counted.rank < bound
     true = events.true & take(kept, events.position)
     tp_sum, tp_base, total = _running(true, events.starts)
@@ -271,7 +274,7 @@ def _curves(counted: _Counted, events: _Events, area: Tensor, bound: int, protoc
     reached = _reached(needed, counted.positives, label * needed.shape[1] + range_, tp)
     best = _best_precision(segment, reached, precision, total.numel(), thresholds).view(*total.shape, -1)
     precision, scores = _read(best, needed.transpose(0, 1)[area], total, position, counted)
-    return Arrays(precision, total.double() / counted.positives.T[area], scores)
+    return Arrays(precision, (total.double() / counted.positives.T[area])[..., None], scores)
 
 
 def _read(best: Tensor, needed: Tensor, total: Tensor, position: Tensor, counted: _Counted) -> tuple[Tensor, Tensor]:
@@ -284,12 +287,11 @@ def _read(best: Tensor, needed: Tensor, total: Tensor, position: Tensor, counted
     reached = ((needed <= total[..., None]) & some[:, None]).cummin(2).values
     first = (total.flatten().cumsum(0) - total.flatten()).view_as(total)[..., None]  # of each lane and class among n
     # The score is that of the detection that reaches the threshold; with nothing to reach, the first detection's.
-    ranked = torch.cat([position, counted.starts[:-1]])
+    padded = torch.cat([counted.scores, counted.scores.new_zeros(1)])
+    ranked = torch.cat([take(padded, position), take(padded, counted.starts[:-1]), padded[-1:]])
     leader = len(position) + torch.arange(len(some), device=position.device)[:, None]
-    at = torch.where(needed > 0, first + needed - 1, leader)[reached]
-    scores = torch.zeros_like(best)
-    scores[reached] = take(counted.scores, take(ranked, at))
-    return best * reached, scores
+    at = torch.where(needed > 0, first + needed - 1, leader).masked_fill_(~reached, len(ranked) - 1)
+    return best * reached, take(ranked, at.flatten()).view_as(best)
 
 
 def _running(flags: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -305,9 +307,9 @@ def _best_precision(segment: Tensor, reached: Tensor, precision: Tensor, segment
     reached: (n,) how many thresholds each of them reaches.
     """
     best = precision.new_zeros(segments, len(thresholds) + 1)
-    best.view(-1).scatter_reduce_(0, segment * best.shape[1] + reached, precision, "amax")
-    from_right = best[:, 1:].flip(1).cummax(1).values.flip(1)
-    return from_right[:, thresholds.argsort().argsort()]
+    most_first = len(thresholds) - reached  # column 0 is for those that reach all, the last for those that reach none
+    best.view(-1).scatter_reduce_(0, segment * best.shape[1] + most_first, precision, "amax")
+    return best.cummax(1).values.index_select(1, len(thresholds) - 1 - thresholds.argsort().argsort())
 
 
 def _reached(needed: Tensor, positives: Tensor, cell: Tensor, tp: Tensor) -> Tensor:

@@ -39,8 +39,14 @@ def evaluate_files(truth: str | Path, results: str | Path, iou_types: Sequence[I
 
     Raises ValueError for files that are malformed or, if not `lenient`, have entries that cannot be evaluated.
     """
+    if errors is not None and "keypoints" in iou_types[:1]:
+        raise ValueError("errors must be those of boxes or masks, got keypoints. Put bbox, segm or boundary first in "
+                         "--iou-type.")
     masks, keypoints = any(kind in MASK_TYPES for kind in iou_types), "keypoints" in iou_types
     gt, dt = read_truth(truth, masks, keypoints), read_results(results, masks, keypoints)
+    if errors is not None and lvis.is_lvis(gt):
+        raise ValueError(f"errors must be of files in which all classes are labelled, got LVIS annotations ({truth}). "
+                         "Leave out --errors.")
     areas = area_report(gt) if masks else None
     for line in areas.lines if areas else ():
         log.warning("%s", line)

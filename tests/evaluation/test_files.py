@@ -113,6 +113,17 @@ def test_errors_are_analysed(files, tmp_path, capsys):
     assert capsys.readouterr().out.count("kind of mistake") == 1
 
 
+def test_errors_that_cannot_be_analysed(files, tmp_path):
+    gt, dt = files(PERFECT, categories=[{"id": 3, "name": "cat", "frequency": "f"}],
+                   images=[{"id": 5, "height": 200, "width": 300, "neg_category_ids": [],
+                            "not_exhaustive_category_ids": []}])
+    with pytest.raises(ValueError, match="got LVIS"):
+        evaluate_files(gt, dt, errors=tmp_path)
+    with pytest.raises(ValueError, match="got keypoints"):
+        evaluate_files(gt, dt, ("keypoints",), errors=tmp_path)
+    assert evaluate_files(gt, dt).metrics["bbox/APf"] == pytest.approx(1)
+
+
 def test_what_belongs_together(capsys):
     for arguments in ([], ["runs/a", "--gt", "a.json"], ["--gt", "a.json"], ["--results", "a.json"],
                       ["runs/a", "--gt", "a.json", "--results", "b.json"]):
