@@ -137,7 +137,8 @@ def main() -> None:
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if args.device == "cuda" else f"{cpu_name()}, {args.threads} threads"
     print(f"{device}; Python {platform.python_version()}, torch {torch.__version__}, torchvision "
-          f"{torchvision.__version__}; detres {commit}\n{N} images of {HEIGHT}x{WIDTH}, medians of {args.rounds} rounds, turn by turn\n")
+          f"{torchvision.__version__}; detres {commit}\n{N} images of {HEIGHT}x{WIDTH}, medians of "
+          f"{args.rounds} rounds, turn by turn\n")
     print(f"| {'':5} | {'':16} | wall s | CPU s | peak GiB | speed-up |\n"
           "|-------|------------------|--------|-------|----------|----------|")
     for what in args.what:

@@ -42,7 +42,8 @@ def main() -> None:
             if turn:
                 times[name].append(time.perf_counter() - start)
     medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"1024 RoIs of 7x7 from 2 x 256 x 120 x 160, {args.device}, {args.threads} threads, torch {torch.__version__}")
+    print(f"1024 RoIs of 7x7 from 2 x 256 x 120 x 160, {args.device}, {args.threads} threads, "
+          f"torch {torch.__version__}")
     for name, seconds in medians.items():
         print(f"{name:12} {seconds * 1e3:8.1f} ms   {medians['torchvision'] / seconds:5.1f} x")
 

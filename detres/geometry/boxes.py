@@ -16,7 +16,10 @@ MAX_LOG_SCALE = math.log(1000 / 16)  # bound on dw, dh in decoding: a 16 px anch
 
 @lru_cache(maxsize=1024)
 def constant(values: tuple[float, ...], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A small tensor, kept: made anew on a GPU, it would be a copy that the host waits for. Never change it in place."""
+    """A small tensor, kept: made anew on a GPU, it would be a copy that the host waits for.
+
+    Never change it in place.
+    """
     return torch.tensor(values, device=device, dtype=dtype)
 
 

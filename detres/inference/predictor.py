@@ -154,7 +154,7 @@ class Predictor:
 
 def load_model(path: str | Path, device: str = "auto",
                overrides: Sequence[str] = ()) -> tuple[nn.Module, WeightsMeta, Config]:
-    """A model in eval mode, with what its weights file (or run folder) says about it, and its config as it is used here.
+    """A model in eval mode, with what its weights file (or run folder) says about it, and the config in use.
 
     That is the config of the weights with `device`, then with `overrides` (key=value) that keep the network.
     Raises what `find_weights` and `load_weights` do, ConfigError for bad overrides, and ValueError for weights that do

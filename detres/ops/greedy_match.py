@@ -40,7 +40,7 @@ def lock_step(group: Tensor, detection: Tensor, truth: Tensor, allowed: Tensor, 
     order = step.argsort(stable=True)
     d, g, allowed = detection[order], truth[order], allowed[order]
     free_lanes = torch.full_like(shared, -1, dtype=torch.int64)  # of each truth
-    taken_lanes = torch.zeros(int(d.max()) + 1 if len(d) else 0, dtype=torch.int64, device=d.device)  # of each detection
+    taken_lanes = torch.zeros(int(d.max()) + 1 if len(d) else 0, dtype=torch.int64, device=d.device)  # of detections
     keep = torch.where(shared, -1, 0)
     won = torch.empty_like(allowed)
     first = 0

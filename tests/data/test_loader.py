@@ -58,7 +58,8 @@ def batches(dataset: Dataset, count: int | None = None, *, workers: int = 0, mod
 def assert_equal(a: Batch, b: Batch) -> None:
     assert a.image_ids == b.image_ids and a.paths == b.paths
     for x, y in ((a.images.pixels, b.images.pixels), (a.images.sizes, b.images.sizes),
-                 (a.original_sizes, b.original_sizes), *((getattr(a.targets, name), getattr(b.targets, name)) for name in vars(a.targets))):
+                 (a.original_sizes, b.original_sizes),
+                 *((getattr(a.targets, name), getattr(b.targets, name)) for name in vars(a.targets))):
         assert x.dtype == y.dtype and torch.equal(x, y)
 
 

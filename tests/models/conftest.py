@@ -9,10 +9,10 @@ from detres.config import ModelConfig
 from detres.structures import ImageBatch, Targets
 
 ONE_LEVEL = {"sizes": [[16, 32, 64]]}
-SMALL = {"rpn": {"pre_nms_topk_train": 200, "pre_nms_topk_test": 200, "post_nms_topk_train": 100, "post_nms_topk_test": 50,
-                 "batch_per_image": 64},
-         "box_head": {"batch_per_image": 32, "fc_dim": 64}, "mask_head": {"channels": 32, "convs": 1}, "fpn": {"channels": 32},
-         "input": {"min_size": 96, "max_size": 128}}
+SMALL = {"rpn": {"pre_nms_topk_train": 200, "pre_nms_topk_test": 200, "post_nms_topk_train": 100,
+                 "post_nms_topk_test": 50, "batch_per_image": 64},
+         "box_head": {"batch_per_image": 32, "fc_dim": 64}, "mask_head": {"channels": 32, "convs": 1},
+         "fpn": {"channels": 32}, "input": {"min_size": 96, "max_size": 128}}
 
 
 def small_config(name="mask_rcnn", layout="fpn", **sections) -> ModelConfig:

@@ -125,7 +125,8 @@ def test_padding_changes_no_loss_and_order_of_rows_no_image():
 class CountDataDependent(TorchDispatchMode):
     """Counts the ops whose output shape, or a value on the host, depends on the data."""
 
-    NAMES = ("nonzero", "masked_select", "_local_scalar_dense", "item", "unique", "torchvision::nms", "repeat_interleave")
+    NAMES = ("nonzero", "masked_select", "_local_scalar_dense", "item", "unique", "torchvision::nms",
+             "repeat_interleave")
 
     def __init__(self):
         super().__init__()

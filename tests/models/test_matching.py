@@ -23,7 +23,8 @@ def test_equals_torchvisions_matcher():
 
 
 def test_no_ground_truth_is_all_background():
-    match, index = match_boxes(random_boxes(50, 0), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool), 0.7, 0.3, True)
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    match, index = match_boxes(random_boxes(50, 0), torch.zeros(2, 3, 4), none, 0.7, 0.3, True)
     assert (match == 0).all() and (index == 0).all()
 
 

@@ -28,7 +28,8 @@ def theirs_and_ours(depth: int, norm: str):
     ours = resnet(depth, norm=norm).eval()
     missing, unexpected = ours.load_state_dict(theirs.state_dict(), strict=False)
     assert not missing and all(k.startswith("fc.") or k.endswith("num_batches_tracked") for k in unexpected)
-    return create_feature_extractor(theirs, {f"layer{i}": str(i) for i in (1, 2, 3, 4)}), ours, torch.randn(2, 3, 64, 96)
+    features = create_feature_extractor(theirs, {f"layer{i}": str(i) for i in (1, 2, 3, 4)})
+    return features, ours, torch.randn(2, 3, 64, 96)
 
 
 @pytest.mark.parametrize("norm", ["bn", "frozen_bn"])

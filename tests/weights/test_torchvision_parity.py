@@ -39,8 +39,8 @@ def calibrate(model, images) -> None:
         for module in model.modules():
             if hasattr(module, "handle"):
                 module.handle.remove()
-        for layer, std in ((model.rpn.head.cls_logits, 0.05), (model.rpn.head.bbox_pred, 0.01),
-                           (model.roi_heads.box_predictor.cls_score, 0.1), (model.roi_heads.box_predictor.bbox_pred, 0.01)):
+        rpn, box = model.rpn.head, model.roi_heads.box_predictor
+        for layer, std in ((rpn.cls_logits, 0.05), (rpn.bbox_pred, 0.01), (box.cls_score, 0.1), (box.bbox_pred, 0.01)):
             layer.weight.normal_(std=std, generator=generator)
 
 
@@ -52,8 +52,9 @@ def batch(pixels) -> ImageBatch:
 @pytest.fixture(scope="module", params=["faster_rcnn", "mask_rcnn"])
 def pair(request):
     torch.manual_seed(0)
-    theirs = BUILDERS[request.param](weights=None, weights_backbone=None, num_classes=5, min_size=HEIGHT, max_size=WIDTH)
-    theirs.backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None,  # without weights it would be plain BN
+    theirs = BUILDERS[request.param](weights=None, weights_backbone=None, num_classes=5, min_size=HEIGHT,
+                                     max_size=WIDTH)
+    theirs.backbone = resnet_fpn_backbone(backbone_name="resnet50", weights=None,  # else plain BN without weights
                                           norm_layer=torchvision.ops.FrozenBatchNorm2d)
     pixels = torch.nn.functional.interpolate(torch.rand(2, 3, 20, 26) * 255, (HEIGHT, WIDTH), mode="bilinear").byte()
     calibrate(theirs, torch.randn(2, 3, HEIGHT, WIDTH))
@@ -71,7 +72,8 @@ def test_detections_agree(pair):
         valid = found.valid[i]
         assert valid.sum() == len(image["boxes"]) > 20
         torch.testing.assert_close(found.scores[i][valid], image["scores"], atol=1e-4, rtol=0)
-        distance = (found.boxes[i][valid][:, None] - image["boxes"]).abs().amax(-1)  # order may differ among equal scores
+        # to all of theirs: the order may differ among equal scores
+        distance = (found.boxes[i][valid][:, None] - image["boxes"]).abs().amax(-1)
         distance[found.labels[i][valid][:, None] + 1 != image["labels"]] = torch.inf
         nearest, partner = distance.min(1)
         assert nearest.max() < 1e-2 and len(partner.unique()) == len(partner)
@@ -112,7 +114,8 @@ def test_losses_agree_when_all_boxes_are_sampled(pair):
     found = ours.rpn(features, images.pixels.shape[-2:], images.sizes, targets)[1]
     proposals = torch.nn.utils.rnn.pad_sequence(kept["boxes"], batch_first=True)  # the same for both
     counts = torch.tensor([len(b) for b in kept["boxes"]])
-    proposals = Proposals(proposals, torch.zeros(proposals.shape[:2]), torch.arange(proposals.shape[1]) < counts[:, None])
+    valid = torch.arange(proposals.shape[1]) < counts[:, None]
+    proposals = Proposals(proposals, torch.zeros(valid.shape), valid)
     found |= ours.roi_heads.losses(features, proposals, targets)
     names = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_box", "loss_classifier": "loss_cls",
              "loss_box_reg": "loss_box", "loss_mask": "loss_mask"}
