@@ -31,12 +31,12 @@ def read_coco(file: Path, images: str | None = None, *, on_invalid: OnInvalid = 
 
     Labels 0..K-1 are in the order of the category ids. Raises as `load_dataset`.
     """
-    with _no_garbage_collection():
+    with no_garbage_collection():
         return _read(file, images, on_invalid)
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """Millions of new objects, none of them garbage: searching them again and again would double the time."""
     enabled = gc.isenabled()
     gc.disable()

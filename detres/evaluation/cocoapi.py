@@ -15,15 +15,12 @@ D' detections that count, P pairs.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import datetime
-import gc
 import json
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +31,7 @@ import numpy as np
 from pycocotools import coco as reference_coco
 from pycocotools import cocoeval as reference
 
+from detres.data.coco import no_garbage_collection
 from detres.evaluation.coco_annotations import (Annotation, Rows, box_or_keypoint_overlaps, found_of, mask_overlaps,
                                                 rows_of, truths_of)
 from detres.evaluation.coco_engine import Matches, Protocol, accumulate, inside, match, words
@@ -52,7 +50,7 @@ class COCO(reference_coco.COCO):
             return
         print("loading annotations into memory...")
         start = time.time()
-        with _no_collection():
+        with no_garbage_collection():
             self.dataset = _read(annotation_file)
             if not isinstance(self.dataset, dict):
                 raise ValueError(f"ground truth must be a JSON object, got a {type(self.dataset).__name__} "
@@ -67,7 +65,7 @@ class COCO(reference_coco.COCO):
         Raises ValueError for images that the ground truth lacks; warns if there are no detections.
         """
         result = type(self)()
-        with _no_collection():
+        with no_garbage_collection():
             found = self._detections(resFile)
             if isinstance(found, list) and not found:
                 warnings.warn("results are empty: AP and AR will be 0", stacklevel=2)
@@ -101,18 +99,6 @@ def _read(path: str | Path) -> Any:
         return msgspec.json.decode(text)
     except msgspec.DecodeError:  # json also takes NaN and Infinity, and tells where the fault is
         return json.loads(text)
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """No garbage collection: while millions of dicts are made, it looks at all of them again and again."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 class COCOeval(reference.COCOeval):
