@@ -172,9 +172,9 @@ def _eval(args: argparse.Namespace) -> None:
     if args.gt is not None:
         from detres.evaluation.files import evaluate_files
 
-        options = {"sigmas": args.sigmas} if args.sigmas else {}
-        evaluate_files(args.gt, args.results, args.iou_type, lenient=args.lenient, numbers=args.json, errors=args.errors,
-                       **options)
+        sigmas = {"sigmas": args.sigmas} if args.sigmas else {}
+        evaluate_files(args.gt, args.results, args.iou_type, lenient=args.lenient, numbers=args.json,
+                       errors=args.errors, **sigmas)
         return
     from detres.evaluation.run import evaluate_weights
 

@@ -8,7 +8,7 @@ every pixel belongs to one thing or to one background surface.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import cv2

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from detres.data.masks import compressed
 from detres.evaluation.base import EvalResult
-from detres.evaluation.coco import MASK_TYPES, box_overlaps, coco_result
+from detres.evaluation.coco import box_overlaps, coco_result
 from detres.evaluation.coco_columns import ResultsFile, Segmentation, TruthFile
 from detres.evaluation.coco_engine import Overlaps
 from detres.evaluation.flat import Found, Truths
