@@ -21,6 +21,7 @@ from detres.evaluation.mask_overlaps import decode_runs, rle_areas
 
 IouType = Literal["bbox", "segm", "keypoints", "boundary"]
 EXAMPLES = 3
+MASKS_AT_ONCE = 2000
 SIZES = ("small", "medium", "large")
 
 
@@ -174,6 +175,30 @@ def _mask_faults(kind: str, columns: TruthFile | ResultsFile, truth: TruthFile, 
     found = [tuple(mask["size"]) if isinstance(mask, dict) else None for mask in masks]
     yield _Fault(kind, np.array(differs, bool), "have a mask whose size is not the image's", found,
                  "In pycocotools they overlap nothing.")
+    yield _Fault(kind, _damaged(masks), "have run lengths that do not add up to the pixels of the mask",
+                 [mask["counts"][:20] if isinstance(mask, dict) else None for mask in masks],
+                 "pycocotools reads beyond its memory, or never returns.")
+
+
+def _damaged(masks: Sequence[Segmentation | None]) -> np.ndarray:
+    """(n,) bool, of run lengths, compressed or not."""
+    damaged = np.array([isinstance(mask, dict) and isinstance(mask["counts"], list) and
+                        (min(mask["counts"], default=0) < 0 or sum(mask["counts"]) != mask["size"][0] * mask["size"][1])
+                        for mask in masks], bool)
+    rows = np.array([i for i, mask in enumerate(masks)
+                     if isinstance(mask, dict) and not isinstance(mask["counts"], list)], np.int64)
+    for chunk in np.split(rows, range(MASKS_AT_ONCE, len(rows), MASKS_AT_ONCE)):
+        if not _is_sound([masks[i] for i in chunk]):
+            damaged[chunk] = [not _is_sound([masks[i]]) for i in chunk]
+    return damaged
+
+
+def _is_sound(masks: Sequence[Segmentation]) -> bool:
+    try:
+        decode_runs(masks)
+        return True
+    except ValueError:
+        return False
 
 
 def _keypoint_faults(kind: str, keypoints: np.ndarray | None, entries: int) -> Iterator[_Fault]:
