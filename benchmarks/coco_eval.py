@@ -87,10 +87,11 @@ def vernier():
 def detres():
     import torch
 
-    from detres.evaluation.coco import box_overlaps, coco_result
+    from detres.evaluation.coco import coco_result
     from detres.evaluation.coco_engine import Found
     from detres.evaluation.coco_files import read_results, read_truth
     from detres.evaluation.coco_results import class_names, evaluate_columns, truth_tensors
+    from detres.evaluation.overlaps import box_overlaps
     from detres.evaluation.trust import check
 
     torch.set_num_threads(1)
@@ -152,7 +153,8 @@ def peak_mb() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=EVALUATORS, help="(default: all; vernier wants boxes beside masks)")
+    parser.add_argument("--only", nargs="+", choices=EVALUATORS,
+                        help="(default: all; vernier wants boxes beside masks)")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--scale", type=float, default=1.0, help="share of COCO val (default: 1)")
     parser.add_argument("--iou-type", choices=("bbox", "segm"), default="bbox")

@@ -142,7 +142,7 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _eval, "measure weights, or a results file of any program, on a data set",
                       "Of weights: prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class; "
                       "without --data, on what they were validated on in training.\n\nOf a results file (--gt and "
-                      "--results): prints pycocotools' numbers, to the last bit, and warns of what makes them wrong.",
+                      "--results): prints pycocotools' numbers, and warns of what makes them wrong.",
                       rest="overrides")
     _add_weights(parser, nargs="?")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
@@ -163,17 +163,20 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
                        help="what is compared (default: bbox)")
     files.add_argument("--sigmas", type=float, nargs="+", metavar="S",
                        help="of OKS, one for each keypoint (default: those of COCO's 17)")
-    files.add_argument("--lenient", action="store_true", help="leave out what cannot be evaluated, and say so")
+    files.add_argument("--lenient", action="store_const", const=True, help="leave out what cannot be evaluated, and say so")
 
 
 def _eval(args: argparse.Namespace) -> None:
     if (args.gt is None) != (args.results is None) or (args.gt is None) == (args.weights is None):
         args.parser.error("give either RUN_OR_WEIGHTS, or both --gt and --results")
+    others = ("lenient", "sigmas") if args.gt is None else ("data", "split", "save", "metrics", "batch_size")
+    if unused := [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]:
+        args.parser.error(f"{', '.join(unused)} cannot go with {'--gt' if args.gt else 'RUN_OR_WEIGHTS'}")
     if args.gt is not None:
         from detres.evaluation.files import evaluate_files
 
         sigmas = {"sigmas": args.sigmas} if args.sigmas else {}
-        evaluate_files(args.gt, args.results, args.iou_type, lenient=args.lenient, numbers=args.json,
+        evaluate_files(args.gt, args.results, args.iou_type, lenient=bool(args.lenient), numbers=args.json,
                        errors=args.errors, **sigmas)
         return
     from detres.evaluation.run import evaluate_weights

@@ -76,6 +76,22 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
+class Values:
+    """A tensor (n, ...) as `Rows`."""
+
+    values: Tensor
+
+    def rows(self, keep: Tensor) -> Values:
+        return Values(self.values[keep])
+
+    def to(self, device: torch.device | str) -> Values:
+        return Values(self.values.to(device))
+
+    def joined(self, others: Sequence[Values]) -> Values:
+        return Values(torch.cat([part.values for part in (self, *others)]))
+
+
+@dataclass(frozen=True)
 class Part:
     """What was found in some images: 28 bytes a detection, in pixels of the originals, in the model's order.
 
@@ -127,7 +143,7 @@ class Evaluator:
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
-        self.records = sorted(dataset.records, key=lambda record: record.id)
+        self.records = sorted(dataset.records, key=lambda record: (isinstance(record.id, str), record.id))
         self._place = {record.id: place for place, record in enumerate(self.records)}
         self._parts: list[Part] = []
 
@@ -135,15 +151,20 @@ class Evaluator:
         """Forget all detections."""
         self._parts = []
 
+    @torch.no_grad()
     def update(self, detections: Detections, batch: Batch) -> None:
         """Add a batch of N images. `detections` are in pixels of the padded batch, on the model's device.
 
-        Raises ValueError for images that the data set does not have.
+        Raises ValueError for images that the data set does not have, or that are twice in the batch.
         """
+        if len(set(batch.image_ids)) < len(batch.image_ids):
+            raise ValueError(f"images of a batch must differ, got ids {list(batch.image_ids)}. Correct the loader.")
         for image_id, path in zip(batch.image_ids, batch.paths):
             if image_id not in self._place:
                 raise ValueError(f"images must belong to the data set '{self.dataset.name}', got id {image_id!r} "
                                  f"({path}). Build the evaluator from the data set that is loaded.")
+        if not batch.image_ids:
+            return
         detections = detections.rescale(batch.images.sizes, batch.original_sizes)
         images = [self._place[image_id] for image_id in batch.image_ids]
         image = torch.tensor(images, dtype=torch.int32).to(detections.boxes.device, non_blocking=True)

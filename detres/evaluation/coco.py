@@ -15,27 +15,29 @@ from typing import Any
 
 import torch
 
-from detres.data.dataset import Dataset
-from detres.evaluation.base import EvalResult, Evaluator, Part, Rows, truths_of
-from detres.evaluation.coco_engine import Arrays, Overlaps, Protocol, accumulate, match
+from detres.data.dataset import Dataset, ImageRecord
+from detres.evaluation.base import EvalResult, Evaluator, Part, Rows, Values, truths_of
+from detres.evaluation.coco_engine import Arrays, Protocol, accumulate, match
 from detres.evaluation.flat import Found, Truths
 from detres.evaluation.coco_masks import (BitmapComparer, PairOverlaps, RunLengths, code_overlaps, encode, truth_codes)
 from detres.evaluation.coco_numbers import IouType, Row, protocol_of, rows_of
 from detres.evaluation.mask_overlaps import rle_areas
-from detres.evaluation.overlaps import box_iou_pairs
+from detres.evaluation.overlaps import COCO_SIGMAS, Overlaps, box_overlaps, oks_pairs
 from detres.structures import Detections
 
 MASK_TYPES = ("segm", "boundary")
 
 
 class CocoEvaluator(Evaluator):
-    """COCO AP and AR of boxes ("bbox"), masks ("segm") and their outlines ("boundary", Cheng et al. 2021).
+    """COCO AP and AR of boxes ("bbox"), masks ("segm"), their outlines ("boundary", Cheng et al. 2021) and keypoints.
 
-    `keep_masks` makes `results` have the masks also where they are evaluated on a GPU.
-    Raises ValueError when masks are to be evaluated and an annotation has none.
+    `keep_masks` makes `results` have the masks also where they are evaluated on a GPU. `sigmas` are those of OKS, one
+    for each of the data set's keypoints.
+    Raises ValueError when masks are to be evaluated and an annotation has none, or if the number of sigmas is wrong.
     """
 
-    def __init__(self, dataset: Dataset, iou_types: tuple[IouType, ...] = ("bbox", "segm"), keep_masks: bool = False):
+    def __init__(self, dataset: Dataset, iou_types: tuple[IouType, ...] = ("bbox", "segm"), keep_masks: bool = False,
+                 sigmas: Sequence[float] = COCO_SIGMAS):
         super().__init__(dataset)
         self.iou_types = iou_types
         self.mask_types = [name for name in iou_types if name in MASK_TYPES]
@@ -43,18 +45,29 @@ class CocoEvaluator(Evaluator):
         self.metric_names = tuple(f"{iou_type}/{row.name}" for iou_type in iou_types for row in rows_of(iou_type))
         truths = truths_of(self.records)
         self._truths = replace(truths, ignore=truths.crowd)  # COCO knows no difficult objects
+        if "keypoints" in iou_types:
+            if len(sigmas) != len(dataset.keypoint_names):
+                raise ValueError(f"sigmas must be one for each of the {len(dataset.keypoint_names)} keypoints of the "
+                                 f"data set '{dataset.name}', got {len(sigmas)}. Give them as sigmas.")
+            self._sigmas = torch.tensor(sigmas, dtype=torch.float64)
+            self._points = _keypoints(self.records, len(sigmas))
         if self.mask_types:
             _require_masks(dataset)
             self._codes = truth_codes(self.records)
             self._comparer = BitmapComparer(self.records, self._codes, self.mask_types)
 
     def _extras(self, detections: Detections, images: list[int]) -> dict[str, Rows]:
+        extras: dict[str, Rows] = {}
+        if "keypoints" in self.iou_types:
+            if detections.keypoints is None:
+                raise ValueError("detections must have keypoints, got none. Evaluate with iou_types=('bbox',).")
+            extras["keypoints"] = Values(detections.keypoints.float().flatten(0, 1))
         if not self.mask_types:
-            return {}
+            return extras
         if detections.masks is None:
             raise ValueError("detections must have masks for segm, got none. Evaluate with iou_types=('bbox',).")
         labels = detections.labels.masked_fill(~detections.valid, -1)
-        at_once, extras = self._compares_at_once(detections.boxes.device), {}
+        at_once = self._compares_at_once(detections.boxes.device)
         if at_once:
             first, *others = [self._comparer.compare(image, *tensors) for image, *tensors in zip(
                 images, detections.masks, detections.boxes, labels)]
@@ -84,21 +97,40 @@ class CocoEvaluator(Evaluator):
         truths = self._truths.to(found.scores.device)
         if iou_type == "bbox":
             return truths, found, box_overlaps(truths, found)
+        if iou_type == "keypoints":
+            return self._compared_keypoints(part, found, truths)
         if (pairs := part.extras.get("overlaps")) is not None:
             assert isinstance(pairs, PairOverlaps)
             return truths, replace(found, area=pairs.area.double()), pairs.lookup(iou_type, len(truths.label))
-        codes = part.extras["codes"].codes if part.extras else []
+        codes = part.extras["codes"].codes if part.extras else []  # none where nothing was added
         areas = torch.from_numpy(rle_areas(codes))
         lowest = protocol_of(iou_type).lowest()
         overlaps = code_overlaps(iou_type, codes, areas, self._codes, truths, len(self.dataset.classes), lowest)
         return truths, replace(found, area=areas.double()), overlaps
 
+    def _compared_keypoints(self, part: Part, found: Found, truths: Truths) -> tuple[Truths, Found, Overlaps]:
+        gt, sigmas = (values.to(found.scores.device) for values in (self._points, self._sigmas))
+        dt = part.extras["keypoints"].values.double() if part.extras else gt[:0]
+        unlabelled = ~(gt[..., 2] > 0).any(1)
+        return replace(truths, ignore=truths.ignore | unlabelled), found, lambda d, g: oks_pairs(
+            dt, gt, truths.boxes_xywh, truths.area, sigmas, d, g)
+
     def results(self) -> list[dict[str, Any]]:
         results = super().results()
+        if (points := self.collected().extras.get("keypoints")) is not None:
+            for result, own in zip(results, points.values.double().flatten(1).tolist()):
+                result["keypoints"] = own
         if (codes := self.collected().extras.get("codes")) is not None:
             for result, code in zip(results, codes.codes):
                 result["segmentation"] = code
         return results
+
+
+def _keypoints(records: Sequence[ImageRecord], count: int) -> torch.Tensor:
+    """(G, J, 3) float64 of all annotations; zeros, that is unlabelled, where there are none."""
+    nothing = (0.0,) * (3 * count)
+    rows = [item.keypoints or nothing for record in records for item in record.annotations]
+    return torch.tensor(rows, dtype=torch.float64).view(-1, count, 3)
 
 
 def _require_masks(dataset: Dataset) -> None:
@@ -107,10 +139,6 @@ def _require_masks(dataset: Dataset) -> None:
             if not annotation.segmentation:
                 raise ValueError(f"annotations must have a segmentation to evaluate masks, got none for annotation "
                                  f"{annotation.id} of {record.path}. Evaluate boxes only, or remove the annotation.")
-
-
-def box_overlaps(truths: Truths, found: Found) -> Overlaps:
-    return lambda d, g: box_iou_pairs(found.boxes_xywh, truths.boxes_xywh, truths.crowd, d, g)
 
 
 def coco_result(truths: Truths, found: Found, classes: Sequence[str], overlaps: Overlaps, iou_type: IouType,

@@ -16,11 +16,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import Params
 from torch import Tensor
 
-from detres.evaluation.boundary_overlaps import rle_boundary_iou_pairs
-from detres.evaluation.coco_engine import Overlaps
 from detres.evaluation.flat import Found, Truths
-from detres.evaluation.mask_overlaps import Rle, decode_runs, rle_areas, rle_iou_pairs
-from detres.evaluation.overlaps import box_iou_pairs, oks_pairs
+from detres.evaluation.overlaps import Overlaps, box_overlaps, oks_pairs
 
 Annotation = dict[str, Any]
 
@@ -104,24 +101,8 @@ def _boxes(rows: Rows, iou_type: str) -> Tensor:
 
 def box_or_keypoint_overlaps(found_rows: Rows, truth_rows: Rows, found: Found, truths: Truths, p: Params) -> Overlaps:
     if p.iouType == "bbox":
-        return lambda d, g: box_iou_pairs(found.boxes_xywh, truths.boxes_xywh, truths.crowd, d, g)
+        return box_overlaps(truths, found)
     sigmas = torch.from_numpy(np.asarray(p.kpt_oks_sigmas, np.float64))
     points = [rows.numbers("keypoints", 3 * len(sigmas)).view(-1, len(sigmas), 3) for rows in (found_rows, truth_rows)]
     boxes = truth_rows.numbers("bbox", 4)
     return lambda d, g: oks_pairs(*points, boxes, truths.area, sigmas, d, g)
-
-
-def mask_overlaps(found: list[Rle], truth: list[Rle], truths: Truths, classes: int, lowest: float, iou_type: str,
-                  dilation_ratio: float) -> Overlaps:
-    decode_runs(found, "detection")  # refuses damaged ones
-    decode_runs(truth, "truth")
-    areas = [torch.from_numpy(rle_areas(codes)) for codes in (found, truth)]
-    group = truths.image * classes + truths.label
-
-    def overlaps(d: Tensor, g: Tensor) -> Tensor:
-        iou = rle_iou_pairs(found, truth, *areas, truths.crowd, group, d, g, lowest)
-        if iou_type == "segm":
-            return iou
-        return rle_boundary_iou_pairs(found, truth, truths.crowd, d, g, iou, lowest, dilation_ratio)
-
-    return overlaps

@@ -17,7 +17,6 @@ T IoU thresholds, R recall thresholds, A area ranges, M bounds on detections per
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 
 from detres.evaluation.flat import Found, Truths, argsort, by_class, pairs_of, place_in_run, take
+from detres.evaluation.overlaps import Overlaps
 from detres.ops.greedy_match import LANES, greedy_match
 from detres.structures import Movable
 
@@ -69,9 +69,6 @@ class Arrays(Movable):
     precision: Tensor  # (T, R, K, A, M), the best at each recall or beyond
     recall: Tensor  # (T, K, A, M), of all detections
     scores: Tensor  # (T, R, K, A, M), at which each recall is reached
-
-
-Overlaps = Callable[[Tensor, Tensor], Tensor]  # rows of detections (P,), rows of truths (P,) -> IoU (P,) float64
 
 
 def match(truths: Truths, found: Found, classes: int, overlaps: Overlaps, protocol: Protocol) -> Matches:
@@ -195,9 +192,9 @@ def accumulate(matches: Matches, classes: int, protocol: Protocol) -> Arrays:
                 whole[i, first:first + len(word)] = part
         first += len(word)
     absent = (counted.positives == 0).T[..., None]  # (A, K, 1)
-    precision, recall, scores = (whole.view(m, t, a, classes, -1).masked_fill_(absent, -1.0).permute(1, 4, 3, 2, 0)
+    precision, recall, scores = (whole.view(m, t, a, classes, whole.shape[-1]).masked_fill_(absent, -1.0)
                                  for whole in (precision, recall, scores))
-    return Arrays(precision, recall[:, 0], scores)
+    return Arrays(precision.permute(1, 4, 3, 2, 0), recall[..., 0].permute(1, 3, 2, 0), scores.permute(1, 4, 3, 2, 0))
 
 
 @dataclass(frozen=True)
@@ -272,17 +269,19 @@ def _curves(counted: _Counted, events: _Events, area: Tensor, bound: int, protoc
     thresholds = precision.new_tensor(protocol.recall_thresholds)
     needed = _needed(counted.positives, thresholds)  # (K, A, R)
     reached = _reached(needed, counted.positives, label * needed.shape[1] + range_, tp)
-    best = _best_precision(segment, reached, precision, total.numel(), thresholds).view(*total.shape, -1)
-    precision, scores = _read(best, needed.transpose(0, 1)[area], total, position, counted)
+    best = _best_precision(segment, reached, precision, total.numel(), thresholds).view(*total.shape, len(thresholds))
+    some = (counted.starts.diff() > 0) & (bound > 0)
+    precision, scores = _read(best, needed.transpose(0, 1)[area], total, some, position, counted)
     return Arrays(precision, (total.double() / counted.positives.T[area])[..., None], scores)
 
 
-def _read(best: Tensor, needed: Tensor, total: Tensor, position: Tensor, counted: _Counted) -> tuple[Tensor, Tensor]:
+def _read(best: Tensor, needed: Tensor, total: Tensor, some: Tensor, position: Tensor, counted: _Counted
+          ) -> tuple[Tensor, Tensor]:
     """Precision and scores (L, K, R) at the recall thresholds, from the best precision there or beyond.
 
-    needed: (L, K, R) true positives for each; total: (L, K) true positives; position: (n,) theirs among the counted.
+    needed: (L, K, R) true positives for each; total: (L, K) true positives; some: (K,) whether there are detections;
+    position: (n,) of the true positives among the counted.
     """
-    some = counted.starts.diff() > 0
     # pycocotools gives up at the first threshold out of reach, which matters where they do not ascend.
     reached = ((needed <= total[..., None]) & some[:, None]).cummin(2).values
     first = (total.flatten().cumsum(0) - total.flatten()).view_as(total)[..., None]  # of each lane and class among n

@@ -1,7 +1,7 @@
 """Ground truth and results files in COCO's and LVIS' format, read into columns.
 
 Numbers are json.load's to the last bit. Only the fields that are evaluated become Python objects, and of a results
-file only some hundred entries at a time: half a million boxes take some 60 MB at the peak.
+file only some hundred entries at a time: half a million boxes take some 70 MB at the peak.
 
 Legend: G annotations, D detections, J keypoints.
 """

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +17,12 @@ from torch import Tensor
 from detres.data.dataset import ImageRecord
 from detres.data.masks import compressed, encode_masks
 from detres.evaluation.boundary_overlaps import bitmap_boundary_iou_pairs, rle_boundary_iou_pairs
-from detres.evaluation.coco_engine import Overlaps
 from detres.evaluation.flat import Truths
-from detres.evaluation.mask_overlaps import (bitmap_iou_pairs, decode_runs, rle_areas, rle_iou_pairs, runs_to_bitmaps)
+from detres.evaluation.mask_overlaps import (Rle, bitmap_iou_pairs, decode_runs, rle_areas, rle_iou_pairs,
+                                             runs_to_bitmaps)
+from detres.evaluation.overlaps import Overlaps
 from detres.ops.paste_masks import paste_masks
 
-Rle = dict[str, Any]
 OF_BITMAPS = {"segm": bitmap_iou_pairs, "boundary": bitmap_boundary_iou_pairs}
 
 
@@ -96,15 +95,15 @@ def truth_codes(records: Sequence[ImageRecord]) -> list[Rle]:
 
 
 def code_overlaps(iou_type: str, codes: Sequence[Rle], areas: Tensor, truth: Sequence[Rle], truths: Truths,
-                  classes: int, lowest: float) -> Overlaps:
-    """IoU of pairs of masks by their run lengths; `areas` (n,) are pixels of the detections."""
+                  classes: int, lowest: float, dilation_ratio: float = 0.02) -> Overlaps:
+    """IoU of pairs of masks by their run lengths, which must be sound; `areas` (n,) are pixels of the detections."""
     truth_areas = torch.from_numpy(rle_areas(truth))
     group = truths.image * classes + truths.label
 
     def overlaps(d: Tensor, g: Tensor) -> Tensor:
         iou = rle_iou_pairs(codes, truth, areas, truth_areas, truths.crowd, group, d, g, lowest)
         if iou_type == "boundary":
-            return rle_boundary_iou_pairs(codes, truth, truths.crowd, d, g, iou, lowest)
+            return rle_boundary_iou_pairs(codes, truth, truths.crowd, d, g, iou, lowest, dilation_ratio)
         return iou
 
     return overlaps
@@ -124,6 +123,7 @@ class BitmapComparer:
         record, device = self.records[image], masks.device
         size = record.height, record.width
         runs = decode_runs(self.codes[self.first[image]:self.first[image + 1]])
+        assert (runs.sizes == size).all(), f"masks of {record.path} are not of its size"
         truth = runs_to_bitmaps(*(torch.from_numpy(x).to(device) for x in (runs.lengths, runs.number)), size)
         gt_labels = torch.tensor([item.label for item in record.annotations], device=device)
         crowd = torch.tensor([item.crowd for item in record.annotations], dtype=torch.bool, device=device)

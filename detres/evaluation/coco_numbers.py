@@ -7,6 +7,7 @@ Legend: T IoU thresholds, R recall thresholds, K classes, A area ranges, M bound
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,7 +42,7 @@ class Row:
     def of_each_class(self, arrays: Arrays, protocol: Protocol) -> list[float]:
         """As `of` one class; K."""
         values = self._values(arrays, protocol)
-        columns = np.ascontiguousarray(values.reshape(-1, values.shape[-1]).T)
+        columns = np.moveaxis(values, -1, 0).reshape(values.shape[-1], math.prod(values.shape[:-1]))
         return columns.mean(1).tolist() if columns.shape[1] else [-1.0] * len(columns)
 
     def _values(self, arrays: Arrays, protocol: Protocol) -> np.ndarray:

@@ -14,18 +14,13 @@ from torch import Tensor
 
 from detres.data.masks import compressed
 from detres.evaluation.base import EvalResult
-from detres.evaluation.coco import box_overlaps, coco_result
+from detres.evaluation.coco import coco_result
 from detres.evaluation.coco_columns import ResultsFile, Segmentation, TruthFile
-from detres.evaluation.coco_engine import Overlaps
 from detres.evaluation.flat import Found, Truths
 from detres.evaluation.coco_masks import Rle, code_overlaps
 from detres.evaluation.coco_numbers import IouType, protocol_of
 from detres.evaluation.mask_overlaps import rle_areas
-from detres.evaluation.overlaps import oks_pairs
-
-# Standard deviations of where people put COCO's 17 keypoints, in units of the object's size (pycocotools).
-COCO_SIGMAS = tuple(np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 100 / 10)
-
+from detres.evaluation.overlaps import COCO_SIGMAS, Overlaps, box_overlaps, oks_pairs
 
 @dataclass(frozen=True)
 class Compared:
@@ -79,8 +74,10 @@ def found_tensors(truth: TruthFile, results: ResultsFile) -> Found:
 
 
 def class_names(truth: TruthFile) -> tuple[str, ...]:
-    _, first = np.unique(truth.categories.ids, return_index=True)
-    return tuple(truth.categories.names[i] for i in first)
+    """In the order of ids; with the id where a name is that of several."""
+    ids, first = np.unique(truth.categories.ids, return_index=True)
+    names = [truth.categories.names[i] for i in first]
+    return tuple(name if names.count(name) == 1 else f"{name} ({i})" for i, name in zip(ids.tolist(), names))
 
 
 def _place(ids: np.ndarray, known: np.ndarray) -> Tensor:

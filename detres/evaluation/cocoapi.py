@@ -28,14 +28,16 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import torch
 from pycocotools import coco as reference_coco
 from pycocotools import cocoeval as reference
 
 from detres.data.coco import no_garbage_collection
-from detres.evaluation.coco_annotations import (Annotation, Rows, box_or_keypoint_overlaps, found_of, mask_overlaps,
-                                                rows_of, truths_of)
+from detres.evaluation.coco_annotations import Annotation, Rows, box_or_keypoint_overlaps, found_of, rows_of, truths_of
 from detres.evaluation.coco_engine import Matches, Protocol, accumulate, inside, match, words
+from detres.evaluation.coco_masks import code_overlaps
 from detres.evaluation.coco_numbers import IouType
+from detres.evaluation.mask_overlaps import decode_runs, rle_areas
 
 Params = reference.Params
 
@@ -229,8 +231,11 @@ def _evaluate(gt: reference_coco.COCO, dt: reference_coco.COCO, p: Params, dilat
     rows = rows_of(dt, p), rows_of(gt, p)
     found, truths = found_of(rows[0], p.iouType), truths_of(rows[1], p.iouType)
     if p.iouType in ("segm", "boundary"):
-        codes = [[coco.annToRLE(item) for item in side.annotations] for coco, side in zip((dt, gt), rows)]
-        overlaps = mask_overlaps(*codes, truths, classes, protocol.lowest(), p.iouType, dilation_ratio)
+        codes, truth_codes = ([coco.annToRLE(item) for item in side.annotations] for coco, side in zip((dt, gt), rows))
+        decode_runs(codes, "detection")  # refuses damaged ones
+        decode_runs(truth_codes, "truth")
+        overlaps = code_overlaps(p.iouType, codes, torch.from_numpy(rle_areas(codes)), truth_codes, truths, classes,
+                                 protocol.lowest(), dilation_ratio)
     else:
         overlaps = box_or_keypoint_overlaps(*rows, found, truths, p)
     return _Evaluated(p, classes, protocol, *rows, match(truths, found, classes, overlaps, protocol))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from detres.engine.checkpoint import atomic_write
-from detres.evaluation.coco_engine import Overlaps, Protocol, accumulate, inside, match
+from detres.evaluation.coco_engine import Protocol, accumulate, inside, match
 from detres.evaluation.flat import Found, Truths
-from detres.evaluation.tide import (Case, Pairs, Ranking, Tide, assign, best_per_image, best_truth, box_overlaps,
+from detres.evaluation.overlaps import Overlaps, box_overlaps
+from detres.evaluation.tide import (Case, Pairs, Ranking, Tide, assign, best_per_image, best_truth,
                                     excused, overlapping, precision_curves, rank, tide)
 
 CONFIDENCES = 101

@@ -15,9 +15,10 @@ from detres.evaluation.coco import MASK_TYPES
 from detres.evaluation.coco_columns import ResultsFile, TruthFile
 from detres.evaluation.coco_files import read_results, read_truth
 from detres.evaluation.coco_numbers import IouType, protocol_of, rows_of
-from detres.evaluation.coco_results import COCO_SIGMAS, Compared, compare, evaluate_columns
+from detres.evaluation.coco_results import Compared, compare, evaluate_columns
 from detres.evaluation.diagnosis import diagnose
 from detres.evaluation.errors import analyse_errors
+from detres.evaluation.overlaps import COCO_SIGMAS
 from detres.evaluation.trust import area_report, check
 
 log = logging.getLogger(__name__)
@@ -47,9 +48,12 @@ def evaluate_files(truth: str | Path, results: str | Path, iou_types: Sequence[I
     if errors is not None and lvis.is_lvis(gt):
         raise ValueError(f"errors must be of files in which all classes are labelled, got LVIS annotations ({truth}). "
                          "Leave out --errors.")
-    areas = area_report(gt) if masks else None
-    for line in areas.lines if areas else ():
-        log.warning("%s", line)
+    areas = None
+    if masks:
+        sized = check(gt, dt, next(kind for kind in iou_types if kind in MASK_TYPES), lenient)
+        areas = area_report(sized.truth)
+        for line in areas.lines:
+            log.warning("%s", line)
     total = EvalResult({})
     for iou_type in iou_types:
         checked = check(gt, dt, iou_type, lenient)
@@ -58,9 +62,9 @@ def evaluate_files(truth: str | Path, results: str | Path, iou_types: Sequence[I
         result = _evaluate(checked.truth, checked.results, iou_type, sigmas)
         print(_printout(result, iou_type, lvis.is_lvis(gt)))
         if areas is not None and areas.lines:
-            truth_areas = check(replace(gt, area=areas.area), dt, iou_type, lenient).truth
-            corrected = _evaluate(truth_areas, checked.results, iou_type, sigmas)
-            log.warning("%s", _changes(result, corrected))
+            stated, masks_own = (_evaluate(truth, sized.results, iou_type, sigmas)
+                                 for truth in (sized.truth, replace(sized.truth, area=areas.area)))
+            log.warning("%s", _changes(stated, masks_own))
         if 0 <= result.metrics[f"{iou_type}/AP"] < NEAR_ZERO:
             for cause in diagnose(gt, dt):  # with entries that were left out, whose ids may be the cause
                 log.warning("%s/AP is near zero. %s", iou_type, cause)

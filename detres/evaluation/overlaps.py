@@ -8,13 +8,24 @@ Legend: D detections, G truths, P pairs, J keypoints of an object.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from detres.evaluation.flat import take
+from detres.evaluation.flat import Found, Truths, take
 
+Overlaps = Callable[[Tensor, Tensor], Tensor]  # rows of detections (P,), rows of truths (P,) -> IoU (P,) float64
+
+# Standard deviations of where people put COCO's 17 keypoints, in units of the object's size (pycocotools).
+COCO_SIGMAS = tuple(np.array([26, 25, 25, 35, 35, 79, 79, 72, 72, 62, 62, 107, 107, 87, 87, 89, 89]) / 100 / 10)
 PAIRS_AT_ONCE = 2**14  # temporaries of a chunk stay in the cache
+
+
+def box_overlaps(truths: Truths, found: Found) -> Overlaps:
+    """IoU of their boxes."""
+    return lambda d, g: box_iou_pairs(found.boxes_xywh, truths.boxes_xywh, truths.crowd, d, g)
 
 
 def box_iou_pairs(dt_xywh: Tensor, gt_xywh: Tensor, crowd: Tensor, d: Tensor, g: Tensor) -> Tensor:

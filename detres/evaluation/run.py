@@ -18,9 +18,10 @@ from detres.data.loader import build_loader
 from detres.engine.distributed import gather, rank, world_size
 from detres.engine.failures import explain_out_of_memory, of_evaluation
 from detres.evaluation.base import EvalResult, Evaluator, truths_of
-from detres.evaluation.coco import CocoEvaluator, box_overlaps
+from detres.evaluation.coco import CocoEvaluator
 from detres.evaluation.coco_results import Compared
 from detres.evaluation.files import save_errors, save_numbers
+from detres.evaluation.overlaps import box_overlaps
 from detres.evaluation.voc import VocEvaluator
 from detres.inference.predictor import load_model
 from detres.progress import track
@@ -96,14 +97,15 @@ class _LossMeans:
 
 def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
     """Results over all ranks."""
-    states = gather((means.state(), [evaluator.state() for evaluator in evaluators]))
     result = EvalResult({})
-    for i, evaluator in enumerate(evaluators):
-        evaluator.merge([state[i] for _, state in states])
+    for evaluator in evaluators:
+        if world_size() > 1:  # alone, detections stay on their device
+            evaluator.merge(gather(evaluator.state()))
         result = result.merged(evaluator.compute())
-    images = sum(count for (_, count), _ in states)
-    names = {name: None for (sums, _), _ in states for name in sums}
-    losses = {f"val/{name}": sum(sums.get(name, 0.0) for (sums, _), _ in states) / images for name in names}
+    ranks = gather(means.state())
+    images = sum(count for _, count in ranks)
+    names = {name: None for sums, _ in ranks for name in sums}
+    losses = {f"val/{name}": sum(sums.get(name, 0.0) for sums, _ in ranks) / images for name in names}
     return result.merged(EvalResult(losses))
 
 

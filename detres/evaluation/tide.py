@@ -26,14 +26,12 @@ Legend: D detections by image, then score; G truths; K classes; P pairs of a det
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from detres.evaluation.coco_engine import Overlaps
 from detres.evaluation.flat import Found, Truths, argsort, by_score, pairs_of, place_in_run
-from detres.evaluation.overlaps import box_iou_pairs
+from detres.evaluation.overlaps import Overlaps
 from detres.ops.greedy_match import greedy_match
 
 KINDS = ("classification", "localization", "both", "duplicate", "background", "missed")
@@ -61,11 +59,6 @@ class Pairs:
     same: Tensor  # (P,) bool: of one class
     ignored: Tensor  # (P,) bool: the truth is
     image: Tensor  # (P,) int64
-
-
-def box_overlaps(truths: Truths, found: Found) -> Overlaps:
-    """IoU of boxes, as in pycocotools."""
-    return partial(box_iou_pairs, found.boxes_xywh, truths.boxes_xywh, truths.crowd)
 
 
 def best_per_image(found: Found, overlaps: Overlaps, limit: int) -> tuple[Found, Overlaps]:

@@ -8,20 +8,22 @@ Legend: G annotations, D detections.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from detres.data.masks import compressed
 from detres.evaluation.coco_columns import ResultsFile, Segmentation, TruthFile
+from detres.evaluation.coco_numbers import IouType
 from detres.evaluation.mask_overlaps import decode_runs, rle_areas
 
-IouType = Literal["bbox", "segm", "keypoints", "boundary"]
 EXAMPLES = 3
 MASKS_AT_ONCE = 2000
+MAX_COORDINATE = 1e6  # pixels; pycocotools walks along every edge
 SIZES = ("small", "medium", "large")
 
 
@@ -175,9 +177,19 @@ def _mask_faults(kind: str, columns: TruthFile | ResultsFile, truth: TruthFile, 
     found = [tuple(mask["size"]) if isinstance(mask, dict) else None for mask in masks]
     yield _Fault(kind, np.array(differs, bool), "have a mask whose size is not the image's", found,
                  "In pycocotools they overlap nothing.")
+    yield _Fault(kind, np.array([isinstance(mask, list) and not _are_polygons(mask) for mask in masks], bool),
+                 "have polygons that are not each three or more points with finite coordinates",
+                 [str(mask)[:40] if isinstance(mask, list) else None for mask in masks],
+                 "pycocotools stops with an error, or takes all memory.")
     yield _Fault(kind, _damaged(masks), "have run lengths that do not add up to the pixels of the mask",
                  [mask["counts"][:20] if isinstance(mask, dict) else None for mask in masks],
                  "pycocotools reads beyond its memory, or never returns.")
+
+
+def _are_polygons(mask: list[list[float]]) -> bool:
+    return len(mask) > 0 and all(len(polygon) >= 6 and len(polygon) % 2 == 0 and
+                                 max(map(abs, polygon)) < MAX_COORDINATE and not math.isnan(sum(polygon))
+                                 for polygon in mask)
 
 
 def _damaged(masks: Sequence[Segmentation | None]) -> np.ndarray:

@@ -17,8 +17,9 @@ def greedy_match(group: Tensor, detection: Tensor, truth: Tensor, allowed: Tenso
     taken = torch.zeros(len(shared), _WIDTH, dtype=torch.int8, device=shared.device)
     detection, truth, allowed = detection.contiguous(), truth.contiguous(), allowed.contiguous()
     won = torch.empty_like(allowed)
-    _kernel[(len(counts),)](ends - counts, ends, detection, truth, allowed, shared.to(torch.int8), taken, won,
-                            width=_WIDTH, num_warps=2)
+    with torch.cuda.device_of(group):  # a kernel runs on the current device
+        _kernel[(len(counts),)](ends - counts, ends, detection, truth, allowed, shared.to(torch.int8), taken, won,
+                                width=_WIDTH, num_warps=2)
     return won
 
 

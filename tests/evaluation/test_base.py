@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from detres.evaluation.base import EvalResult, Evaluator, truths_of
@@ -51,3 +54,18 @@ def test_the_table_has_a_column_for_every_name():
     assert [line.split() for line in table.table().splitlines()[::2]] == [
         ["panoptic", "PQ", "PQ_th", "SQ"], ["all", "0.500", "0.250", "n/a"]]
     assert table.table().splitlines()[-1].split() == ["cat", "1.000", "n/a", "0.750"]
+
+
+def test_a_batch_has_an_image_once(make_dataset, make_batch):
+    dataset = make_dataset({1: [], 2: []})
+    detections, batch = make_batch(dataset, {1: [(0, (0, 0, 1, 1), 0.1)], 2: []})
+    with pytest.raises(ValueError, match=r"must differ, got ids \[1, 1\]"):
+        Evaluator(dataset).update(detections, replace(batch, image_ids=(1, 1)))
+
+
+def test_detections_do_not_keep_a_graph_alive(make_dataset, make_batch):
+    dataset = make_dataset({1: []})
+    detections, batch = make_batch(dataset, {1: [(0, (0, 0, 1, 1), 0.1)]})
+    evaluator = Evaluator(dataset)
+    evaluator.update(replace(detections, boxes=detections.boxes.requires_grad_()), batch)
+    assert not evaluator.found().boxes_xywh.requires_grad

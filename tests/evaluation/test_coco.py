@@ -328,6 +328,48 @@ def test_bitmaps_and_run_lengths_and_pycocotools_agree(make_dataset, make_batch,
     assert expected == {name: runs.metrics[f"segm/{name}"] for name in NAMES}
 
 
+def test_keypoints_of_a_model_are_pycocotools(make_dataset, make_batch):
+    rng = np.random.default_rng(0)
+    sigmas = (0.1, 0.05, 0.2)
+
+    def points(seen):
+        return tuple(float(v) for x, y in rng.integers(0, 90, (3, 2)) for v in (x, y, 2 * seen))
+
+    truths = {i: [(0, (10, 10, 70, 80), {"keypoints": points(seen)}) for seen in (1, 1, 0)] for i in (3, 1, 2)}
+    truths[1].append((0, (0, 0, 90, 90)))  # without any
+    dataset = replace(make_dataset(truths, classes=("person",)), keypoint_names=("a", "b", "c"))
+    found = {i: [(0, (10, 10, 70, 80), float(rng.integers(1, 5)) / 4) for _ in range(6)] for i in truths}
+    detections, batch = make_batch(dataset, found, scale=2.0)
+    near = torch.zeros(*detections.labels.shape, 3, 3)
+    for i, image in enumerate(found):
+        for j in range(1, 7):
+            own = np.array(truths[image][j % 3][2]["keypoints"]).reshape(3, 3) + rng.normal(0, 2, (3, 3))
+            near[i, j] = torch.tensor(own * [2, 2, 1])
+    evaluator = CocoEvaluator(dataset, ("bbox", "keypoints"), sigmas=sigmas)
+    evaluator.update(replace(detections, keypoints=near), batch)
+    metrics = evaluator.compute().metrics
+    truth = coco_dict(dataset)
+    for number, (annotation, item) in enumerate(zip(truth["annotations"], (
+            item for record in dataset.records for item in record.annotations)), 1):
+        keypoints = item.keypoints or (0.0,) * 9
+        annotation.update(id=number, keypoints=list(keypoints), num_keypoints=sum(v > 0 for v in keypoints[2::3]))
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO()
+        coco.dataset = json.loads(json.dumps({"info": {}, **truth}, default=list))
+        coco.createIndex()
+        run = COCOeval(coco, coco.loadRes(json.loads(json.dumps(evaluator.results()))), "keypoints")
+        run.params.kpt_oks_sigmas = np.array(sigmas)
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    assert [value for name, value in metrics.items() if name.startswith("keypoints")] == run.stats.tolist()
+    assert 0.1 < metrics["keypoints/AP"] < 0.99
+    with pytest.raises(ValueError, match="each of the 3 keypoints .* got 17"):
+        CocoEvaluator(dataset, ("keypoints",))
+    with pytest.raises(ValueError, match="must have keypoints"):
+        evaluator.update(detections, batch)
+
+
 @pytest.mark.gpu
 def test_detections_on_a_gpu_give_the_same(make_dataset, make_batch):
     dataset = make_dataset({1: [(0, (10, 10, 60, 60))], 2: [(1, (5, 5, 90, 90))]})

@@ -52,7 +52,7 @@ def random_protocol(rng):
     recalls = tuple((np.sort(recalls) if rng.random() < 0.8 else recalls).tolist())
     lows = rng.integers(0, 2000, rng.integers(1, 12)).tolist()
     areas = tuple((low, low + float(rng.integers(1, 5000))) for low in lows)
-    bounds = tuple(sorted(set(rng.integers(1, 12, rng.integers(1, 4)).tolist())))
+    bounds = tuple(sorted(set(rng.integers(0, 12, rng.integers(1, 4)).tolist())))
     return Protocol(thresholds, recalls, areas, tuple(map(str, areas)), bounds)
 
 

@@ -152,3 +152,33 @@ def test_damaged_run_lengths_beside_boxes_are_found(files, change):
     with pytest.raises(ValueError, match="1 of 2 detections have run lengths that do not add up .*entry 1"):
         evaluate_files(gt, dt, ("segm",))
     assert evaluate_files(gt, dt, ("segm",), lenient=True).metrics["segm/AP"] >= 0
+
+
+@pytest.mark.parametrize("polygon", [[10, 10, 50, float("nan"), 20, 60], [10, 10, 1e9, 50, 20, 60], [10, 10, 50, 50], []],
+                         ids=["NaN", "far", "two points", "empty"])
+def test_polygons_that_pycocotools_cannot_draw_are_found(files, polygon):
+    gt, dt = files([{**found, "segmentation": box_mask(found["bbox"])} for found in PERFECT])
+    truth = json.loads(gt.read_text())
+    truth["annotations"][1]["segmentation"] = [polygon]
+    gt.write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match="1 of 2 annotations have polygons that are not .*entry 1"):
+        evaluate_files(gt, dt, ("segm",))
+    assert evaluate_files(gt, dt, ("bbox", "segm"), lenient=True).metrics["segm/APs"] == pytest.approx(1)
+
+
+def test_classes_of_equal_name_keep_their_numbers(files):
+    gt, dt = files(PERFECT, categories=[{"id": 3, "name": "cat"}, {"id": 9, "name": "cat"}])
+    assert list(evaluate_files(gt, dt).per_class) == ["cat (3)", "cat (9)"]
+
+
+def test_no_categories_at_all(files):
+    gt, dt = files([], categories=[], annotations=[])
+    assert set(evaluate_files(gt, dt, lenient=True).metrics.values()) == {-1.0}
+
+
+def test_options_of_the_other_mode_are_refused(capsys):
+    for arguments, named in ((["--gt", "a", "--results", "b", "--save", "c", "--batch-size", "2"], "--save, --batch-size"),
+                             (["runs/a", "--lenient"], "--lenient"), (["runs/a", "--sigmas", "1"], "--sigmas")):
+        with pytest.raises(SystemExit):
+            main(["eval", *arguments])
+        assert f"{named} cannot go with" in capsys.readouterr().err
