@@ -116,6 +116,48 @@ def test_arrays_are_pycocotools_thousands_of_times():
         assert_equal(seed)
 
 
+def equal(a, b):
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("precision", "recall", "scores"))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_order_of_images_does_not_matter_nor_a_second_time(seed):
+    rng = np.random.default_rng(seed)
+    images, classes, truths, found = random_case(rng)
+    protocol = random_protocol(rng)
+    whole = ours(images, classes, truths, found, protocol)
+    shuffled = np.argsort(rng.random(images)[found["image"]], kind="stable")  # an image's own order is kept
+    moved = {key: value[shuffled] for key, value in found.items()}
+    for _ in range(2):
+        assert equal(ours(images, classes, truths, moved, protocol), whole)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_false_positive_never_raises_precision_nor_recall(seed):
+    rng = np.random.default_rng(seed)
+    images, classes, truths, found = random_case(rng)
+    protocol = Protocol(max_detections=(1000,))  # where a bound pushes another detection out, it may
+    before = ours(images, classes, truths, found, protocol)
+    wrong = {"image": [rng.integers(images)], "label": [rng.integers(classes)], "boxes": [[5000.0, 5000.0, 9.0, 9.0]],
+             "score": [rng.random()]}
+    after = ours(images, classes, truths, {key: np.concatenate([found[key], wrong[key]]) for key in found}, protocol)
+    assert (after.precision <= before.precision).all() and torch.equal(after.recall, before.recall)
+
+
+def test_only_detections_before_others_lower_precision():
+    """By hand: right, wrong, right; the wrong one costs only the recalls that the last one reaches."""
+    box = np.array([[0.0, 0, 10, 10], [50, 0, 10, 10]])
+    truths = {"image": np.zeros(2), "label": np.zeros(2), "boxes": box, "area": np.full(2, 100.0),
+              "crowd": np.zeros(2, bool)}
+    found = {"image": np.zeros(3), "label": np.zeros(3), "boxes": np.array([box[0], [90, 90, 9, 9], box[1]]),
+             "score": np.array([0.9, 0.8, 0.7])}
+    arrays = ours(1, 1, truths, found, Protocol(recall_thresholds=(0.0, 0.5, 0.6, 1.0)))
+    assert arrays.precision[0, :, 0, 0, 2].tolist() == pytest.approx([1, 1, 2 / 3, 2 / 3])
+    assert arrays.scores[0, :, 0, 0, 2].tolist() == [0.9, 0.9, 0.7, 0.7]
+    assert arrays.recall[0, 0, 0].tolist() == [0.5, 1, 1]
+    assert arrays.precision[0, :, 0, 2, 2].tolist() == [-1] * 4  # no medium objects
+
+
 @pytest.mark.gpu
 def test_arrays_are_pycocotools_on_cuda():
     for seed in range(300):
