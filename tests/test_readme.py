@@ -68,3 +68,14 @@ def test_speed_table_is_the_one_printed():
     rows = [line for line in README.splitlines() if re.match(r"\| (train|infer)", line)]
     assert len(rows) == 8 and all(row in printed for row in rows)
 
+
+
+def test_evaluation_table_is_the_one_printed():
+    printed = (ROOT / "results" / "coco_eval_cpu.md").read_text().split("from arrays\n")[1].split("from json\n")[:2]
+    arrays, files = ({row.split()[0]: row.split()[1:] for row in part.splitlines() if len(row.split()) == 4}
+                     for part in printed)
+    rows = re.findall(r"\| (\w+) \| (\S+) s \| (\S+) s \| (\d+) \| (.+) \|", README)
+    assert len(rows) == 6
+    for name, from_arrays, from_files, memory, equal in rows:
+        assert (from_arrays, from_files, memory) == (arrays[name][0], *files[name][:2])
+        assert equal.replace("not compared", "-") == files[name][2] == arrays[name][2]
