@@ -157,3 +157,8 @@ def launch(processes: int, command: Sequence[str]) -> NoReturn:
     except ChildFailedError as failed:  # they have said why
         raise SystemExit(failed.get_first_failure()[1].exitcode) from None
     raise SystemExit(0)
+
+
+def runs_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 itself. Processors without AVX-512 or AMX emulate it, very slowly."""
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -101,6 +101,8 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
     with interrupt, RunLog(folder, state.rows, state.step, schedule.steps, options.batch_size) as log:
         log.say(schedule.describe(options))
         log.say(f"{'Resuming' if saved else 'Starting'} at step {state.step} on {device}, in {folder}")
+        if options.precision == "bf16" and not distributed.runs_bf16(device):
+            log.say("This processor emulates bf16, at a fraction of the speed of fp32: set train.precision=fp32")
         batches = start(loader(state.step)) if state.step < schedule.steps else iter(())
         _seed_rank(options.seed, saved)
         try:
