@@ -163,7 +163,8 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
                        help="what is compared (default: bbox)")
     files.add_argument("--sigmas", type=float, nargs="+", metavar="S",
                        help="of OKS, one for each keypoint (default: those of COCO's 17)")
-    files.add_argument("--lenient", action="store_const", const=True, help="leave out what cannot be evaluated, and say so")
+    files.add_argument("--lenient", action="store_const", const=True,
+                       help="leave out what cannot be evaluated, and say so")
 
 
 def _eval(args: argparse.Namespace) -> None:

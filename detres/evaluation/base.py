@@ -114,6 +114,13 @@ class Part:
         return Part(self.images, self.image.to(device), self.boxes.to(device), self.scores.to(device),
                     self.labels.to(device), {name: extra.to(device) for name, extra in self.extras.items()})
 
+    def found(self) -> Found:
+        """The rows, which must be free of padding, as columns in float64."""
+        boxes = self.boxes.double()
+        size = boxes[:, 2:] - boxes[:, :2]
+        return Found(self.image.long(), self.labels.long(), torch.cat([boxes[:, :2], size], 1), self.scores.double(),
+                     size[:, 0] * size[:, 1])
+
     @staticmethod
     def joined(parts: Sequence[Part]) -> Part:
         """The rows of all, in the order of images, without padding; of an image that several tell of, the last does."""
@@ -204,16 +211,14 @@ class Evaluator:
 
     def found(self) -> Found:
         """What was collected, as columns in float64. Raises as `collected`."""
-        part = self.collected()
-        boxes = part.boxes.double()
-        size = boxes[:, 2:] - boxes[:, :2]
-        return Found(part.image.long(), part.labels.long(), torch.cat([boxes[:, :2], size], 1), part.scores.double(),
-                     size[:, 0] * size[:, 1])
+        return self.collected().found()
 
     def results(self) -> list[dict[str, Any]]:
         """COCO results (original image and category ids) that pycocotools' `loadRes` accepts."""
-        part = self.collected()
-        found = self.found()
+        return self._results(self.collected())
+
+    def _results(self, part: Part) -> list[dict[str, Any]]:
+        found = part.found()
         columns = (part.image, part.labels, found.boxes_xywh, found.scores)
         return [{"image_id": self.records[image].id, "category_id": self.dataset.category_ids[label], "bbox": box,
                  "score": score} for image, label, box, score in zip(*(column.tolist() for column in columns))]

@@ -18,9 +18,9 @@ import torch
 from detres.data.dataset import Dataset, ImageRecord
 from detres.evaluation.base import EvalResult, Evaluator, Part, Rows, Values, truths_of
 from detres.evaluation.coco_engine import Arrays, Protocol, accumulate, match
+from detres.evaluation.coco_masks import BitmapComparer, PairOverlaps, RunLengths, code_overlaps, encode, truth_codes
+from detres.evaluation.coco_numbers import IouType, protocol_of, rows_of
 from detres.evaluation.flat import Found, Truths
-from detres.evaluation.coco_masks import (BitmapComparer, PairOverlaps, RunLengths, code_overlaps, encode, truth_codes)
-from detres.evaluation.coco_numbers import IouType, Row, protocol_of, rows_of
 from detres.evaluation.mask_overlaps import rle_areas
 from detres.evaluation.overlaps import COCO_SIGMAS, Overlaps, box_overlaps, oks_pairs
 from detres.structures import Detections
@@ -85,7 +85,8 @@ class CocoEvaluator(Evaluator):
 
     def compute(self) -> EvalResult:
         """Metrics named "bbox/AP", "bbox/AP50" ... "segm/ARl"; -1 where there is no ground truth."""
-        part, found = self.collected(), self.found()
+        part = self.collected()
+        found = part.found()
         result = EvalResult({})
         for iou_type in self.iou_types:
             truths, sized, overlaps = self._compared(part, found, iou_type)
@@ -115,12 +116,12 @@ class CocoEvaluator(Evaluator):
         return replace(truths, ignore=truths.ignore | unlabelled), found, lambda d, g: oks_pairs(
             dt, gt, truths.boxes_xywh, truths.area, sigmas, d, g)
 
-    def results(self) -> list[dict[str, Any]]:
-        results = super().results()
-        if (points := self.collected().extras.get("keypoints")) is not None:
+    def _results(self, part: Part) -> list[dict[str, Any]]:
+        results = super()._results(part)
+        if (points := part.extras.get("keypoints")) is not None:
             for result, own in zip(results, points.values.double().flatten(1).tolist()):
                 result["keypoints"] = own
-        if (codes := self.collected().extras.get("codes")) is not None:
+        if (codes := part.extras.get("codes")) is not None:
             for result, code in zip(results, codes.codes):
                 result["segmentation"] = code
         return results
@@ -141,16 +142,13 @@ def _require_masks(dataset: Dataset) -> None:
                                  f"{annotation.id} of {record.path}. Evaluate boxes only, or remove the annotation.")
 
 
-def coco_result(truths: Truths, found: Found, classes: Sequence[str], overlaps: Overlaps, iou_type: IouType,
-                protocol: Protocol | None = None, rows: Sequence[Row] | None = None) -> EvalResult:
-    """Named numbers, overall and per class, and the arrays behind them; by default of COCO's protocol.
+def coco_result(truths: Truths, found: Found, classes: Sequence[str], overlaps: Overlaps, iou_type: IouType
+                ) -> EvalResult:
+    """COCO's named numbers, overall and per class, and the arrays behind them.
 
-    Args:
-        classes: their names, label by label.
-        overlaps: see `coco_engine.match`.
-        rows: which numbers.
+    `classes` are the names, label by label; `overlaps` see `coco_engine.match`.
     """
-    protocol, rows = protocol or protocol_of(iou_type), rows or rows_of(iou_type)
+    protocol, rows = protocol_of(iou_type), rows_of(iou_type)
     arrays = coco_arrays(truths, found, len(classes), overlaps, protocol)
     metrics = {f"{iou_type}/{row.name}": row.of(arrays, protocol) for row in rows}
     columns = {f"{iou_type}/{row.name}": row.of_each_class(arrays, protocol) for row in rows}

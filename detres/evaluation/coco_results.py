@@ -16,11 +16,12 @@ from detres.data.masks import compressed
 from detres.evaluation.base import EvalResult
 from detres.evaluation.coco import coco_result
 from detres.evaluation.coco_columns import ResultsFile, Segmentation, TruthFile
-from detres.evaluation.flat import Found, Truths
-from detres.evaluation.coco_masks import Rle, code_overlaps
+from detres.evaluation.coco_masks import code_overlaps
 from detres.evaluation.coco_numbers import IouType, protocol_of
-from detres.evaluation.mask_overlaps import rle_areas
+from detres.evaluation.flat import Found, Truths
+from detres.evaluation.mask_overlaps import Rle, rle_areas
 from detres.evaluation.overlaps import COCO_SIGMAS, Overlaps, box_overlaps, oks_pairs
+
 
 @dataclass(frozen=True)
 class Compared:

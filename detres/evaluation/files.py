@@ -48,22 +48,22 @@ def evaluate_files(truth: str | Path, results: str | Path, iou_types: Sequence[I
     if errors is not None and lvis.is_lvis(gt):
         raise ValueError(f"errors must be of files in which all classes are labelled, got LVIS annotations ({truth}). "
                          "Leave out --errors.")
-    areas = None
-    if masks:
-        sized = check(gt, dt, next(kind for kind in iou_types if kind in MASK_TYPES), lenient)
+    sized_type = next((kind for kind in iou_types if kind in MASK_TYPES), None)
+    if sized_type is not None:
+        sized = check(gt, dt, sized_type, lenient)
         areas = area_report(sized.truth)
         for line in areas.lines:
             log.warning("%s", line)
     total = EvalResult({})
     for iou_type in iou_types:
-        checked = check(gt, dt, iou_type, lenient)
+        checked = sized if iou_type == sized_type else check(gt, dt, iou_type, lenient)
         for warning in checked.warnings:
             log.warning("%s", warning)
         result = _evaluate(checked.truth, checked.results, iou_type, sigmas)
         print(_printout(result, iou_type, lvis.is_lvis(gt)))
-        if areas is not None and areas.lines:
-            stated, masks_own = (_evaluate(truth, sized.results, iou_type, sigmas)
-                                 for truth in (sized.truth, replace(sized.truth, area=areas.area)))
+        if sized_type is not None and areas.lines:
+            stated = result if checked is sized else _evaluate(sized.truth, sized.results, iou_type, sigmas)
+            masks_own = _evaluate(replace(sized.truth, area=areas.area), sized.results, iou_type, sigmas)
             log.warning("%s", _changes(stated, masks_own))
         if 0 <= result.metrics[f"{iou_type}/AP"] < NEAR_ZERO:
             for cause in diagnose(gt, dt):  # with entries that were left out, whose ids may be the cause

@@ -23,10 +23,11 @@ import torch
 from detres.evaluation.base import EvalResult
 from detres.evaluation.coco import MASK_TYPES, coco_arrays
 from detres.evaluation.coco_columns import Id, ResultsFile, TruthFile
-from detres.evaluation.coco_engine import Arrays, Found, Truths
+from detres.evaluation.coco_engine import Arrays
 from detres.evaluation.coco_masks import code_overlaps
 from detres.evaluation.coco_numbers import LVIS, LVIS_ROWS, IouType, Row
 from detres.evaluation.coco_results import class_names, found_tensors, mask_codes, truth_tensors
+from detres.evaluation.flat import Found, Truths
 from detres.evaluation.mask_overlaps import rle_areas
 from detres.evaluation.overlaps import box_overlaps
 
