@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from detres.engine.checkpoint import atomic_write
-from detres.evaluation.coco_engine import Protocol, accumulate, inside, match
+from detres.evaluation.coco import coco_arrays
+from detres.evaluation.coco_engine import Protocol, inside
+from detres.evaluation.coco_numbers import Row
 from detres.evaluation.flat import Found, Truths
 from detres.evaluation.overlaps import Overlaps, box_overlaps
 from detres.evaluation.tide import (Case, Pairs, Ranking, Tide, assign, best_per_image, best_truth,
@@ -285,13 +287,8 @@ def _measure(protocol: Protocol, truths: Truths, found: Found, classes: int, ove
              ) -> tuple[Bin, ...]:
     """AP in each area range, with one limit on detections."""
     protocol = replace(protocol, max_detections=(max_detections,))
-    arrays = accumulate(match(truths, found, classes, overlaps, protocol), classes, protocol)
-    precision = arrays.precision[..., 0].permute(3, 0, 1, 2)  # (A, T, R, K)
+    arrays = coco_arrays(truths, found, classes, overlaps, protocol)
     counts = (inside(truths.area, protocol) & ~truths.ignore).sum(1).tolist()
-    return tuple(Bin(name, count, _mean(values), _mean(values[0]))
-                 for name, count, values in zip(protocol.area_names, counts, precision))
-
-
-def _mean(values: Tensor) -> float:
-    measured = values[values > -1]
-    return float(measured.mean()) if len(measured) else -1.0
+    return tuple(Bin(name, count, Row("AP", "AP", area=name).of(arrays, protocol),
+                     Row("AP50", "AP", 0.5, name).of(arrays, protocol))
+                 for name, count in zip(protocol.area_names, counts))
