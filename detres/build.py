@@ -9,8 +9,9 @@ from torch import nn
 from detres.config import ModelConfig, PoolConfig
 from detres.models.anchors import AnchorGenerator
 from detres.models.backbone import FPNBackbone, LastStageBackbone
+from detres.models.classifier import Classifier
 from detres.models.faster_rcnn import FasterRCNN, Normalize
-from detres.models.resnet import resnet
+from detres.models.resnet import ResNet, resnet
 from detres.models.roi_heads.box_head import BoxPredictor, TwoFCHead
 from detres.models.roi_heads.mask_head import MaskHead
 from detres.models.roi_heads.standard import Pool, RoIHeads
@@ -42,13 +43,24 @@ def build_rcnn(config: ModelConfig, num_classes: int) -> FasterRCNN:
     return FasterRCNN(normalize, backbone, rpn, build_roi_heads(config, num_classes, backbone, conv5))
 
 
-def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
-    """The feature extractor, and conv5 apart if the layout is c4."""
+def build_classifier(config: ModelConfig, num_classes: int) -> Classifier:
+    options = config.input
+    normalize = Normalize(options.mean, options.std, bgr=options.channel_order == "bgr")
+    return Classifier(normalize, LastStageBackbone(build_resnet(config)), num_classes)
+
+
+def build_resnet(config: ModelConfig) -> ResNet:
     options = config.backbone
     body = resnet(options.depth, width=options.width, norm=options.norm, norm_eps=options.norm_eps,
                   stride_in_1x1=options.stride_in_1x1, dilated_stages=1 if options.layout == "dc5" else 0,
                   activation_checkpointing=options.activation_checkpointing)
     body.freeze(options.freeze_stages)
+    return body
+
+
+def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
+    """The feature extractor, and conv5 apart if the layout is c4."""
+    options, body = config.backbone, build_resnet(config)
     if options.layout == "fpn":
         return FPNBackbone(body, config.fpn.channels, config.fpn.norm), None
     conv5 = body.pop_last_stage() if options.layout == "c4" else None
@@ -84,4 +96,4 @@ def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
     return pool
 
 
-MODELS = {"faster_rcnn": build_rcnn, "mask_rcnn": build_rcnn}
+MODELS = {"faster_rcnn": build_rcnn, "mask_rcnn": build_rcnn, "classifier": build_classifier}

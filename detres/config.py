@@ -30,6 +30,7 @@ class InputConfig(Section):
     channel_order: Literal["rgb", "bgr"] = Field("rgb", description="bgr for Caffe and Detectron2 weights")
     mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="per channel, on 0-255")
     std: tuple[Positive, Positive, Positive] = Field((58.395, 57.12, 57.375), description="per channel, on 0-255")
+    crop: Count | None = Field(None, description="side in pixels of a classifier's crop; null: all of the image")
     size_divisor: Count = Field(32, description="the canvas is padded to a multiple of this, in pixels")
     antialias: bool = Field(True, description="resize as PIL does; false: plain bilinear on floats, as torchvision")
 
@@ -123,7 +124,7 @@ class MaskHeadConfig(Section):
 
 
 class ModelConfig(Section):
-    name: Literal["faster_rcnn", "mask_rcnn"] = "mask_rcnn"
+    name: Literal["faster_rcnn", "mask_rcnn", "classifier"] = "mask_rcnn"
     input: InputConfig = InputConfig()
     backbone: BackboneConfig = BackboneConfig()
     fpn: FPNConfig = FPNConfig()
@@ -172,6 +173,13 @@ class AugmentConfig(Section):
         return self
 
 
+class ClassAugmentConfig(Section):
+    """What training does to the images of a classifier (arXiv 1512.03385, sections 3.4 and 4.2)."""
+
+    pad: Annotated[int, Field(ge=0)] = Field(0, description="pixels on each side before the random crop (CIFAR: 4)")
+    flip: Probability = Field(0.5, description="chance of a horizontal flip")
+
+
 class DataConfig(Section):
     train: Source | None = None
     val: Source | None = None
@@ -181,6 +189,7 @@ class DataConfig(Section):
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
     augment: AugmentConfig = AugmentConfig()
+    classification: ClassAugmentConfig = ClassAugmentConfig()
 
 
 class TrainConfig(Section):
@@ -191,10 +200,15 @@ class TrainConfig(Section):
     reference_batch_size: Count = 16
     lr: Positive = 0.02
     steps: Count = 90_000
-    schedule: Literal["multistep", "cosine"] = "multistep"
+    schedule: Literal["multistep", "cosine", "plateau"] = "multistep"
     milestones: tuple[Count, ...] = Field((60_000, 80_000), description="steps at which multistep multiplies lr by 0.1")
     warmup_steps: Annotated[int, Field(ge=0)] = 1000
     warmup_factor: Probability = Field(1e-3, description="lr grows linearly from this fraction")
+    warmup_until_error: Probability | None = Field(
+        None, description="lr stays at that fraction until the training error of a row of the log is under this "
+                          "(classifiers); null: warmup_steps")
+    plateau_patience: Count = Field(3, description="evaluations without a better keep_best at which plateau "
+                                                   "multiplies lr by 0.1")
     optimizer: Literal["sgd", "adamw"] = "sgd"
     momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.9, description="sgd only")
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
@@ -209,7 +223,8 @@ class TrainConfig(Section):
     log_every: Count = Field(20, description="steps")
     checkpoint_every: Count = Field(1000, description="steps")
     eval_every: Count | None = Field(None, description="steps; null: at the end only")
-    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: segm/AP, bbox/AP or voc/AP")
+    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: segm/AP, bbox/AP, voc/AP "
+                                               "or cls/top1")
     patience: Count | None = Field(None, description="evaluations without a better keep_best before stopping early")
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -226,6 +241,18 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     metrics: tuple[Literal["coco", "voc"], ...] = Field(("coco",), description="protocols to report")
     batch_size: Count = 1
+    test_scales: tuple[Count, ...] | None = Field(
+        None, description="multi-scale testing of regions: short sides in pixels, [200, 400, 600, 800, 1000] in "
+                          "arXiv 1512.03385, appendix B; null: model.input.min_size alone")
+    test_max_size: Count = Field(2000, description="bound in pixels on the long side at test_scales; "
+                                                   "arXiv 1504.08083, section 5.2")
+
+    @model_validator(mode="after")
+    def _scales_grow(self):
+        scales = self.test_scales
+        if scales is not None and (not scales or list(scales) != sorted(set(scales))):
+            raise ValueError(f"test_scales must be null or increase, got {list(scales)}")
+        return self
 
 
 class Config(Section):

@@ -37,6 +37,8 @@ def _apply(value: Any, function):
         return function(value)
     if isinstance(value, Movable):
         return replace(value, **{name: _apply(inner, function) for name, inner in _items(value)})
+    if isinstance(value, tuple):
+        return tuple(_apply(inner, function) for inner in value)
     return value
 
 
@@ -46,6 +48,7 @@ class ImageBatch(Movable):
 
     pixels: Tensor  # (N, 3, H, W) uint8 RGB, 0 where padded; the model normalises on its own device
     sizes: Tensor  # (N, 2) int64, height and width of the content
+    pyramid: tuple[ImageBatch, ...] = ()  # multi-scale testing: the same images at other sizes, smallest first
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,18 @@ class Targets(Movable):
 
 
 @dataclass(frozen=True)
+class ClassTargets(Movable):
+    """Ground truth of classification."""
+
+    labels: Tensor  # (N,) int64
+
+
+@dataclass(frozen=True)
 class Batch(Movable):
     """What a loader yields."""
 
     images: ImageBatch
-    targets: Targets | None
+    targets: Targets | ClassTargets | None
     image_ids: tuple[int | str, ...]  # ids of the data set
     paths: tuple[str, ...]  # image files, for messages
     original_sizes: Tensor  # (N, 2) int64, height and width of the image on disk (EXIF applied)

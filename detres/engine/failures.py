@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from detres.config import Config
-from detres.structures import Batch, ImageBatch
+from detres.structures import Batch, ImageBatch, Targets
 
 
 def non_finite(step: int, values: dict[str, float], paths: Sequence[str]) -> FloatingPointError:
@@ -37,8 +37,8 @@ def explain_out_of_memory(tell: Callable[..., str], *about: Any) -> Iterator[Non
 
 def of_training(config: Config, batch: Batch, step: int) -> str:
     """What to say when a training step runs out of memory."""
-    images = len(batch.paths)
-    boxes = batch.targets.valid.sum(1).tolist() if batch.targets is not None else [0] * images
+    images = len(batch.images.pixels)
+    boxes = batch.targets.valid.sum(1).tolist() if isinstance(batch.targets, Targets) else [0] * images
     parts = config.train.accumulate
     remedies = [f"train.accumulate={2 * parts} (the same batch in smaller parts)"] if images > parts else []
     remedies += [] if config.train.precision == "bf16" else ["train.precision=bf16"]

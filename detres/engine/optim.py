@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,14 +18,16 @@ from detres.config import TrainConfig
 
 @dataclass(frozen=True)
 class Schedule:
-    """The learning rate as a pure function of the step: nothing to store, nothing to restore."""
+    """The learning rate as a pure function of the step and the log so far: nothing to store, nothing to restore."""
 
     lr: float
     steps: int
-    kind: Literal["multistep", "cosine"] = "cosine"
+    kind: Literal["multistep", "cosine", "plateau"] = "cosine"
     milestones: tuple[int, ...] = ()
     warmup_steps: int = 0
     warmup_factor: float = 1e-3
+    warmup_until_error: float | None = None
+    plateau_patience: int = 3
 
     @classmethod
     def scaled(cls, train: TrainConfig) -> Schedule:
@@ -32,26 +35,44 @@ class Schedule:
         ratio = train.batch_size / train.reference_batch_size
         return cls(lr=train.lr * ratio, steps=max(1, round(train.steps / ratio)), kind=train.schedule,
                    milestones=tuple(round(milestone / ratio) for milestone in train.milestones),
-                   warmup_steps=round(train.warmup_steps / ratio), warmup_factor=train.warmup_factor)
+                   warmup_steps=round(train.warmup_steps / ratio), warmup_factor=train.warmup_factor,
+                   warmup_until_error=train.warmup_until_error, plateau_patience=train.plateau_patience)
 
-    def at(self, step: int) -> float:
-        """The learning rate of update `step`, counted from 0."""
+    def at(self, step: int, rows: Sequence[dict[str, float]] = ()) -> float:
+        """The learning rate of update `step`, counted from 0. `rows` are those of the log."""
         warmup = 1.0
-        if step < self.warmup_steps:
+        if self.warmup_until_error is not None:  # arXiv 1512.03385, section 4.2, of 110 layers
+            if not any(row.get("error", 1) < self.warmup_until_error for row in rows):
+                warmup = self.warmup_factor
+        elif step < self.warmup_steps:
             warmup = self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        if self.kind == "plateau":
+            return self.lr * warmup * 0.1 ** plateaus([row["stale"] for row in rows if "stale" in row],
+                                                      self.plateau_patience)
         if self.kind == "cosine":  # arXiv 1608.03983, one period
             return self.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.lr * warmup * 0.1 ** bisect_right(self.milestones, step)
 
     def describe(self, train: TrainConfig) -> str:
         """One line for the log: what the rule made of the config."""
-        decay = f", milestones {', '.join(map(str, self.milestones))}" if self.kind == "multistep" else ""
-        text = f"{self.kind}: lr {self.lr:g}, {self.steps} steps, warm-up {self.warmup_steps}{decay}"
+        decay = {"multistep": f", milestones {', '.join(map(str, self.milestones))}",
+                 "plateau": f", divided by 10 after {self.plateau_patience} evaluations without a better one"}
+        warmup = f"warm-up {self.warmup_steps}" if self.warmup_until_error is None else \
+            f"lr {self.lr * self.warmup_factor:g} until the training error is under {self.warmup_until_error:g}"
+        text = f"{self.kind}: lr {self.lr:g}, {self.steps} steps, {warmup}{decay.get(self.kind, '')}"
         if train.batch_size == train.reference_batch_size:
             return f"{text} (batch {train.batch_size}, as stated: no scaling)"
         ratio = train.batch_size / train.reference_batch_size
         return (f"{text} (linear rule: x{ratio:g} for batch {train.batch_size}, stated for "
                 f"{train.reference_batch_size}: lr {train.lr:g}, {train.steps} steps)")
+
+
+def plateaus(stale: Sequence[float], patience: int) -> int:
+    """How often the lr was divided: each time that `patience` evaluations in a row brought nothing better.
+
+    stale: of each evaluation, how many there were since the best; lr is divided again after as many more.
+    """
+    return sum(count > 0 and count % patience == 0 for count in stale)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, decay_norm_and_bias: bool) -> list[dict]:

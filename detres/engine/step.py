@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from detres.config import TrainConfig
 from detres.engine.distributed import is_distributed
-from detres.structures import Batch, Targets
+from detres.structures import Batch, ClassTargets, ImageBatch, Targets
 
 
 def backward(model: nn.Module, batch: Batch, device: torch.device, options: TrainConfig) -> dict[str, Tensor]:
     """Adds the gradients of a batch's losses, in `options.accumulate` parts one after another.
 
-    Returns the losses, averaged over parts, on the device. Losses are divided by counts (of sampled boxes, of
+    Returns the losses, averaged over parts, on the device, and what else the model measures: only names that begin with
+    "loss" are trained. Losses are divided by counts (of sampled boxes, of
     positive ones), each part by its own; so where all parts have the same counts, the gradient is that of the whole
     batch to rounding, and where they differ, images of smaller counts weigh a little more.
     """
@@ -30,7 +31,7 @@ def backward(model: nn.Module, batch: Batch, device: torch.device, options: Trai
         with model.no_sync() if is_waiting else nullcontext():  # ranks exchange gradients in the last part only
             with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
                 losses = model(images, part.targets)
-            (sum(losses.values()) / len(parts)).backward()
+            (sum(value for name, value in losses.items() if name.startswith("loss")) / len(parts)).backward()
         for name, loss in losses.items():
             total[name] = total.get(name, 0) + loss.detach() / len(parts)
     return total
@@ -40,7 +41,10 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch on the host as `parts` batches of consecutive images, on the same canvas."""
     if parts == 1:
         return [batch]
-    size = len(batch.paths) // parts
+    size = len(batch.images.pixels) // parts
+    if isinstance(batch.targets, ClassTargets):
+        return [replace(batch, images=_rows(batch.images, rows), targets=ClassTargets(batch.targets.labels[rows]))
+                for rows in (slice(i * size, (i + 1) * size) for i in range(parts))]
     instances = batch.targets.valid.sum(1).split(size)
     ends = torch.tensor([int(counts.sum()) for counts in instances]).cumsum(0).tolist()
     pieces = []
@@ -52,6 +56,9 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             seeds=targets.seeds[rows],
             masks=None if targets.masks is None else targets.masks[begin:end],
             keypoints=None if targets.keypoints is None else targets.keypoints[rows])
-        images = replace(batch.images, pixels=batch.images.pixels[rows], sizes=batch.images.sizes[rows])
-        pieces.append(Batch(images, targets, batch.image_ids[rows], batch.paths[rows], batch.original_sizes[rows]))
+        pieces.append(Batch(_rows(batch.images, rows), targets, batch.image_ids[rows], batch.paths[rows], batch.original_sizes[rows]))
     return pieces
+
+
+def _rows(images: ImageBatch, rows: slice) -> ImageBatch:
+    return ImageBatch(images.pixels[rows], images.sizes[rows])

@@ -14,7 +14,6 @@ import difflib
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,6 @@ from torch import nn
 
 from detres.build import build_model
 from detres.config import Config
-from detres.data.dataset import Dataset, load_dataset
-from detres.data.loader import build_loader
 from detres.engine import distributed
 from detres.engine.checkpoint import TrainState, WeightsMeta, atomic_write, preserved_rng, restore_rng, save_weights
 from detres.engine.failures import explain_out_of_memory, of_training
@@ -35,12 +32,10 @@ from detres.engine.optim import EMA, Schedule, build_optimizer, clip_gradients, 
 from detres.engine.plots import plot_curves
 from detres.engine.run_folder import open_run, resume_command, write_config
 from detres.engine.step import backward
-from detres.evaluation.base import EvalResult, Evaluator
-from detres.evaluation.run import align_classes, build_evaluators, evaluate
+from detres.engine.tasks import TASKS, Metrics
+from detres.evaluation.base import EvalResult
 from detres.structures import Batch
 from detres.weights.torchvision import load_backbone
-
-Metrics = dict[str, float]
 
 
 def train(config: Config, *, resume: bool = False) -> Metrics:
@@ -56,22 +51,17 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
         if resume and saved is None:
             tell(f"No checkpoint to resume from in {config.output}: from the beginning.")
         seed_everything(config.train.seed)
-        dataset = load_dataset(config.data.train, "train", config.data.on_invalid)
-        tell(f"Training on {len(dataset.records)} images of {dataset.name}, {len(dataset.classes)} classes")
-        with_masks = config.model.name == "mask_rcnn"
-        ranks = {"rank": distributed.rank(), "world_size": distributed.world_size(), "device_type": device.type}
-        loader = partial(build_loader, dataset, config.model.input, config.data, batch_size=config.train.batch_size,
-                         training=True, with_masks=with_masks, seed=config.train.seed, **ranks)
-        model = build_model(config.model, len(dataset.classes))
+        interrupt = Interrupt()
+        task = TASKS[config.model.name](config, device, interrupt)
+        tell(f"Training on {task.about}, {len(task.classes)} classes")
+        model = build_model(config.model, len(task.classes))
+        if task.validate:
+            _check_keep_best(config.train.keep_best, task.metric_names, model.loss_names)
         if saved is None:
             with distributed.first_on_each_machine():
                 load_backbone(model, config.model)
-        interrupt = Interrupt()
-        validate = None
-        if config.data.val:
-            validate = _validation(config, dataset, device, model.loss_names, with_masks, interrupt, ranks)
-        about = {"classes": list(dataset.classes), "category_ids": list(dataset.category_ids)}
-        return fit(config, model, lambda step: loader(start_step=step), validate, device, interrupt, about, saved)
+        about = {"classes": list(task.classes), "category_ids": list(task.category_ids)}
+        return fit(config, model, task.loader, task.validate, device, interrupt, about, saved)
 
 
 def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch]],
@@ -111,17 +101,17 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
                 if validate and is_due(options.eval_every) and state.evaluated < state.step:
                     with log.paused(), preserved_rng():
                         distributed.share_buffers(state.averaged)
-                        metrics = validate(state.averaged)
+                        metrics = _with_loss(validate(state.averaged))
                     if state.is_best(metrics, options.keep_best):
                         _write_weights(folder, "best", state, about)
-                    log.evaluation(metrics)
+                    log.evaluation({**metrics, "stale": state.stale})
                     log.say(_evaluated(state, metrics))
                     save()
                 if state.step >= schedule.steps or options.patience and state.stale >= options.patience:
                     break
 
                 batch = log.next(batches)
-                lr = schedule.at(state.step)
+                lr = schedule.at(state.step, state.rows)
                 set_lr(state.optimizer, lr)
                 with explain_out_of_memory(of_training, config, batch, state.step + 1):
                     losses = backward(forward, batch, device, options)
@@ -176,35 +166,21 @@ def _check(config: Config) -> None:
                          f"Take a multiple of {unit}.")
 
 
-def _validation(config: Config, dataset: Dataset, device: torch.device, loss_names: Sequence[str], with_masks: bool,
-                interrupt: Interrupt, ranks: dict[str, Any]) -> Callable[[nn.Module], Metrics]:
-    """A function that evaluates a model on data.val: AP, and validation losses with their sum."""
-    val = load_dataset(config.data.val, "val", config.data.on_invalid)
-    val = align_classes(val, dataset.classes, dataset.category_ids)
-    evaluators = build_evaluators(val, config.eval.metrics, with_masks)
-    _check_keep_best(config.train.keep_best, evaluators, loss_names)
-    loader = build_loader(val, config.model.input, config.data, batch_size=config.eval.batch_size, training=False,
-                          with_masks=with_masks, **ranks)
-
-    def validate(model: nn.Module) -> Metrics:
-        metrics = evaluate(model, interrupt.watch(loader), evaluators, device, precision=config.train.precision,
-                           losses=True).metrics
-        return {**metrics, "val/loss": sum(value for name, value in metrics.items() if name.startswith("val/"))}
-
-    return validate
+def _with_loss(metrics: Metrics) -> Metrics:
+    losses = [value for name, value in metrics.items() if name.startswith("val/loss_")]
+    return {**metrics, "val/loss": sum(losses)} if losses else metrics
 
 
-def _check_keep_best(name: str, evaluators: Sequence[Evaluator], loss_names: Sequence[str]) -> None:
+def _check_keep_best(name: str, metric_names: Sequence[str], loss_names: Sequence[str]) -> None:
     """Names the metrics before hours of training rather than after."""
-    known = ["auto", "val/loss", *(f"val/{loss}" for loss in loss_names),
-             *(metric for evaluator in evaluators for metric in evaluator.metric_names)]
+    known = ["auto", "val/loss", *(f"val/{loss}" for loss in loss_names), *metric_names]
     if name not in known:
         nearest = "".join(f" Did you mean {close}?" for close in difflib.get_close_matches(name, known, n=1))
         raise ValueError(f"train.keep_best must be one of {', '.join(known)}, got '{name}'.{nearest}")
 
 
 def _evaluated(state: TrainState, metrics: Metrics) -> str:
-    main = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith(("/AP", "/AP50", "/loss"))]
+    main = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith(("/AP", "/AP50", "/top1", "/loss"))]
     best = f"best: step {state.best['step']:.0f}" if state.best else "no best yet: not finite"
     stale = f"  ({best})" if state.stale else ""
     return f"evaluation at step {state.step}: {'  '.join(main)}{stale}"

@@ -57,7 +57,7 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Eva
     if progress and evaluators and rank() == 0:
         own_images = -(-len(evaluators[0].dataset.records) // world_size())
         batches = track(loader, own_images, "evaluate", lambda batch: len(batch.image_ids))
-    with _eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+    with eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in batches:
             with explain_out_of_memory(of_evaluation, batch, device):
                 batch = batch.to(device, non_blocking=True)
@@ -70,7 +70,7 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Eva
 
 
 @contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     was_training = model.training
     model.eval()
     try:

@@ -22,7 +22,7 @@ KILL_IN_STEP = """
 import os, signal
 from detres.engine.optim import Schedule
 at = Schedule.at
-Schedule.at = lambda self, step: os.kill(os.getpid(), signal.SIGKILL) if step == {step} else at(self, step)
+Schedule.at = lambda self, step, rows: os.kill(os.getpid(), signal.SIGKILL) if step == {step} else at(self, step, rows)
 """
 KILL_IN_FILE = """
 import io, os, signal, torch

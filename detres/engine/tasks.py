@@ -1,0 +1,100 @@
+"""What training needs to know of a kind of model: its data and its evaluation. `TASKS` has one builder for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from detres.config import Config, SourceConfig
+from detres.data.class_dataset import ClassDataset, load_class_dataset
+from detres.data.cifar import MemoryLoader
+from detres.data.dataset import load_dataset
+from detres.data.loader import build_loader
+from detres.engine import distributed
+from detres.engine.interrupt import Interrupt
+from detres.evaluation.classify import evaluate_classifier
+from detres.evaluation.classification import ClassificationEvaluator
+from detres.evaluation.run import align_classes, build_evaluators, evaluate
+from detres.structures import Batch
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Data and evaluation of one training, on one rank."""
+
+    about: str  # the data, for people
+    classes: tuple[str, ...]
+    category_ids: tuple[int, ...]
+    loader: Callable[[int], Iterable[Batch]]  # batches from a step on
+    validate: Callable[[nn.Module], Metrics] | None = None  # on data.val, with "val/loss_..."; None: there is none
+    metric_names: tuple[str, ...] = ()  # of `validate`, but for the losses
+
+
+def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
+    data, with_masks = config.data, config.model.name == "mask_rcnn"
+    dataset = load_dataset(data.train, "train", data.on_invalid)
+    options = {"with_masks": with_masks, "device_type": device.type, **_rank()}
+    loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
+                     seed=config.train.seed, **options)
+    task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids,
+                lambda step: loader(start_step=step))
+    if data.val is None:
+        return task
+    val = align_classes(load_dataset(data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids)
+    evaluators = build_evaluators(val, config.eval.metrics, with_masks)
+    batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False, **options)
+
+    def validate(model: nn.Module) -> Metrics:
+        return evaluate(model, interrupt.watch(batches), evaluators, device, precision=config.train.precision,
+                        losses=True).metrics
+
+    names = tuple(metric for evaluator in evaluators for metric in evaluator.metric_names)
+    return Task(task.about, task.classes, task.category_ids, task.loader, validate, names)
+
+
+def classification(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
+    data = config.data
+    dataset = load_class_dataset(data.train, "train")
+    loader = partial(class_loader, dataset, config, device, batch_size=config.train.batch_size, training=True)
+    task = Task(f"{len(dataset)} images of {dataset.name}", dataset.classes, tuple(range(len(dataset.classes))),
+                lambda step: loader(start_step=step))
+    if data.val is None:
+        return task
+    batches = class_loader(load_val_classes(data.val, dataset.classes), config, device,
+                           batch_size=config.eval.batch_size, training=False)
+
+    def validate(model: nn.Module) -> Metrics:
+        return evaluate_classifier(model, interrupt.watch(batches), dataset.classes, device,
+                                   precision=config.train.precision).metrics
+
+    return Task(task.about, task.classes, task.category_ids, task.loader, validate,
+                ClassificationEvaluator.metric_names)
+
+
+def load_val_classes(source: SourceConfig, classes: tuple[str, ...]) -> ClassDataset:
+    val = load_class_dataset(source, "val")
+    if val.classes != classes:
+        raise ValueError(f"data.val must have the classes of the training data, got {len(val.classes)}: "
+                         f"{', '.join(val.classes[:5])} ... for {', '.join(classes[:5])} ... ({val.name}).")
+    return val
+
+
+def class_loader(dataset: ClassDataset, config: Config, device: torch.device, *, batch_size: int, training: bool,
+                 start_step: int = 0) -> MemoryLoader:
+    options = config.data.classification
+    return MemoryLoader(dataset, device, batch_size=batch_size, training=training, pad=options.pad,
+                        fill=config.model.input.mean, flip=options.flip, seed=config.train.seed, start_step=start_step,
+                        **_rank())
+
+
+def _rank() -> dict[str, int]:
+    return {"rank": distributed.rank(), "world_size": distributed.world_size()}
+
+
+TASKS = {"faster_rcnn": detection, "mask_rcnn": detection, "classifier": classification}

@@ -1,0 +1,35 @@
+"""Evaluation of classifiers: top-1 and top-5 over a loader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from detres.engine.distributed import gather
+from detres.evaluation.base import EvalResult
+from detres.evaluation.classification import ClassificationEvaluator
+from detres.evaluation.run import eval_mode
+from detres.structures import Batch, ImageBatch
+
+
+@torch.no_grad()
+def evaluate_classifier(model: nn.Module, loader: Iterable[Batch], classes: Sequence[str], device: torch.device, *,
+                        precision: Literal["fp32", "bf16"] = "fp32",
+                        score: Callable[[ImageBatch], Tensor] | None = None) -> EvalResult:
+    """Top-1, top-5 and the loss "val/loss_cls" over all processes. `score`: images to logits (N, K), if not the model
+    itself."""
+    evaluator, total = ClassificationEvaluator(classes), torch.zeros(2, dtype=torch.float64, device=device)
+    with eval_mode(model), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        for batch in loader:
+            batch = batch.to(device, non_blocking=True)
+            logits = (score or model)(batch.images).float()
+            evaluator.update(logits, batch.targets.labels)
+            total += torch.stack([F.cross_entropy(logits, batch.targets.labels, reduction="sum").double(),
+                                  total.new_tensor(len(logits))])
+    evaluator.merge(gather(evaluator.state()))
+    loss, images = torch.stack(gather(total.cpu())).sum(0).tolist()
+    return evaluator.compute().merged(EvalResult({"val/loss_cls": loss / max(images, 1)}))
