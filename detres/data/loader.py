@@ -15,7 +15,7 @@ import signal
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import cv2
@@ -27,22 +27,23 @@ from detres.config import DataConfig, InputConfig
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import ImageError, read_image
 from detres.data.masks import rasterize
-from detres.data.transforms import ResizeShortSide, Sample, Transform, build_train_transforms
+from detres.data.transforms import ResizeShortSide, Sample, Transform, build_train_transforms, resize_for_eval
 from detres.structures import Batch, ImageBatch, Targets
 
 Key = tuple[int, int]  # epoch, number of the record in the data set
 
 
 def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *, batch_size: int, training: bool,
-                 with_masks: bool, with_keypoints: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1,
-                 start_step: int = 0, device_type: str = "cpu") -> Loader:
+                 with_masks: bool, with_keypoints: bool = False, pyramid: Sequence[InputConfig] = (), seed: int = 0,
+                 rank: int = 0, world_size: int = 1, start_step: int = 0, device_type: str = "cpu") -> Loader:
     """An iterable of `Batch` on the CPU, in pinned memory if `device_type` is cuda.
 
     Training: endless, from `start_step` on. `batch_size` images make a step over all ranks, of which this rank gets its
     slice; it must be a multiple of `world_size`. Images are shuffled anew each epoch; what an epoch leaves over goes
     with the next one.
     Evaluation: one pass in the order of the data set, `batch_size` images at a time; this rank gets every
-    `world_size`-th. The targets are there too, for validation losses.
+    `world_size`-th. The targets are there too, for validation losses. `pyramid` (`transforms.scale_pyramid`): how each
+    image is resized besides, for multi-scale testing.
 
     Raises ValueError for arguments or data that do not fit; while iterating, ImageError for an image that cannot be
     used.
@@ -56,7 +57,7 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
         keys = [(0, number) for number in range(rank, len(dataset.records), world_size)]
         batches = [keys[start:start + batch_size] for start in range(0, len(keys), batch_size)]
     reader = _Reader(dataset.records, transform, with_masks, len(dataset.keypoint_names) if with_keypoints else 0, seed,
-                     model_input.size_divisor, data.augment.crop_size or 0 if training else 0)
+                     model_input.size_divisor, data.augment.crop_size or 0 if training else 0, pyramid)
     return Loader(reader, batches, data.workers, device_type == "cuda", seed)
 
 
@@ -194,24 +195,30 @@ class _Reader:
     seed: int
     size_divisor: int
     canvas: int  # least side of the canvas
+    pyramid: Sequence[InputConfig] = ()
 
     def __getitems__(self, keys: list[Key]) -> Batch | ImageError:
         """The error is given back rather than raised: it reaches the main process without the worker's traceback."""
         try:
             seeds = [sample_seed(self.seed, *key) for key in keys]
-            samples = [self._sample(self.records[number], seed) for (_, number), seed in zip(keys, seeds)]
+            pairs = [self._sample(self.records[number], seed) for (_, number), seed in zip(keys, seeds)]
         except ImageError as error:
             return error
-        return collate(samples, [self.records[number] for _, number in keys], seeds, self.size_divisor, self.canvas)
+        samples, scaled = zip(*pairs)
+        batch = collate(samples, [self.records[number] for _, number in keys], seeds, self.size_divisor, self.canvas)
+        pyramid = tuple(pad_images(images, self.size_divisor) for images in zip(*scaled))
+        return replace(batch, images=replace(batch.images, pyramid=pyramid))
 
-    def _sample(self, record: ImageRecord, seed: int) -> Sample:
+    def _sample(self, record: ImageRecord, seed: int) -> tuple[Sample, list[np.ndarray]]:
+        """The sample, and its image at the scales of the pyramid."""
         image = read_image(record.path)
         _check_size(record, image)
         sample = make_sample(record, image, self.with_masks, self.keypoints)
         try:
-            return self.transform(sample, np.random.default_rng(seed))
+            sample = self.transform(sample, np.random.default_rng(seed))
         except ImageError as error:
             raise ImageError(f"{error} ({record.path})") from error
+        return sample, [resize_for_eval(image, scale) for scale in self.pyramid]
 
 
 def _check_size(record: ImageRecord, image: np.ndarray) -> None:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from detres.config import AugmentConfig, InputConfig
+from detres.config import AugmentConfig, EvalConfig, InputConfig
 from detres.data.dataset import Dataset
 
 SMALLEST = 1.0  # pixels: objects that a crop leaves narrower or lower than this are gone
@@ -74,6 +74,12 @@ def resize_for_eval(image: np.ndarray, model_input: InputConfig) -> np.ndarray:
     """An image (H, W, 3) uint8 at the size that the model is evaluated at; float32 if not antialiased."""
     size = resized_size(*image.shape[:2], model_input.min_size, model_input.max_size, model_input.antialias)
     return resize_image(image, size, model_input.antialias)
+
+
+def scale_pyramid(model_input: InputConfig, options: EvalConfig) -> tuple[InputConfig, ...]:
+    """The preprocessing of each scale of multi-scale testing, smallest first; none if it is off."""
+    sides, bound = options.test_scales or (), options.test_max_size
+    return tuple(model_input.model_copy(update={"min_size": side, "max_size": bound}) for side in sides)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from detres.data.class_dataset import ClassDataset, load_class_dataset
 from detres.data.cifar import MemoryLoader
 from detres.data.dataset import load_dataset
 from detres.data.loader import build_loader
+from detres.data.transforms import scale_pyramid
 from detres.engine import distributed
 from detres.engine.interrupt import Interrupt
 from detres.evaluation.classify import evaluate_classifier
@@ -48,7 +49,8 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
         return task
     val = align_classes(load_dataset(data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids)
     evaluators = build_evaluators(val, config.eval.metrics, with_masks)
-    batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False, **options)
+    batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False,
+                           pyramid=scale_pyramid(config.model.input, config.eval), **options)
 
     def validate(model: nn.Module) -> Metrics:
         return evaluate(model, interrupt.watch(batches), evaluators, device, precision=config.train.precision,
