@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import BaseModel
 
 from detres.build import build_model
@@ -95,8 +98,20 @@ def _fields(section: type[Section]):
                 yield from _fields(inner)
 
 
+def labelled_images(folder: Path) -> None:
+    """Two classes of one image each, in CIFAR's size, as zip files."""
+    folder.mkdir()
+    for split in ("train", "test"):
+        with zipfile.ZipFile(folder / f"{split}.zip", "w") as file:
+            for name in ("red", "blue"):
+                picture = io.BytesIO()
+                Image.new("RGB", (32, 32), name).save(picture, "PNG")
+                file.writestr(f"{split}/{name}/0.png", picture.getvalue())
+
+
 def test_every_field_is_read(tmp_path, monkeypatch):
-    """Watches one step of training: a field that no code asks for would be a setting without effect.
+    """Watches one step of training, of a detector and of a classifier: a field that no code asks for would be a setting
+    without effect.
 
     `build.py` hands whole sections on as keyword arguments; constructors refuse what they do not know.
     """
@@ -121,8 +136,13 @@ def test_every_field_is_read(tmp_path, monkeypatch):
         f"data.train={data}", f"data.val={data}", f"output={tmp_path / 'run'}", "data.workers=0",
         "train.steps=1", "train.batch_size=2", "train.reference_batch_size=2",
         "model.input.min_size=48", "model.input.max_size=64"]).config
+    labelled_images(tmp_path / "images")
+    classifier = ["model.name=classifier", "model.backbone.weights=null", "model.backbone.width=8", "train.steps=1",
+                  f"data.train={tmp_path / 'images'}", f"data.val={tmp_path / 'images'}", f"output={tmp_path / 'classes'}",
+                  "train.schedule=plateau", "train.batch_size=2", "train.reference_batch_size=2"]
     monkeypatch.setattr(Section, "__getattribute__", watched_get)
     monkeypatch.setattr(Section, "model_dump", watched_dump, raising=False)
     train(config)
+    train(load_config(None, classifier).config)
     unread = [name for name in _fields(Config) if name not in read]
     assert not unread, f"fields that nothing reads: {', '.join(unread)}"
