@@ -36,8 +36,25 @@ class InputConfig(Section):
 
 
 class BackboneConfig(Section):
-    depth: Literal[18, 34, 50, 101, 152] = Field(50, description="Table 1 of arXiv 1512.03385")
-    width: Annotated[int, Field(ge=8, multiple_of=8)] = Field(64, description="channels of the stem and of stage 2")
+    """Networks of arXiv 1512.03385 and what came of them; numbers of stages are the paper's, stage 2 is conv2_x."""
+
+    depth: Annotated[int, Field(ge=8)] = Field(
+        50, description="18, 34, 50, 101 or 152 (Table 1); with stem cifar 6n + 2: 20, 32, 44, 56, 110, 1202 (Table 6)")
+    width: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
+        64, description="channels of the stem and of stage 2; 16 in the paper's networks with stem cifar")
+    stem: Literal["imagenet", "deep", "cifar"] = Field(
+        "imagenet", description="7x7 and max pool; deep: three 3x3 and max pool (ResNet-C and -D, arXiv 1812.01187); "
+                                "cifar: one 3x3, three stages (classifiers only)")
+    shortcut: Literal["A", "B", "C", "none"] = Field(
+        "B", description="section 3.3: where the size changes A pads zeros, B projects; C always projects; none: plain")
+    groups: Count = Field(1, description="of the 3x3 in bottlenecks: 32 in ResNeXt-50 32x4d (arXiv 1611.05431)")
+    group_width: Count = Field(
+        64, description="channels of a group in stage 2 at width 64: 4 in ResNeXt-50 32x4d, 128 in Wide ResNet-50-2")
+    preact: bool = Field(False, description="norm and relu before each convolution (arXiv 1603.05027)")
+    avg_down: bool = Field(
+        False, description="projections average 2x2 instead of taking every other pixel (ResNet-D, arXiv 1812.01187)")
+    deform_stages: Annotated[int, Field(ge=0, le=4)] = Field(
+        0, description="last stages whose 3x3 are deformable and modulated: 3 in DCNv2 (arXiv 1811.11168)")
     layout: Literal["fpn", "c4", "dc5"] = Field("fpn", description="P2..P6; stage 4 at stride 16; dilated stage 5")
     weights: str | None = Field("imagenet", description="'imagenet' (torchvision's), a path, or null: from scratch")
     norm: Norm = Field("frozen_bn", description="gn trains from scratch at any batch size")
@@ -53,6 +70,29 @@ class BackboneConfig(Section):
         if self.activation_checkpointing and self.norm in ("bn", "sync_bn"):
             raise ValueError(f"activation_checkpointing must go with norm frozen_bn or gn, got norm={self.norm}: "
                              "recomputation would update its statistics twice a step")
+        return self
+
+    @model_validator(mode="after")
+    def _network_exists(self):
+        if self.stem == "cifar" and self.depth % 6 != 2:
+            raise ValueError(f"depth must be 6n + 2 with stem=cifar (20, 32, 44, 56, 110 ...), got {self.depth}")
+        if self.stem != "cifar" and self.depth not in (18, 34, 50, 101, 152):
+            raise ValueError(f"depth must be 18, 34, 50, 101 or 152 with stem={self.stem}, got {self.depth}")
+        bottleneck = self.depth >= 50 and self.stem != "cifar"
+        if bottleneck and self.shortcut == "none":
+            raise ValueError("shortcut must be A, B or C in bottlenecks (depth 50 and more; plain networks have depth "
+                             f"18 or 34, or stem cifar), got shortcut=none, depth={self.depth}")
+        if not bottleneck and (self.groups, self.group_width, self.deform_stages) != (1, 64, 0):
+            raise ValueError("groups, group_width and deform_stages must be 1, 64 and 0 without bottlenecks (depth 18 "
+                             f"or 34, or stem cifar), got groups={self.groups}, group_width={self.group_width}, "
+                             f"deform_stages={self.deform_stages}")
+        if self.width * self.group_width % 64:
+            raise ValueError("width * group_width must be a multiple of 64, or a group has a part of a channel, got "
+                             f"width={self.width}, group_width={self.group_width}")
+        if self.avg_down and self.shortcut not in ("B", "C"):
+            raise ValueError(f"avg_down must go with projections, shortcut B or C, got shortcut={self.shortcut}")
+        if self.preact and self.shortcut not in ("A", "B"):
+            raise ValueError(f"preact must go with identities, shortcut A or B, got shortcut={self.shortcut}")
         return self
 
 
@@ -133,6 +173,13 @@ class ModelConfig(Section):
     pool: PoolConfig = PoolConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+
+    @model_validator(mode="after")
+    def _detectors_have_four_stages(self):
+        if self.backbone.stem == "cifar" and self.name != "classifier":
+            raise ValueError("backbone.stem cifar must go with name=classifier: detectors read four stages, and it has "
+                             f"three, got name={self.name}")
+        return self
 
     @model_validator(mode="after")
     def _levels(self):
