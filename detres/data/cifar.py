@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
@@ -85,14 +86,17 @@ class MemoryLoader:
     """Batches of this rank from images held on `device`.
 
     Training: endless, from `start_step` on; each epoch in a new order, what it leaves over going with the next one.
-    Each image is padded by `pad` pixels of `fill`, cropped at random to its size, and flipped with probability `flip`.
+    Images larger than `size` are first averaged down to it. In training each is padded by `pad` pixels of `fill`,
+    cropped at random to its size, and flipped with probability `flip`.
     Evaluation: one pass in order.
     """
 
-    def __init__(self, dataset: ClassDataset, device: torch.device, *, batch_size: int, training: bool, pad: int = 0,
-                 fill: tuple[float, ...] = (0, 0, 0), flip: float = 0.0, seed: int = 0, rank: int = 0,
-                 world_size: int = 1, start_step: int = 0):
+    def __init__(self, dataset: ClassDataset, device: torch.device, *, batch_size: int, training: bool, size: int = 32,
+                 pad: int = 0, fill: tuple[float, ...] = (0, 0, 0), flip: float = 0.0, seed: int = 0,
+                 rank: int = 0, world_size: int = 1, start_step: int = 0):
         pixels = torch.from_numpy(dataset.pixels).to(device).permute(0, 3, 1, 2)
+        if size < pixels.shape[2]:
+            pixels = F.interpolate(pixels.float(), size=size, mode="bilinear", antialias=True).round().byte()
         self.size, self.pad = tuple(pixels.shape[-2:]), pad if training else 0
         self.padded = torch.tensor(fill, device=device).round().byte().view(1, 3, 1, 1).repeat(
             len(pixels), 1, *(side + 2 * self.pad for side in self.size))

@@ -90,9 +90,9 @@ def load_val_classes(source: SourceConfig, classes: tuple[str, ...]) -> ClassDat
 def class_loader(dataset: ClassDataset, config: Config, device: torch.device, *, batch_size: int, training: bool,
                  start_step: int = 0) -> MemoryLoader:
     options = config.data.classification
-    return MemoryLoader(dataset, device, batch_size=batch_size, training=training, pad=options.pad,
-                        fill=config.model.input.mean, flip=options.flip, seed=config.train.seed, start_step=start_step,
-                        **_rank())
+    return MemoryLoader(dataset, device, batch_size=batch_size, training=training,
+                        size=config.model.input.min_size, pad=options.pad, fill=config.model.input.mean,
+                        flip=options.flip, seed=config.train.seed, start_step=start_step, **_rank())
 
 
 def _rank() -> dict[str, int]:
