@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -35,15 +36,17 @@ if TYPE_CHECKING:
 __all__ = [*_PUBLIC, "load", "__version__"]
 
 
-def load(path: str | os.PathLike, device: str = "auto") -> Predictor:
+def load(path: str | os.PathLike | Sequence[str | os.PathLike], device: str = "auto",
+         overrides: Sequence[str] = ()) -> Predictor:
     """A detector ready to predict, from a weights file or a run folder: they carry model, classes, preprocessing.
 
-    device: auto (a GPU where there is one), cpu, cuda, cuda:1 ... Raises FileNotFoundError, or ValueError for a file
-    that is not detres weights.
+    Several paths make an ensemble. device: auto (a GPU where there is one), cpu, cuda, cuda:1 ... `overrides` are of
+    the config that weights carry, such as "model.box_head.nms_thresh=0.3". Raises FileNotFoundError, or ValueError for
+    a file that is not detres weights.
     """
     from detres.inference.predictor import Predictor
 
-    return Predictor.from_weights(path, device)
+    return Predictor.from_weights(path, device, overrides)
 
 
 def __getattr__(name: str):

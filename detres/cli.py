@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import itertools
 import linecache
 import os
 import re
@@ -42,10 +43,12 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres eval runs/bccd --split test --metrics voc
   detres eval best.safetensors --data datasets/coco --save results.json
   detres eval runs/bccd eval.batch_size=4 model.input.min_size=600 model.box_head.score_thresh=0.01
+  detres eval runs/a runs/b 'eval.test_scales=[200,400,600,800,1000]'
   detres eval --gt instances_val2017.json --results theirs.json --iou-type bbox segm --json numbers.json""",
     "predict": """
   detres predict runs/bccd cells.jpg
-  detres predict runs/bccd photos/ 'more/*.png' --out found --score-thresh 0.7""",
+  detres predict runs/bccd photos/ 'more/*.png' --out found --score-thresh 0.7
+  detres predict runs/a runs/b photos/ model.box_head.nms_thresh=0.3""",
     "config": """
   detres config                                    all fields and their defaults
   detres config configs/bccd_r18.yaml train.lr=0.01
@@ -141,12 +144,14 @@ def _train(args: argparse.Namespace) -> None:
 def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _eval, "measure weights, or a results file of any program, on a data set",
                       "Of weights: prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class; "
-                      "without --data, on what they were validated on in training.\n\nOf a results file (--gt and "
+                      "without --data, on what they were validated on in training. Several are an ensemble.\n\n"
+                      "Of a results file (--gt and "
                       "--results): prints pycocotools' numbers, and warns of what makes them wrong.",
-                      rest="overrides")
+                      rest="more")
     _add_weights(parser, nargs="?")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
-                        help="fields of the config that the weights carry, such as model.box_head.score_thresh=0.1")
+    parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
+                        help="further weights; fields of the config that they carry, such as "
+                             "model.box_head.score_thresh=0.1")
     parser.add_argument("--data", metavar="PATH", help="COCO, VOC or YOLO data set; recognised from the path")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set, such as test")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the detections as COCO results JSON")
@@ -182,16 +187,19 @@ def _eval(args: argparse.Namespace) -> None:
         return
     from detres.evaluation.run import evaluate_weights
 
-    evaluate_weights(args.weights, data=args.data, split=args.split, save=args.save, metrics=args.metrics,
-                     batch_size=args.batch_size, device=args.device, overrides=args.overrides, numbers=args.json,
-                     errors=args.errors)
+    further, overrides = _without_overrides(args.more)
+    evaluate_weights(_one_or_all([args.weights, *map(Path, further)]), data=args.data, split=args.split, save=args.save,
+                     metrics=args.metrics, batch_size=args.batch_size, device=args.device, overrides=overrides,
+                     numbers=args.json, errors=args.errors)
 
 
 def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _predict, "detect in images",
                       "Writes an annotated picture of each image, and predictions.json.", rest="images")
     _add_weights(parser)
-    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders or globs")
+    parser.add_argument("images", nargs="+", metavar="IMAGES",
+                        help="files, folders or globs; before them, further weights, for an ensemble; fields of the "
+                             "config that the weights carry as key=value")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: predictions)")
     parser.add_argument("--score-thresh", type=_probability, default=0.5, metavar="P",
                         help="show detections with at least this score (default: 0.5)")
@@ -200,10 +208,13 @@ def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    from detres.engine.checkpoint import holds_weights
     from detres.inference.run import predict_files
 
-    predict_files(args.weights, args.images, args.out, score_thresh=args.score_thresh, device=args.device,
-                  batch_size=args.batch_size)
+    inputs, overrides = _without_overrides(args.images)
+    further = list(map(Path, itertools.takewhile(holds_weights, inputs)))
+    predict_files(_one_or_all([args.weights, *further]), inputs[len(further):], args.out,
+                  score_thresh=args.score_thresh, device=args.device, batch_size=args.batch_size, overrides=overrides)
 
 
 def _add_config(commands: argparse._SubParsersAction, name: str) -> None:
@@ -280,6 +291,16 @@ COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "co
 def _add_weights(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", nargs=nargs,
                         help="weights file, or run folder: its best weights")
+
+
+def _without_overrides(items: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Paths, and fields to set: key=value, unless that is a file."""
+    is_override = [bool(re.match(r"\w+(\.\w+)*=", item)) and not Path(item).exists() for item in items]
+    return tuple([item for item, flag in zip(items, is_override) if flag == kind] for kind in (False, True))
+
+
+def _one_or_all(weights: list[Path]) -> Path | list[Path]:
+    return weights if len(weights) > 1 else weights[0]
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

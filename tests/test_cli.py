@@ -163,7 +163,25 @@ def test_eval_and_predict(monkeypatch):
     call = Call(monkeypatch, inference_run, "predict_files")
     assert cli.main(["predict", "w", "a.jpg", "--out", "o", "b/", "--score-thresh", "0.3", "c/*.png"]) == 0
     assert call.arguments == {"weights": Path("w"), "inputs": ["a.jpg", "b/", "c/*.png"], "out": Path("o"),
-                              "score_thresh": 0.3, "device": "auto", "batch_size": 8}
+                              "score_thresh": 0.3, "device": "auto", "batch_size": 8, "overrides": []}
+
+
+def test_several_weights_are_an_ensemble(folder, monkeypatch):
+    call = Call(monkeypatch, evaluation_run, "evaluate_weights")
+    assert cli.main(["eval", "runs/a", "runs/b", "eval.batch_size=4", "--device", "cpu", "c=d.safetensors/x",
+                     "data.workers=0"]) == 0
+    assert call.arguments["path"] == [Path("runs/a"), Path("runs/b")]
+    assert call.arguments["overrides"] == ["eval.batch_size=4", "c=d.safetensors/x", "data.workers=0"]
+    assert cli.main(["eval", "runs/a", "runs/lr=0.1"]) == 0
+    assert call.arguments["path"] == [Path("runs/a"), Path("runs/lr=0.1")] and not call.arguments["overrides"]
+    Path("run", "checkpoints").mkdir(parents=True)
+    for name in ("run/checkpoints/final.safetensors", "b.safetensors", "x=1.jpg"):
+        Path(name).touch()
+    call = Call(monkeypatch, inference_run, "predict_files")
+    assert cli.main(["predict", "a", "run", "b.safetensors", "x=1.jpg", "run", "model.rpn.nms_thresh=0.5"]) == 0
+    assert call.arguments["weights"] == [Path("a"), Path("run"), Path("b.safetensors")]
+    assert call.arguments["inputs"] == ["x=1.jpg", "run"]  # after an image, a run is a folder of images
+    assert call.arguments["overrides"] == ["model.rpn.nms_thresh=0.5"]
 
 
 def test_config(folder, capsys):

@@ -123,6 +123,14 @@ def find_weights(path: str | Path) -> Path:
     raise FileNotFoundError(f"weights must be a .safetensors file or a run folder, got {path}, {found}.")
 
 
+def holds_weights(path: str | Path) -> bool:
+    """Whether the path is a weights file, or the folder of a run that has one."""
+    try:
+        return find_weights(path).suffix == ".safetensors"
+    except FileNotFoundError:
+        return False
+
+
 # ---- training state ------------------------------------------------------------------------------------------------
 
 

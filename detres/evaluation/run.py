@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from detres.config import SourceConfig
 from detres.data.dataset import Dataset, ImageRecord, load_dataset
 from detres.data.loader import build_loader
+from detres.data.transforms import scale_pyramid
 from detres.engine.distributed import gather, rank, world_size
 from detres.engine.failures import explain_out_of_memory, of_evaluation
 from detres.evaluation.base import EvalResult, Evaluator, truths_of
@@ -109,17 +111,18 @@ def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
     return result.merged(EvalResult(losses))
 
 
-def evaluate_weights(path: str | Path, *, data: str | SourceConfig | None = None, split: str | None = None,
-                     save: str | Path | None = None, metrics: Sequence[Literal["coco", "voc"]] | None = None,
-                     batch_size: int | None = None, device: str = "auto", overrides: Sequence[str] = (),
-                     numbers: str | Path | None = None, errors: str | Path | None = None) -> dict[str, float]:
-    """Evaluate a weights file or a run folder; print the table; return the metrics.
+def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | SourceConfig | None = None,
+                     split: str | None = None, save: str | Path | None = None,
+                     metrics: Sequence[Literal["coco", "voc"]] | None = None, batch_size: int | None = None,
+                     device: str = "auto", overrides: Sequence[str] = (), numbers: str | Path | None = None,
+                     errors: str | Path | None = None) -> dict[str, float]:
+    """Evaluate a weights file or a run folder, or several as an ensemble; print the table; return the metrics.
 
-    `data` and `split` default to what the weights were validated on in training, `metrics` and `batch_size` to their
-    config, which `overrides` such as "model.box_head.score_thresh=0.1" change first (`load_model`). The precision is
-    that of training, so the numbers are those of the run. `save` is a file for the detections as COCO results, which
-    pycocotools' `loadRes` reads; `numbers` one for the metrics, as JSON; `errors` a folder for an analysis of the
-    errors of boxes.
+    `data` and `split` default to what the weights (of several, the first) were validated on in training, `metrics` and
+    `batch_size` to their config, which `overrides` such as "model.box_head.score_thresh=0.1" change first
+    (`load_model`). The precision is that of training, so the numbers are those of the run. `save` is a file for the
+    detections as COCO results, which pycocotools' `loadRes` reads; `numbers` one for the metrics, as JSON; `errors` a
+    folder for an analysis of the errors of boxes.
     """
     model, meta, config = load_model(path, device, overrides)
     dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
@@ -127,9 +130,11 @@ def evaluate_weights(path: str | Path, *, data: str | SourceConfig | None = None
     with_masks = config.model.name == "mask_rcnn"
     evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks, save is not None)
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size or config.eval.batch_size,
-                          training=False, with_masks=False, device_type=device_of(model).type)
+                          training=False, with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
+                          device_type=device_of(model).type)
     result = evaluate(model, loader, evaluators, device_of(model), precision=config.train.precision)
-    print(f"{dataset.name}: {len(dataset.records)} images, weights {path} (step {meta.step})\n{result.table()}")
+    weights = f"{path} (step {meta.step})" if isinstance(path, (str, PathLike)) else " + ".join(map(str, path))
+    print(f"{dataset.name}: {len(dataset.records)} images, weights {weights}\n{result.table()}")
     evaluator = max(evaluators, key=lambda evaluator: isinstance(evaluator, CocoEvaluator))
     if save is not None:
         save_results(evaluator, save)

@@ -9,6 +9,7 @@ Legend: N images, D detections, (H, W) size of the image as given.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,11 +26,12 @@ from detres.config_file import override
 from detres.data.images import to_rgb_array
 from detres.data.loader import pad_images
 from detres.data.masks import encode_masks
-from detres.data.transforms import resize_for_eval
+from detres.data.transforms import resize_for_eval, scale_pyramid
 from detres.engine.checkpoint import WeightsMeta, find_weights, load_weights
 from detres.engine.distributed import pick_device
 from detres.engine.failures import explain_out_of_memory, of_prediction
 from detres.inference.draw import draw
+from detres.inference.ensemble import build_ensemble
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Detections
 
@@ -92,18 +94,22 @@ class Prediction:
 
 
 class Predictor:
-    """A model with its classes and preprocessing."""
+    """A model with its classes and preprocessing; `pyramid` (`transforms.scale_pyramid`) for multi-scale testing."""
 
     def __init__(self, model: nn.Module, classes: Sequence[str], category_ids: Sequence[int],
-                 preprocessing: InputConfig):
+                 preprocessing: InputConfig, pyramid: Sequence[InputConfig] = ()):
         self.model = model.eval()
         self.classes, self.category_ids, self.preprocessing = tuple(classes), tuple(category_ids), preprocessing
+        self.pyramid = tuple(pyramid)
 
     @classmethod
-    def from_weights(cls, path: str | Path, device: str = "auto") -> Predictor:
-        """From a weights file or a run folder, which carry all that is needed."""
-        model, meta, config = load_model(path, device)
-        return cls(model, meta.classes, meta.category_ids, config.model.input)
+    def from_weights(cls, path: str | Path | Sequence[str | Path], device: str = "auto",
+                     overrides: Sequence[str] = ()) -> Predictor:
+        """From a weights file or a run folder, which carry all that is needed, or an ensemble of several
+        (`load_model`)."""
+        model, meta, config = load_model(path, device, overrides)
+        preprocessing = config.model.input
+        return cls(model, meta.classes, meta.category_ids, preprocessing, scale_pyramid(preprocessing, config.eval))
 
     def predict(self, images: ImageLike | Sequence[ImageLike], score_thresh: float = 0.5, *,
                 min_size: int | None = None, max_size: int | None = None, batch_size: int = 8,
@@ -132,7 +138,9 @@ class Predictor:
     def _predict(self, items: list[ImageLike], paths: Sequence[str | None], score_thresh: float,
                  preprocessing: InputConfig) -> list[Prediction]:
         images = [to_rgb_array(item) for item in items]
-        batch = pad_images([resize_for_eval(image, preprocessing) for image in images], preprocessing.size_divisor)
+        batch, *pyramid = (pad_images([resize_for_eval(image, scale) for image in images], scale.size_divisor)
+                           for scale in (preprocessing, *self.pyramid))
+        batch = replace(batch, pyramid=tuple(pyramid))
         sizes = torch.tensor([image.shape[:2] for image in images])
         device = next(self.model.parameters()).device
         with explain_out_of_memory(of_prediction, batch, sizes, paths, device):
@@ -152,14 +160,23 @@ class Predictor:
                           [self.category_ids[k] for k in labels], masks, image, path)
 
 
-def load_model(path: str | Path, device: str = "auto",
+def load_model(path: str | Path | Sequence[str | Path], device: str = "auto",
                overrides: Sequence[str] = ()) -> tuple[nn.Module, WeightsMeta, Config]:
     """A model in eval mode, with what its weights file (or run folder) says about it, and the config in use.
 
     That is the config of the weights with `device`, then with `overrides` (key=value) that keep the network.
+    Several paths make an ensemble, which has the description and the config of the first.
     Raises what `find_weights` and `load_weights` do, ConfigError for bad overrides, and ValueError for weights that do
-    not fit their own model, or for overrides that make another one.
+    not fit their own model, for overrides that make another one, or for models that make no ensemble.
     """
+    if isinstance(path, (str, os.PathLike)):
+        return _load_one(path, device, overrides)
+    members = [_load_one(each, device, overrides) for each in path]
+    models, metas, configs = zip(*members)
+    return build_ensemble(models, metas, configs, path), metas[0], configs[0]
+
+
+def _load_one(path: str | Path, device: str, overrides: Sequence[str]) -> tuple[nn.Module, WeightsMeta, Config]:
     file = find_weights(path)
     tensors, meta = load_weights(file)
     try:

@@ -25,9 +25,12 @@ class UnreadableImages(ValueError):
         super().__init__(f"{len(problems)} image(s) could not be read; all others were predicted (see {out}):\n{lines}")
 
 
-def predict_files(weights: str | Path, inputs: Sequence[str | Path], out: str | Path, *, score_thresh: float = 0.5,
-                  device: str = "auto", batch_size: int = 8) -> Path:
+def predict_files(weights: str | Path | Sequence[str | Path], inputs: Sequence[str | Path], out: str | Path, *,
+                  score_thresh: float = 0.5, device: str = "auto", batch_size: int = 8,
+                  overrides: Sequence[str] = ()) -> Path:
     """Predict on files, folders (searched through) and globs. Writes a picture of each image and `predictions.json`.
+
+    Several weights are an ensemble; `overrides` change the config that they carry (`predictor.load_model`).
 
     The JSON is a list with, for each image, "file", "picture", "height", "width" and "detections", each of which has
     "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (COCO's RLE).
@@ -39,7 +42,7 @@ def predict_files(weights: str | Path, inputs: Sequence[str | Path], out: str | 
     files = find_images(inputs, skip=out)
     pictures = picture_names(files)
     _spare_inputs(pictures, out)
-    predictor = Predictor.from_weights(weights, device)
+    predictor = Predictor.from_weights(weights, device, overrides)
     out.mkdir(parents=True, exist_ok=True)
     problems: dict[Path, str] = {}
     entries = []
