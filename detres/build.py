@@ -11,7 +11,7 @@ from detres.models.anchors import AnchorGenerator
 from detres.models.backbone import FPNBackbone, LastStageBackbone
 from detres.models.classifier import Classifier
 from detres.models.faster_rcnn import FasterRCNN, Normalize
-from detres.models.resnet import ResNet, resnet
+from detres.models.resnet import ResNet, cifar_resnet, resnet
 from detres.models.roi_heads.box_head import BoxPredictor, TwoFCHead
 from detres.models.roi_heads.mask_head import MaskHead
 from detres.models.roi_heads.standard import Pool, RoIHeads
@@ -51,9 +51,12 @@ def build_classifier(config: ModelConfig, num_classes: int) -> Classifier:
 
 def build_resnet(config: ModelConfig) -> ResNet:
     options = config.backbone
-    body = resnet(options.depth, width=options.width, norm=options.norm, norm_eps=options.norm_eps,
-                  stride_in_1x1=options.stride_in_1x1, dilated_stages=1 if options.layout == "dc5" else 0,
-                  activation_checkpointing=options.activation_checkpointing)
+    make = cifar_resnet if options.stem == "cifar" else partial(resnet, stem=options.stem)
+    body = make(options.depth, width=options.width, shortcut=options.shortcut, norm=options.norm,
+                norm_eps=options.norm_eps, stride_in_1x1=options.stride_in_1x1, groups=options.groups,
+                group_width=options.group_width, preact=options.preact, avg_down=options.avg_down,
+                deform_stages=options.deform_stages, dilated_stages=1 if options.layout == "dc5" else 0,
+                activation_checkpointing=options.activation_checkpointing)
     body.freeze(options.freeze_stages)
     return body
 

@@ -1,7 +1,8 @@
 """Residual networks: Deep Residual Learning for Image Recognition (arXiv 1512.03385), Table 1 and section 4.
 
-One class for the ImageNet networks, plain networks, ResNeXt, Wide ResNet and the CIFAR networks: they differ in
-arguments. State keys are torchvision's (`conv1`, `bn1`, `layer1.0.conv1` ...), so its checkpoints load as they are.
+One class for the ImageNet networks, plain networks, the CIFAR networks, and for ResNeXt, Wide ResNet, ResNet-D,
+pre-activation and deformable networks: they differ in arguments. State keys are torchvision's (`conv1`, `bn1`,
+`layer1.0.conv1` ...), so its checkpoints load as they are.
 
 Stage k of the paper (conv2_x .. conv5_x) is `layer{k-1}`.
 """
@@ -16,106 +17,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from detres.models.blocks import BlockOptions, Shortcut, make_stage
 from detres.models.norms import FrozenBatchNorm2d, conv_norm, make_conv, make_norm
 
 # depth -> (bottleneck blocks?, blocks per stage), Table 1
 DEPTHS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3)),
           101: (True, (3, 4, 23, 3)), 152: (True, (3, 8, 36, 3))}
 
-Shortcut = Literal["A", "B", "C", "none"]
+Stem = Literal["imagenet", "deep", "cifar"]
 
 
-class ZeroPadShortcut(nn.Module):
-    """Option A of section 3.3: strided identity, new channels are zero; no parameters."""
+class DeepStem(nn.Sequential):
+    """Three 3x3, the first with stride 2, instead of the 7x7: ResNet-C of arXiv 1812.01187, section 4.2.
 
-    def __init__(self, new_channels: int, stride: int):
-        super().__init__()
-        self.new_channels, self.stride = new_channels, stride
+    The norm of the last is the network's `bn1`, as with the 7x7; keys are timm's.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, :, :: self.stride, :: self.stride]
-        return F.pad(x, (0, 0, 0, 0, 0, self.new_channels))
+    def __init__(self, width: int, norm: str, eps: float):
+        half = width // 2
+        super().__init__(make_conv(3, half, 3, 2), make_norm(norm, half, eps), nn.ReLU(),
+                         make_conv(half, half, 3), make_norm(norm, half, eps), nn.ReLU(), make_conv(half, width, 3))
 
-
-class ProjectionShortcut(nn.Sequential):
-    """Option B: 1x1 convolution and norm."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int, norm: str, eps: float):
-        super().__init__(make_conv(in_channels, channels, 1, stride), make_norm(norm, channels, eps))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return conv_norm(x, self[0], self[1])
-
-
-def make_shortcut(kind: Shortcut, in_channels: int, channels: int, stride: int, norm: str, eps: float):
-    """Shortcut of one block: None is the identity. 'B' projects where the size changes, 'C' always."""
-    changes = stride != 1 or in_channels != channels
-    if kind == "C" or (kind == "B" and changes):
-        return ProjectionShortcut(in_channels, channels, stride, norm, eps)
-    if kind == "A" and changes:
-        return ZeroPadShortcut(channels - in_channels, stride)
-    return None
-
-
-class Block(nn.Module):
-    """What basic and bottleneck blocks share: out = relu(branch(x) + shortcut(x)); shortcut 'none' is a plain net."""
-
-    downsample: nn.Module | None
-    residual: bool
-
-    def branch(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.branch(x)
-        if self.residual:
-            out += x if self.downsample is None else self.downsample(x)
-        return F.relu_(out)
-
-
-class BasicBlock(Block):
-    """Two 3x3 convolutions (Figure 5 left)."""
-
-    expansion = 1
-
-    def __init__(self, in_channels: int, width: int, stride: int, dilation: int, shortcut: Shortcut, norm: str,
-                 eps: float, stride_in_1x1: bool, groups: int, group_width: int):
-        super().__init__()
-        self.conv1 = make_conv(in_channels, width, 3, stride, dilation)
-        self.bn1 = make_norm(norm, width, eps)
-        self.conv2 = make_conv(width, width, 3, dilation=dilation)
-        self.bn2 = make_norm(norm, width, eps)
-        self.residual = shortcut != "none"
-        self.downsample = make_shortcut(shortcut, in_channels, width, stride, norm, eps)
-
-    def branch(self, x: Tensor) -> Tensor:
-        x = F.relu_(conv_norm(x, self.conv1, self.bn1))
-        return conv_norm(x, self.conv2, self.bn2)
-
-
-class Bottleneck(Block):
-    """1x1, 3x3, 1x1 (Figure 5 right); grouped 3x3 is ResNeXt (arXiv 1611.05431)."""
-
-    expansion = 4
-
-    def __init__(self, in_channels: int, width: int, stride: int, dilation: int, shortcut: Shortcut, norm: str,
-                 eps: float, stride_in_1x1: bool, groups: int, group_width: int):
-        super().__init__()
-        inner = width * group_width // 64 * groups
-        channels = width * self.expansion
-        self.conv1 = make_conv(in_channels, inner, 1, stride if stride_in_1x1 else 1)
-        self.bn1 = make_norm(norm, inner, eps)
-        self.conv2 = make_conv(inner, inner, 3, 1 if stride_in_1x1 else stride, dilation, groups)
-        self.bn2 = make_norm(norm, inner, eps)
-        self.conv3 = make_conv(inner, channels, 1)
-        self.bn3 = make_norm(norm, channels, eps)
-        self.residual = shortcut != "none"
-        self.downsample = make_shortcut(shortcut, in_channels, channels, stride, norm, eps)
-
-    def branch(self, x: Tensor) -> Tensor:
-        x = F.relu_(conv_norm(x, self.conv1, self.bn1))
-        x = F.relu_(conv_norm(x, self.conv2, self.bn2))
-        return conv_norm(x, self.conv3, self.bn3)
+    def lead_in(self, x: Tensor) -> Tensor:
+        """All but the last convolution."""
+        for i in (0, 3):
+            x = F.relu_(conv_norm(x, self[i], self[i + 1]))
+        return x
 
 
 class ResNet(nn.Module):
@@ -126,45 +53,55 @@ class ResNet(nn.Module):
     shortcut: 'A' zero padding, 'B' projection where the size changes, 'C' projections, 'none' a plain network.
     norm: frozen_bn, bn, sync_bn or gn. stride_in_1x1: as in the paper; False as in torchvision.
     dilated_stages: how many of the last stages keep their resolution by dilation instead of stride (DeepLab).
-    stem: 'imagenet' 7x7 stride 2 and max pool; 'cifar' one 3x3 (section 4.2).
+    stem: 'imagenet' 7x7 stride 2 and max pool; 'deep' three 3x3 for the 7x7; 'cifar' one 3x3 (section 4.2).
     groups, group_width: ResNeXt-50 32x4d is (32, 4), Wide ResNet-50-2 is (1, 128).
+    preact: norm and relu before convolutions (arXiv 1603.05027). avg_down, with stem 'deep': ResNet-D (1812.01187).
+    deform_stages: how many of the last stages have deformable 3x3, modulated (DCNv2, arXiv 1811.11168).
     """
 
     def __init__(self, *, bottleneck: bool, blocks: Sequence[int], width: int = 64, shortcut: Shortcut = "B",
                  norm: str = "bn", norm_eps: float = 1e-5, stride_in_1x1: bool = False, dilated_stages: int = 0,
-                 stem: Literal["imagenet", "cifar"] = "imagenet", groups: int = 1, group_width: int = 64,
-                 activation_checkpointing: bool = False):
+                 stem: Stem = "imagenet", groups: int = 1, group_width: int = 64, preact: bool = False,
+                 avg_down: bool = False, deform_stages: int = 0, activation_checkpointing: bool = False):
         super().__init__()
+        if not bottleneck and (groups, group_width, deform_stages) != (1, 64, 0):
+            raise ValueError("groups, group_width and deform_stages must be 1, 64 and 0 without bottlenecks, got "
+                             f"{groups}, {group_width} and {deform_stages}. Take depth 50 or more.")
+        options = BlockOptions(bottleneck=bottleneck, shortcut=shortcut, norm=norm, norm_eps=norm_eps,
+                               stride_in_1x1=stride_in_1x1, groups=groups, group_width=group_width, preact=preact,
+                               avg_down=avg_down)
         self.activation_checkpointing = activation_checkpointing
         self.stem = stem
-        kernel, stride = (7, 2) if stem == "imagenet" else (3, 1)
-        self.conv1 = make_conv(3, width, kernel, stride)
+        if stem == "deep":
+            self.conv1 = DeepStem(width, norm, norm_eps)
+        else:
+            self.conv1 = make_conv(3, width, 7, 2) if stem == "imagenet" else make_conv(3, width, 3)
         self.bn1 = make_norm(norm, width, norm_eps)
-        block, in_channels, dilation = (Bottleneck if bottleneck else BasicBlock), width, 1
-        total_stride = 4 if stem == "imagenet" else 1
+        channels, total_stride, dilation = width, (1 if stem == "cifar" else 4), 1
         self.stage_names, self.channels, self.strides = [], [], []
         for i, count in enumerate(blocks):
-            stride, previous_dilation = (1 if i == 0 else 2), dilation
+            # the first block of a dilated stage still sees the old grid, as in torchvision
+            stride, first_dilation = (1 if i == 0 else 2), dilation
             if i >= len(blocks) - dilated_stages:
                 stride, dilation = 1, dilation * stride
             total_stride *= stride
-            stage_width = width * 2**i
-            stage = []
-            for k in range(count):  # the first block of a dilated stage still sees the old grid, as in torchvision
-                stage.append(block(in_channels, stage_width, stride if k == 0 else 1,
-                                   previous_dilation if k == 0 else dilation, shortcut, norm, norm_eps,
-                                   stride_in_1x1, groups, group_width))
-                in_channels = stage_width * block.expansion
+            stage, channels = make_stage(options, count, channels, width * 2**i, stride=stride, dilation=dilation,
+                                         first_dilation=first_dilation, deform=i >= len(blocks) - deform_stages)
             self.stage_names.append(f"layer{i + 1}")
-            self.add_module(self.stage_names[-1], nn.Sequential(*stage))
-            self.channels.append(in_channels)
+            self.add_module(self.stage_names[-1], stage)
+            self.channels.append(channels)
             self.strides.append(total_stride)
+
+    def run_stem(self, x: Tensor) -> Tensor:
+        conv = self.conv1
+        if self.stem == "deep":
+            x, conv = self.conv1.lead_in(x), self.conv1[-1]
+        x = F.relu_(conv_norm(x, conv, self.bn1))
+        return x if self.stem == "cifar" else F.max_pool2d(x, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, 3, H, W) normalised images -> one map (N, C, H / stride, W / stride) per stage."""
-        x = F.relu_(conv_norm(x, self.conv1, self.bn1))
-        if self.stem == "imagenet":
-            x = F.max_pool2d(x, 3, stride=2, padding=1)
+        x = self.run_stem(x)
         features = []
         for name in self.stage_names:
             for block in getattr(self, name):
@@ -208,3 +145,11 @@ def resnet(depth: int, **options) -> ResNet:
         raise ValueError(f"depth must be one of {sorted(DEPTHS)}, got {depth}. Pass blocks to ResNet for another.")
     bottleneck, blocks = DEPTHS[depth]
     return ResNet(bottleneck=bottleneck, blocks=blocks, **options)
+
+
+def cifar_resnet(depth: int, *, width: int = 16, shortcut: Shortcut = "A", **options) -> ResNet:
+    """The networks of section 4.2, 6n + 2 layers (20, 32, 44, 56, 110 and 1202 in the paper); `options` are those of
+    `ResNet`."""
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"depth must be 6n + 2 (8, 14, 20, 26, 32 ...), got {depth}. `resnet` makes those of Table 1.")
+    return ResNet(bottleneck=False, blocks=(depth // 6,) * 3, width=width, shortcut=shortcut, stem="cifar", **options)
