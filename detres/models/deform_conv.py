@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
@@ -26,6 +27,10 @@ class DeformConv2d(nn.Conv2d):
         nn.init.zeros_(self.offset.bias)
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """What `forward` and the folding of norms call; offset (N, 2 * taps, H, W) is dy, dx of each tap in turn."""
-        offset, modulation = self.offset(x).split([2 * self.taps, self.taps], 1)
-        return deform_conv2d(x, offset, weight, bias, self.stride, self.padding, self.dilation, modulation.sigmoid())
+        """What `forward` and the folding of norms call; in fp32 at least, as the kernel of the CPU has no bf16."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        # (N, 2 * taps, H', W'), dy and dx of each tap in turn, and (N, taps, H', W')
+        offset, modulation = self.offset(x).to(dtype).split([2 * self.taps, self.taps], 1)
+        out = deform_conv2d(x.to(dtype), offset, weight.to(dtype), None if bias is None else bias.to(dtype), self.stride,
+                            self.padding, self.dilation, modulation.sigmoid())
+        return out.to(x.dtype)

@@ -9,38 +9,63 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from detres.config import ModelConfig
+from detres.config import BackboneConfig, ModelConfig
 
-# Files that torchvision publishes (models/resnet.py, IMAGENET1K_V1: the recipe nearest the paper's).
-IMAGENET_URLS = {
-    18: "https://download.pytorch.org/models/resnet18-f37072fd.pth",
-    34: "https://download.pytorch.org/models/resnet34-b627a593.pth",
-    50: "https://download.pytorch.org/models/resnet50-0676ba61.pth",
-    101: "https://download.pytorch.org/models/resnet101-63fe2227.pth",
-    152: "https://download.pytorch.org/models/resnet152-394f9c45.pth",
+# Files that torchvision publishes (models/resnet.py, IMAGENET1K_V1: the recipe nearest the paper's), by depth, groups
+# and group width.
+IMAGENET_FILES = {
+    (18, 1, 64): "resnet18-f37072fd.pth",
+    (34, 1, 64): "resnet34-b627a593.pth",
+    (50, 1, 64): "resnet50-0676ba61.pth",
+    (101, 1, 64): "resnet101-63fe2227.pth",
+    (152, 1, 64): "resnet152-394f9c45.pth",
+    (50, 32, 4): "resnext50_32x4d-7cdf4587.pth",
+    (101, 32, 8): "resnext101_32x8d-8ba56ff5.pth",
+    (101, 64, 4): "resnext101_64x4d-173b62eb.pth",
+    (50, 1, 128): "wide_resnet50_2-95faca4d.pth",
+    (101, 1, 128): "wide_resnet101_2-32ee1156.pth",
 }
+# What else its networks have in common.
+IMAGENET_OPTIONS = {"width": 64, "stem": "imagenet", "shortcut": "B", "preact": False, "avg_down": False}
+OURS = "backbone.body."  # what a ResNet's keys begin with in the weights of a model of detres
 
 
 def load_backbone(model: nn.Module, config: ModelConfig) -> None:
     """Put the weights that `config.backbone.weights` names into the model's ResNet; nothing if that is null.
 
-    'imagenet': torchvision's file for the depth, from the torch hub cache or downloaded into it, checksum verified.
-    Otherwise a path to a state dict of a ResNet under torchvision's key names (.pth, or .safetensors).
+    'imagenet': torchvision's file for the network, from the torch hub cache or downloaded into it, checksum verified.
+    Otherwise a path to a state dict of a ResNet under torchvision's key names (.pth, or .safetensors), or to the
+    weights of a classifier that detres trained. Offsets of deformable convolutions that are not in it stay zero.
     Raises FileNotFoundError, or ValueError with the keys that do not fit.
     """
-    source, depth = config.backbone.weights, config.backbone.depth
+    source = config.backbone.weights
     if source is None:
         return
     if source == "imagenet":
-        if config.backbone.width != 64 or config.backbone.norm == "gn":
-            raise ValueError("model.backbone.weights 'imagenet' must have width 64 and batch norm, got width="
-                             f"{config.backbone.width}, norm={config.backbone.norm}. Set weights=null to train from "
-                             "scratch.")
-        state = torch.hub.load_state_dict_from_url(IMAGENET_URLS[depth], map_location="cpu", check_hash=True,
-                                                   weights_only=True)
+        url = "https://download.pytorch.org/models/" + imagenet_file(config.backbone)
+        state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     else:
         state = read_state_dict(Path(source))
     load_resnet(model, state, source)
+
+
+def imagenet_file(config: BackboneConfig) -> str:
+    """The file that torchvision publishes for the network. Raises ValueError where it publishes none."""
+    network = (config.depth, config.groups, config.group_width)
+    wrong = [f"{name}={getattr(config, name)}" for name, value in IMAGENET_OPTIONS.items()
+             if getattr(config, name) != value]
+    if config.stride_in_1x1 and config.depth >= 50:  # the shapes would fit, the features would not
+        wrong.append("stride_in_1x1=True")
+    if config.norm == "gn":
+        wrong.append("norm=gn")
+    if network not in IMAGENET_FILES:
+        wrong.append("depth={}, groups={}, group_width={}".format(*network))
+    if wrong:
+        raise ValueError("model.backbone.weights 'imagenet' must be for a network that torchvision publishes (ResNet, "
+                         "ResNeXt-50 32x4d, -101 32x8d, -101 64x4d, Wide ResNet-50-2, -101-2; width 64, batch norm, "
+                         f"stride in the 3x3), got {', '.join(wrong)}. Give the path of a file, or set weights=null to "
+                         "train from scratch.")
+    return IMAGENET_FILES[network]
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -57,13 +82,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def load_resnet(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a classifier's state dict into `model.backbone.body`, its conv5 into the box head of a C4 detector."""
+    state = {key.removeprefix(OURS): value for key, value in state.items()}
     body = model.backbone.body
     parts: dict[str, nn.Module] = {"": body}
-    if not hasattr(body, "layer4"):
+    if hasattr(model, "roi_heads") and not hasattr(body, "layer4"):
         parts["layer4."] = model.roi_heads.box_head
     wanted = {prefix + key: (module, key) for prefix, module in parts.items() for key in module.state_dict()}
     ignored = re.compile(r"fc\.|.*num_batches_tracked$")
-    missing = [key for key in wanted if key not in state and not ignored.match(key)]
+    optional = re.compile(ignored.pattern + r"|.*\.offset\.(weight|bias)$")
+    missing = [key for key in wanted if key not in state and not optional.match(key)]
     unexpected = [key for key in state if key not in wanted and not ignored.match(key)]
     shapes = {key: module.state_dict()[name].shape for key, (module, name) in wanted.items()}
     wrong = [f"{key} {tuple(state[key].shape)}, not {tuple(shape)}" for key, shape in shapes.items()
@@ -71,7 +98,7 @@ def load_resnet(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     if missing or unexpected or wrong:
         raise ValueError(f"backbone weights must fit the configured ResNet (model.backbone.weights='{source}'): "
                          f"{_few('missing', missing)}{_few('unexpected', unexpected)}{_few('wrong shape', wrong)}"
-                         "Check model.backbone.depth, width and norm.")
+                         "Check model.backbone.depth, width, norm and the other options of the network.")
     for prefix, module in parts.items():
         own = {name: state[prefix + name] for name in module.state_dict() if prefix + name in state}
         module.load_state_dict(own, strict=False)
