@@ -217,7 +217,8 @@ class _LiveLine(Progress):
 
 def _losses(row: Row) -> str:
     terms = " ".join(f"{name[5:]} {value:.3f}" for name, value in row.items() if name.startswith("loss_"))
-    return f"loss {row['loss']:.3f} ({terms})  lr {row['lr']:.2g}"
+    error = f"  error {row['error']:.3f}" if "error" in row else ""
+    return f"loss {row['loss']:.3f} ({terms}){error}  lr {row['lr']:.2g}"
 
 
 def _speed(row: Row, steps: int) -> str:
