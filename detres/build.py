@@ -94,7 +94,7 @@ def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
     def pool(features, boxes, image_index, size):
         op = roi_pool if config.type == "pool" else partial(
             roi_align, sampling_ratio=config.sampling_ratio, aligned=config.aligned)
-        return op(features[: len(strides)], strides, boxes, image_index, size)
+        return op(features[: len(strides)], strides, boxes, image_index, size, canonical_side=config.canonical_side)
 
     return pool
 

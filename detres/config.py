@@ -16,6 +16,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 BoxLoss = Literal["l1", "smooth_l1", "giou"]
+Protocol = Literal["coco", "voc", "ilsvrc"]
 
 
 class Section(BaseModel):
@@ -138,6 +139,9 @@ class PoolConfig(Section):
     type: Literal["align", "pool"] = "align"
     sampling_ratio: Annotated[int, Field(ge=0)] = Field(2, description="samples per bin side; 0: one per feature pixel")
     aligned: bool = Field(True, description="half-pixel shift of Detectron2's RoIAlign v2; false: torchvision")
+    canonical_side: Positive = Field(
+        224.0, description="pixels; square root of the area of regions that belong to P4 (FPN), or that "
+                           "eval.test_scales aim at: 224 in both papers, the side of their pre-training's images")
 
 
 class BoxHeadConfig(Section):
@@ -195,7 +199,8 @@ class SourceConfig(Section):
 
     path: str
     images: str | None = Field(None, description="image folder; null: found beside the annotations")
-    split: str | None = Field(None, description="image set within the folder, such as 'train'; null: by role")
+    split: str | None = Field(None, description="image set within the folder, such as 'train', or a union, "
+                                                "'train+val'; null: by role")
 
 
 Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
@@ -223,8 +228,20 @@ class AugmentConfig(Section):
 class ClassAugmentConfig(Section):
     """What training does to the images of a classifier (arXiv 1512.03385, sections 3.4 and 4.2)."""
 
+    scales: tuple[Count, Count] | None = Field(
+        None, description="range in pixels of the short side, drawn from uniformly: [256, 480] in the paper; null: "
+                          "model.input.min_size")
     pad: Annotated[int, Field(ge=0)] = Field(0, description="pixels on each side before the random crop (CIFAR: 4)")
     flip: Probability = Field(0.5, description="chance of a horizontal flip")
+    pca_colour: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="standard deviation of the shifts along ImageNet's principal colours: 0.1 in Krizhevsky et "
+                         "al. 2012, section 4.1, which the paper follows; 0: none")
+
+    @model_validator(mode="after")
+    def _scales_grow(self):
+        if self.scales is not None and self.scales[0] > self.scales[1]:
+            raise ValueError(f"scales must be null or a range, got {list(self.scales)}")
+        return self
 
 
 class DataConfig(Section):
@@ -270,8 +287,8 @@ class TrainConfig(Section):
     log_every: Count = Field(20, description="steps")
     checkpoint_every: Count = Field(1000, description="steps")
     eval_every: Count | None = Field(None, description="steps; null: at the end only")
-    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: segm/AP, bbox/AP, voc/AP "
-                                               "or cls/top1")
+    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: segm/AP, bbox/AP, voc/AP, "
+                                               "ilsvrc/AP or cls/top1")
     patience: Count | None = Field(None, description="evaluations without a better keep_best before stopping early")
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -286,11 +303,15 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    metrics: tuple[Literal["coco", "voc"], ...] = Field(("coco",), description="protocols to report")
+    metrics: tuple[Protocol, ...] = Field(("coco",), description="protocols to report")
     batch_size: Count = 1
+    crops: Literal[1, 10, "dense"] = Field(
+        1, description="test of classifiers (arXiv 1512.03385, section 3.4): centre crop; corners, centre and their "
+                       "mirror images; fully convolutional with mirror images, at test_scales")
     test_scales: tuple[Count, ...] | None = Field(
-        None, description="multi-scale testing of regions: short sides in pixels, [200, 400, 600, 800, 1000] in "
-                          "arXiv 1512.03385, appendix B; null: model.input.min_size alone")
+        None, description="multi-scale testing: short sides in pixels, in arXiv 1512.03385 [200, 400, 600, 800, 1000] "
+                          "for regions (appendix B) and [224, 256, 384, 480, 640] for classifiers with crops=dense "
+                          "(section 3.4); null: model.input.min_size alone")
     test_max_size: Count = Field(2000, description="bound in pixels on the long side at test_scales; "
                                                    "arXiv 1504.08083, section 5.2")
 

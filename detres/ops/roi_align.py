@@ -13,19 +13,26 @@ from torch import Tensor
 from detres.geometry.boxes import area, constant
 
 
-def assign_levels(boxes: Tensor, levels: int, finest: int = 2) -> Tensor:
-    """Pyramid level of each box, 0 = finest (FPN, arXiv 1612.03144, equation 1). (M, 4) -> (M,) int64."""
-    level = torch.floor(4 + torch.log2(area(boxes).clamp(min=0).sqrt() / 224) + 1e-6)  # -inf for an empty box
+CANONICAL_SIDE = 224.0  # pixels: the side of an image of the pre-training
+
+
+def assign_levels(boxes: Tensor, levels: int, finest: int = 2, canonical_side: float = CANONICAL_SIDE) -> Tensor:
+    """Pyramid level of each box, 0 = finest (FPN, arXiv 1612.03144, equation 1). (M, 4) -> (M,) int64.
+
+    A box of `canonical_side` squared belongs to P4.
+    """
+    level = torch.floor(4 + torch.log2(area(boxes).clamp(min=0).sqrt() / canonical_side) + 1e-6)  # -inf for an empty box
     return level.clamp(finest, finest + levels - 1).long() - finest
 
 
 def roi_align(features: list[Tensor], strides: list[int], boxes: Tensor, image_index: Tensor, size: int,
-              sampling_ratio: int = 2, aligned: bool = True) -> Tensor:
+              sampling_ratio: int = 2, aligned: bool = True, canonical_side: float = CANONICAL_SIDE) -> Tensor:
     """RoIAlign (Mask R-CNN, arXiv 1703.06870, section 3) over all levels at once, each box from its FPN level.
 
     features: L maps (N, C, H_l, W_l); boxes (M, 4) in image pixels; image_index (M,) int64.
     sampling_ratio: samples a bin side; 0 takes one per feature pixel. aligned: shift by half a pixel so that
-    bins are centred on pixels (Detectron2); False is torchvision's and the paper's first form.
+    bins are centred on pixels (Detectron2); False is torchvision's and the paper's first form. canonical_side: as in
+    `assign_levels`.
     Returns (M, C, S, S).
 
     Bilinear samples averaged over a bin are a weighted sum of feature vectors, so the op is one `embedding_bag`
@@ -33,9 +40,11 @@ def roi_align(features: list[Tensor], strides: list[int], boxes: Tensor, image_i
     channels-last order. On two CPU cores it takes about an eighth of torchvision's kernel (benchmarks/roi_align.py).
     """
     if sampling_ratio == 0:
-        return _per_level(torchvision.ops.roi_align, features, strides, boxes, image_index, size,
+        return _per_level(torchvision.ops.roi_align, features, strides, boxes, image_index, size, canonical_side,
                           sampling_ratio=0, aligned=aligned)
-    level = assign_levels(boxes, len(features)) if len(features) > 1 else torch.zeros_like(image_index)
+    level = torch.zeros_like(image_index)
+    if len(features) > 1:
+        level = assign_levels(boxes, len(features), canonical_side=canonical_side)
     samples = (torch.arange(size * sampling_ratio, device=boxes.device) + 0.5) / (size * sampling_ratio)
     stride = constant(tuple(strides), boxes.device, boxes.dtype)[level][:, None]
     boxes = boxes / stride - (0.5 if aligned else 0.0)
@@ -74,17 +83,18 @@ def _axis(position: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
     return index, weight * inside[..., None]
 
 
-def roi_pool(features: list[Tensor], strides: list[int], boxes: Tensor, image_index: Tensor, size: int) -> Tensor:
+def roi_pool(features: list[Tensor], strides: list[int], boxes: Tensor, image_index: Tensor, size: int,
+             canonical_side: float = CANONICAL_SIDE) -> Tensor:
     """RoIPool (Fast R-CNN, arXiv 1504.08083, section 2.1): max over bins of whole pixels. Returns (M, C, S, S)."""
-    return _per_level(torchvision.ops.roi_pool, features, strides, boxes, image_index, size)
+    return _per_level(torchvision.ops.roi_pool, features, strides, boxes, image_index, size, canonical_side)
 
 
-def _per_level(op, features, strides, boxes, image_index, size, **options) -> Tensor:
+def _per_level(op, features, strides, boxes, image_index, size, canonical_side, **options) -> Tensor:
     """torchvision's kernels take one level a call, and know neither bf16 nor channels-last."""
     rois = torch.cat([image_index[:, None].to(boxes), boxes], 1)
     if len(features) == 1:
         return op(features[0].float(), rois, size, 1 / strides[0], **options)
-    level = assign_levels(boxes, len(features))
+    level = assign_levels(boxes, len(features), canonical_side=canonical_side)
     pooled = features[0].new_zeros(len(boxes), features[0].shape[1], size, size, dtype=torch.float32)
     for i, (feature, stride) in enumerate(zip(features, strides)):
         rows = (level == i).nonzero()[:, 0]  # data-dependent: each level gets its own RoIs

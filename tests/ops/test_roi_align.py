@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torchvision
@@ -32,10 +34,19 @@ def test_equals_torchvision_level_by_level(aligned, sampling_ratio):
         torch.testing.assert_close(found[level == i], expected, atol=2e-4, rtol=1e-4)
 
 
-def test_levels_are_torchvisions():
+@pytest.mark.parametrize("side", [224, 60])
+def test_levels_are_torchvisions(side):
     boxes = regions(500, torch.float32)[0]
-    mapper = torchvision.ops.poolers.LevelMapper(2, 5)
-    assert torch.equal(assign_levels(boxes, 4), mapper([boxes]))
+    mapper = torchvision.ops.poolers.LevelMapper(2, 5, canonical_scale=side)
+    assert torch.equal(assign_levels(boxes, 4, canonical_side=side), mapper([boxes]))
+
+
+@pytest.mark.parametrize("pool", [roi_align, partial(roi_align, sampling_ratio=0), roi_pool])
+def test_boxes_of_the_canonical_side_are_pooled_from_p4(pool):
+    maps = [torch.full((1, 1, 64, 64), float(level)) for level in (2, 3, 4, 5)]
+    boxes = torch.tensor([[10.0, 10, 71, 71], [10, 10, 41, 41]])
+    found = pool(maps, STRIDES, boxes, torch.zeros(2, dtype=torch.int64), 2, canonical_side=60.0)
+    assert found[0].unique().tolist() == [4] and found[1].unique().tolist() == [3]
 
 
 def test_gradients():
