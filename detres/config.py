@@ -151,6 +151,8 @@ class BoxHeadConfig(Section):
     resolution: Count = Field(7, description="side of the pooled grid (14 for c4: conv5 halves it)")
     fc_dim: Count = Field(1024, description="width of the two fc layers (unused by c4)")
     class_agnostic: bool = Field(False, description="one box per RoI instead of one per class")
+    global_context: bool = Field(
+        False, description="features of the whole image beside those of each RoI (arXiv 1512.03385, appendix B)")
     box_loss: BoxLoss = "l1"
     smooth_l1_beta: Positive = 1.0
     box_loss_weight: Positive = 1.0

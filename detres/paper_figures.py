@@ -215,12 +215,13 @@ def plot_responses(responses: dict[str, list[float]], path: Path) -> None:
 
 def responses_of(run: Path, images: int = 1000) -> dict[str, float]:
     """`layer_responses` of the last weights of a run to the first test images."""
-    from detres.engine.tasks import class_loader, load_val_classes
+    from detres.data.class_dataset import align_labels, load_class_dataset
+    from detres.data.class_loader import build_class_loader
     from detres.inference.predictor import load_model
 
     model, meta, config = load_model(run / "checkpoints" / "final.safetensors")
     device = next(model.parameters()).device
-    val = load_val_classes(config.data.val, meta.classes)
+    val = align_labels(load_class_dataset(config.data.val, "val"), meta.classes)
     batch_size = min(100, images)
-    batches = class_loader(val, config, device, batch_size=batch_size, training=False)
+    batches = build_class_loader(val, config, device, batch_size=batch_size, training=False)
     return layer_responses(model, islice(batches, images // batch_size), device)

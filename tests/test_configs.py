@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import re
 import shlex
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -99,14 +97,11 @@ def _fields(section: type[Section]):
 
 
 def labelled_images(folder: Path) -> None:
-    """Two classes of one image each, in CIFAR's size, as zip files."""
-    folder.mkdir()
-    for split in ("train", "test"):
-        with zipfile.ZipFile(folder / f"{split}.zip", "w") as file:
-            for name in ("red", "blue"):
-                picture = io.BytesIO()
-                Image.new("RGB", (32, 32), name).save(picture, "PNG")
-                file.writestr(f"{split}/{name}/0.png", picture.getvalue())
+    """Two classes of one image each, in folders."""
+    for split in ("train", "val"):
+        for name in ("red", "blue"):
+            (folder / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32), name).save(folder / split / name / "0.png")
 
 
 def test_every_field_is_read(tmp_path, monkeypatch):
@@ -137,7 +132,8 @@ def test_every_field_is_read(tmp_path, monkeypatch):
         "train.steps=1", "train.batch_size=2", "train.reference_batch_size=2",
         "model.input.min_size=48", "model.input.max_size=64"]).config
     labelled_images(tmp_path / "images")
-    classifier = ["model.name=classifier", "model.backbone.weights=null", "model.backbone.width=8", "train.steps=1",
+    classifier = ["model.name=classifier", "model.input.min_size=32", "model.input.crop=32", "data.workers=0",
+                  "model.backbone.weights=null", "model.backbone.width=8", "train.steps=1",
                   f"data.train={tmp_path / 'images'}", f"data.val={tmp_path / 'images'}", f"output={tmp_path / 'classes'}",
                   "train.schedule=plateau", "train.batch_size=2", "train.reference_batch_size=2"]
     monkeypatch.setattr(Section, "__getattribute__", watched_get)

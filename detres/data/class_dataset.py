@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ class ClassDataset:
     name: str
     classes: tuple[str, ...]
     labels: np.ndarray  # (n,) int64
-    paths: tuple[Path, ...] = ()
+    paths: tuple[str, ...] = ()  # strings: a million of them, in every worker
     pixels: np.ndarray | None = None  # (n, H, W, 3) uint8 RGB
 
     def __len__(self) -> int:
@@ -29,6 +30,8 @@ class ClassDataset:
 def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
     """Read a data set of labelled images; the layout is recognised from the path.
 
+    - ILSVRC: a folder with `Data/CLS-LOC`, or with `ILSVRC/Data/CLS-LOC`, as Kaggle has it.
+    - Folders of classes: `<split>/<class>/...`, or `<class>/...` alone.
     - CIFAR-10 or 100: the folder that torchvision keeps it in, or a folder with `*train*.zip` and `*test*.zip`, each of
       class folders (`data.cifar`).
 
@@ -36,12 +39,34 @@ def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
 
     Raises FileNotFoundError for a path or split that is not there, ValueError for what is no such data set.
     """
-    from detres.data import cifar  # it imports this module
+    from detres.data import cifar, class_folders  # they import this module
 
     path = Path(source.path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"data set must exist, got {source.path} (seen from {Path.cwd()}). Check the path.")
+    if source.images is not None:
+        raise ValueError(f"images must be null for labelled images, which say it themselves, got {source.images} "
+                         f"({source.path}). Take it out.")
+    if root := class_folders.find_ilsvrc(path):
+        return class_folders.read_ilsvrc(root, role, source.split)
     if cifar.is_root(path):
         return cifar.read_cifar(path, role, source.split)
-    raise FileNotFoundError(f"data set must be labelled images in a known layout, got {path}. Looked for: "
-                            "CIFAR's batches, or zip files of class folders.")
+    if folder := class_folders.find_split(path, role, source.split):
+        return class_folders.read_folders(folder)
+    if class_folders.is_of_classes(path):
+        return class_folders.read_folders(path)
+    raise FileNotFoundError(f"data set must be labelled images in a known layout, got {path}. Looked for: folders of "
+                            "classes with image files, in train and val or at once; Data/CLS-LOC (ILSVRC); CIFAR's "
+                            "batches, or zip files of class folders.")
+
+
+def align_labels(dataset: ClassDataset, classes: Sequence[str]) -> ClassDataset:
+    """The data set with its labels renumbered to `classes`, those of the training data. Raises ValueError for others."""
+    unknown = [name for name in dataset.classes if name not in set(classes)]
+    if unknown:
+        raise ValueError(f"classes to evaluate on must be classes that were trained, got {', '.join(unknown[:5])} in "
+                         f"{dataset.name}, {len(unknown)} unknown of {len(dataset.classes)}. Trained were "
+                         f"{', '.join(classes[:5])} ... ({len(classes)}).")
+    number = {name: label for label, name in enumerate(classes)}
+    return replace(dataset, classes=tuple(classes),
+                   labels=np.array([number[name] for name in dataset.classes])[dataset.labels])

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import cv2
 import numpy as np
@@ -51,20 +52,21 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     _check_data(dataset, with_masks, with_keypoints)
     if training:
         transform = build_train_transforms(data.augment, model_input, dataset)
-        batches: Iterable[list[Key]] = _TrainingBatches(dataset, data, batch_size, seed, rank, world_size, start_step)
+        wide = [record.width > record.height for record in dataset.records] if data.aspect_ratio_grouping else None
+        batches: Iterable[list[Key]] = TrainingBatches(_train_numbers(dataset, data.skip_empty), batch_size, seed, rank,
+                                                       world_size, start_step, wide)
     else:
         transform = ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias)
-        keys = [(0, number) for number in range(rank, len(dataset.records), world_size)]
-        batches = [keys[start:start + batch_size] for start in range(0, len(keys), batch_size)]
+        batches = in_order(range(rank, len(dataset.records), world_size), batch_size)
     reader = _Reader(dataset.records, transform, with_masks, len(dataset.keypoint_names) if with_keypoints else 0, seed,
                      model_input.size_divisor, data.augment.crop_size or 0 if training else 0, pyramid)
     return Loader(reader, batches, data.workers, device_type == "cuda", seed)
 
 
 class Loader:
-    """Iterable of `Batch`; has a length, in batches, unless it is endless."""
+    """Iterable of `Batch`; has a length, in batches, unless it is endless. `reader[keys]` makes a batch."""
 
-    def __init__(self, reader: _Reader, batches: Iterable[list[Key]], workers: int, pin_memory: bool, seed: int):
+    def __init__(self, reader: Any, batches: Iterable[list[Key]], workers: int, pin_memory: bool, seed: int):
         self._batches = batches
         self._loader = DataLoader(
             reader, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, pin_memory=pin_memory,
@@ -123,44 +125,60 @@ def trainable(record: ImageRecord) -> list[Annotation]:
     return [item for item in record.annotations if not (item.crowd or item.difficult)]
 
 
+def _train_numbers(dataset: Dataset, skip_empty: bool) -> list[int]:
+    """Which records train. Raises ValueError if none does."""
+    numbers = [number for number, record in enumerate(dataset.records) if not skip_empty or trainable(record)]
+    if not numbers:
+        raise ValueError(f"data set must have images with objects to train on, got none ({dataset.name}). "
+                         "Check its annotations, or set data.skip_empty=false.")
+    return numbers
+
+
 # Which images, when
 
 
 @dataclass(frozen=True)
-class _TrainingBatches:
-    """The keys of each step's images, of this rank."""
+class TrainingBatches:
+    """The keys of each step's images, of this rank. `wide`: for each record, whether it is; None: shapes may mix."""
 
-    dataset: Dataset
-    data: DataConfig
+    numbers: Sequence[int]
     batch_size: int
     seed: int
     rank: int
     world_size: int
     start_step: int
+    wide: Sequence[bool] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size % self.world_size:
             raise ValueError(f"train.batch_size must be a multiple of the number of processes, got {self.batch_size} "
                              f"for {self.world_size}. Change one of them.")
-        if not self._numbers():
-            raise ValueError(f"data set must have images with objects to train on, got none ({self.dataset.name}). "
-                             "Check its annotations, or set data.skip_empty=false.")
-
-    def _numbers(self) -> list[int]:
-        return [number for number, record in enumerate(self.dataset.records)
-                if not self.data.skip_empty or trainable(record)]
 
     def __iter__(self) -> Iterator[list[Key]]:
-        wide = [record.width > record.height and self.data.aspect_ratio_grouping for record in self.dataset.records]
-        steps = _grouped(_shuffled(self._numbers(), self.seed), wide, self.batch_size)
         share = self.batch_size // self.world_size
-        for keys in itertools.islice(steps, self.start_step, None):
+        for keys in self._steps():
             yield keys[self.rank * share:(self.rank + 1) * share]
 
+    def _steps(self) -> Iterator[list[Key]]:
+        if self.wide is None:  # nothing to replay
+            keys = _shuffled(self.numbers, self.seed, self.start_step * self.batch_size)
+            return iter(lambda: list(itertools.islice(keys, self.batch_size)), [])
+        steps = _grouped(_shuffled(self.numbers, self.seed), self.wide, self.batch_size)
+        return itertools.islice(steps, self.start_step, None)
 
-def _shuffled(numbers: Sequence[int], seed: int) -> Iterator[Key]:
-    for epoch in itertools.count():
-        for place in np.random.default_rng([seed, epoch]).permutation(len(numbers)).tolist():
+
+def in_order(numbers: Sequence[int], batch_size: int) -> list[list[Key]]:
+    """Keys of one pass in order."""
+    keys = [(0, number) for number in numbers]
+    return [keys[start:start + batch_size] for start in range(0, len(keys), batch_size)]
+
+
+def _shuffled(numbers: Sequence[int], seed: int, start: int = 0) -> Iterator[Key]:
+    """Endless, from the key `start` on."""
+    first, skipped = divmod(start, len(numbers))
+    for epoch in itertools.count(first):
+        order = np.random.default_rng([seed, epoch]).permutation(len(numbers))
+        for place in order[skipped if epoch == first else 0:].tolist():
             yield epoch, numbers[place]
 
 

@@ -54,7 +54,7 @@ def of_training(config: Config, batch: Batch, step: int) -> str:
 
 def of_evaluation(batch: Batch, device: torch.device) -> str:
     """What to say when a batch of an evaluation runs out of memory."""
-    images = len(batch.paths)
+    images = len(batch.images.pixels)
     remedies = [f"eval.batch_size={images // 2}"] if images > 1 else []
     remedies.append("smaller model.input.max_size and min_size (the results change with them)")
     remedies += [] if device.type == "cpu" else ["device=cpu (slower)"]

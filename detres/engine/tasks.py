@@ -9,16 +9,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from detres.config import Config, SourceConfig
-from detres.data.class_dataset import ClassDataset, load_class_dataset
-from detres.data.cifar import MemoryLoader
+from detres.config import Config
+from detres.data.class_dataset import align_labels, load_class_dataset
+from detres.data.class_loader import build_class_loader
 from detres.data.dataset import load_dataset
 from detres.data.loader import build_loader
 from detres.data.transforms import scale_pyramid
 from detres.engine import distributed
 from detres.engine.interrupt import Interrupt
-from detres.evaluation.classify import evaluate_classifier
+from detres.evaluation.class_tests import build_class_test
 from detres.evaluation.classification import ClassificationEvaluator
+from detres.evaluation.classify import evaluate_classifier
 from detres.evaluation.run import align_classes, build_evaluators, evaluate
 from detres.structures import Batch
 
@@ -63,36 +64,21 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
 def classification(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
     data = config.data
     dataset = load_class_dataset(data.train, "train")
-    loader = partial(class_loader, dataset, config, device, batch_size=config.train.batch_size, training=True)
+    loader = partial(build_class_loader, dataset, config, device, batch_size=config.train.batch_size, training=True,
+                     **_rank())
     task = Task(f"{len(dataset)} images of {dataset.name}", dataset.classes, tuple(range(len(dataset.classes))),
                 lambda step: loader(start_step=step))
     if data.val is None:
         return task
-    batches = class_loader(load_val_classes(data.val, dataset.classes), config, device,
-                           batch_size=config.eval.batch_size, training=False)
+    batches = build_class_loader(align_labels(load_class_dataset(data.val, "val"), dataset.classes), config, device,
+                                 batch_size=config.eval.batch_size, training=False, **_rank())
 
     def validate(model: nn.Module) -> Metrics:
         return evaluate_classifier(model, interrupt.watch(batches), dataset.classes, device,
-                                   precision=config.train.precision).metrics
+                                   precision=config.train.precision, test=build_class_test(config)).metrics
 
     return Task(task.about, task.classes, task.category_ids, task.loader, validate,
                 ClassificationEvaluator.metric_names)
-
-
-def load_val_classes(source: SourceConfig, classes: tuple[str, ...]) -> ClassDataset:
-    val = load_class_dataset(source, "val")
-    if val.classes != classes:
-        raise ValueError(f"data.val must have the classes of the training data, got {len(val.classes)}: "
-                         f"{', '.join(val.classes[:5])} ... for {', '.join(classes[:5])} ... ({val.name}).")
-    return val
-
-
-def class_loader(dataset: ClassDataset, config: Config, device: torch.device, *, batch_size: int, training: bool,
-                 start_step: int = 0) -> MemoryLoader:
-    options = config.data.classification
-    return MemoryLoader(dataset, device, batch_size=batch_size, training=training,
-                        size=config.model.input.min_size, pad=options.pad, fill=config.model.input.mean,
-                        flip=options.flip, seed=config.train.seed, start_step=start_step, **_rank())
 
 
 def _rank() -> dict[str, int]:
