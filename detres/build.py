@@ -40,7 +40,8 @@ def build_rcnn(config: ModelConfig, num_classes: int) -> FasterRCNN:
     rpn = RPN(RPNHead(backbone.channels, anchors.per_cell), anchors, **topk, **options)
     preprocessing = config.input
     normalize = Normalize(preprocessing.mean, preprocessing.std, bgr=preprocessing.channel_order == "bgr")
-    return FasterRCNN(normalize, backbone, rpn, build_roi_heads(config, num_classes, backbone, conv5))
+    return FasterRCNN(normalize, backbone, rpn, build_pool(config.pool, backbone.strides),
+                      build_roi_heads(config, num_classes, backbone.channels, conv5))
 
 
 def build_classifier(config: ModelConfig, num_classes: int) -> Classifier:
@@ -70,20 +71,21 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
     return LastStageBackbone(body), conv5
 
 
-def build_roi_heads(config: ModelConfig, num_classes: int, backbone: nn.Module, conv5: nn.Module | None) -> RoIHeads:
+def build_roi_heads(config: ModelConfig, num_classes: int, channels: int, conv5: nn.Module | None) -> RoIHeads:
+    """channels: of the feature maps; conv5: the per-region part of a C4 detector, else None."""
     options = config.box_head.model_dump()
     fc_dim, class_agnostic = options.pop("fc_dim"), options.pop("class_agnostic")
     if conv5 is not None:  # conv5 halves the grid; box and mask heads share its map, as the paper's C4 does
-        box_head, dim = conv5, backbone.channels * 2
+        box_head, dim = conv5, channels * 2
         mask_in, mask_resolution = dim, None
     else:
-        box_head, dim = TwoFCHead(backbone.channels, config.box_head.resolution, fc_dim), fc_dim
-        mask_in, mask_resolution = backbone.channels, config.mask_head.resolution
+        box_head, dim = TwoFCHead(channels, config.box_head.resolution, fc_dim), fc_dim
+        mask_in, mask_resolution = channels, config.mask_head.resolution
     mask_head = None
     if config.name == "mask_rcnn":
         mask_head = MaskHead(mask_in, num_classes, config.mask_head.channels, config.mask_head.convs)
-    return RoIHeads(build_pool(config.pool, backbone.strides), box_head, BoxPredictor(dim, num_classes, class_agnostic),
-                    mask_head, num_classes=num_classes, mask_resolution=mask_resolution,
+    predictor = BoxPredictor(dim * (2 if config.box_head.global_context else 1), num_classes, class_agnostic)
+    return RoIHeads(box_head, predictor, mask_head, num_classes=num_classes, mask_resolution=mask_resolution,
                     mask_aligned=config.pool.aligned, **options)
 
 

@@ -6,11 +6,13 @@ JPEG to loss goes: `forward` -> backbone -> rpn -> roi_heads -> `losses`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from detres.models.roi_heads.standard import RoIHeads
+from detres.models.roi_heads.standard import Pool, RoIHeads
 from detres.models.rpn import RPN
 from detres.structures import Detections, ImageBatch, Targets
 
@@ -36,9 +38,10 @@ class Normalize(nn.Module):
 class FasterRCNN(nn.Module):
     """The two-stage detector: the parts are built by `build.build_model`, or by hand."""
 
-    def __init__(self, normalize: Normalize, backbone: nn.Module, rpn: RPN, roi_heads: RoIHeads):
+    def __init__(self, normalize: Normalize, backbone: nn.Module, rpn: RPN, pool: Pool, roi_heads: RoIHeads):
         super().__init__()
         self.normalize, self.backbone, self.rpn, self.roi_heads = normalize, backbone, rpn, roi_heads
+        self.pool = pool
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -50,6 +53,9 @@ class FasterRCNN(nn.Module):
         """Losses by name if targets are given, in training and evaluation mode alike; else detections."""
         features = self.backbone(self.normalize(images))
         proposals, rpn_losses = self.rpn(features, images.pixels.shape[-2:], images.sizes, targets)
-        if targets is None:
-            return self.roi_heads.detect(features, proposals, images.sizes)
-        return rpn_losses | self.roi_heads.losses(features, proposals, targets)
+        heads, regions = self.roi_heads, partial(self.pool, features)
+        if targets is not None:
+            return rpn_losses | heads.losses(regions, proposals, targets, images.sizes)
+        score = partial(heads.score, regions, sizes=images.sizes)
+        found = heads.detect(score, proposals, images.sizes)
+        return found if heads.mask_head is None else replace(found, masks=heads.predict_masks(regions, found))

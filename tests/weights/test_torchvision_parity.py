@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torchvision
@@ -118,7 +120,7 @@ def test_losses_agree_when_all_boxes_are_sampled(pair):
     counts = torch.tensor([len(b) for b in kept["boxes"]])
     valid = torch.arange(proposals.shape[1]) < counts[:, None]
     proposals = Proposals(proposals, torch.zeros(valid.shape), valid)
-    found |= ours.roi_heads.losses(features, proposals, targets)
+    found |= ours.roi_heads.losses(partial(ours.pool, features), proposals, targets, images.sizes)
     names = {"loss_objectness": "loss_rpn_cls", "loss_rpn_box_reg": "loss_rpn_box", "loss_classifier": "loss_cls",
              "loss_box_reg": "loss_box", "loss_mask": "loss_mask"}
     for name, value in expected.items():

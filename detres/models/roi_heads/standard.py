@@ -1,13 +1,16 @@
 """Per-region heads of Faster and Mask R-CNN: sampling, losses, decoding.
 
+Heads see the image only through `Regions`, and detection sees the heads only through `Score`: several scales, several
+models and a second look at a box are other functions of these two kinds.
+
 Legend: N images, P proposals, R RoIs sampled per image, M rows of the batch that a head runs on, D detections,
-K classes, C channels.
+K classes, C channels, S side of a pooled grid.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +22,9 @@ from detres.models.roi_heads.mask_head import crop_masks
 from detres.ops.nms import nms
 from detres.structures import Detections, Proposals, Targets
 
-Pool = Callable[[list[Tensor], Tensor, Tensor, int], Tensor]  # features, boxes (M, 4), image index (M,), side
+Regions = Callable[[Tensor, Tensor, int], Tensor]  # boxes (M, 4), image index (M,), S -> (M, C, S, S)
+Pool = Callable[[list[Tensor], Tensor, Tensor, int], Tensor]  # `Regions` of the feature maps that come first
+Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # as `RoIHeads.score`, of boxes and valid
 
 CANDIDATES = 2048  # the best (box, class) pairs of an image that go into NMS
 MIN_SIDE = 1e-2  # pixels; detections clipped to nothing are dropped
@@ -48,22 +53,39 @@ def rows_of(valid: Tensor) -> Tensor:
 
 class RoIHeads(nn.Module):
     """box_head: (M, C, S, S) -> features (M, dim), or a map (M, C', S', S') that is averaged (conv5 of a C4 detector).
+    global_context: box_predictor reads 2 dim features, see `look`.
     mask_head: None for Faster R-CNN; mask_resolution None: it reads the map of box_head (C4).
     mask_aligned: how targets are cropped, the same as features are pooled."""
 
-    def __init__(self, pool: Pool, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None, *,
+    def __init__(self, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None, *,
                  num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, mask_aligned: bool = True,
                  batch_per_image: int = 512, positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
                  smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
-                 nms_thresh: float = 0.5, detections_per_image: int = 100):
+                 nms_thresh: float = 0.5, detections_per_image: int = 100, global_context: bool = False):
         super().__init__()
-        self.pool, self.box_head, self.box_predictor, self.mask_head = pool, box_head, box_predictor, mask_head
+        self.box_head, self.box_predictor, self.mask_head = box_head, box_predictor, mask_head
         self.num_classes, self.resolution, self.mask_resolution = num_classes, resolution, mask_resolution
         self.mask_aligned = mask_aligned
         self.batch_per_image, self.positive_fraction, self.fg_iou = batch_per_image, positive_fraction, fg_iou
         self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
         self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
-        self.detections_per_image = detections_per_image
+        self.detections_per_image, self.global_context = detections_per_image, global_context
+
+    def look(self, regions: Regions, boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """What box_head makes of boxes (M, 4) in images (M,), and the features that box_predictor reads.
+
+        With global context (arXiv 1512.03385, appendix B) the whole image is one more region, its contents without
+        the padding, and the features of each box are followed by those of its image: (M, 2 dim).
+        """
+        if not self.global_context:
+            hidden = self.box_head(regions(boxes, image, self.resolution))
+            return hidden, _vector(hidden)
+        n = len(sizes)
+        whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1)  # (N, 4)
+        every = torch.arange(n, device=image.device)
+        hidden = self.box_head(regions(torch.cat([boxes, whole.to(boxes)]), torch.cat([image, every]), self.resolution))
+        features = _vector(hidden)
+        return hidden[:-n], torch.cat([features[:-n], features[-n:][image]], 1)
 
     # --- training -------------------------------------------------------------------------------------------------
 
@@ -79,19 +101,20 @@ class RoIHeads(nn.Module):
         labels = torch.where(match == 1, targets.labels.gather(1, gt_index), self.num_classes)
         return RoIs(take(boxes, index), labels, gt_index, match >= 0)
 
-    def losses(self, features: list[Tensor], proposals: Proposals, targets: Targets) -> dict[str, Tensor]:
+    def losses(self, regions: Regions, proposals: Proposals, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
+        """sizes (N, 2): height and width of the contents."""
         rois = self.sample(proposals, targets)
         gt_boxes = take(targets.boxes, rois.gt_index).flatten(0, 1)
         rows = rows_of(rois.valid)
         boxes, labels, valid = rois.boxes.flatten(0, 1)[rows], rois.labels.flatten()[rows], rois.valid.flatten()[rows]
-        hidden = self.box_head(self.pool(features, boxes, rows // rois.valid.shape[1], self.resolution))
-        logits, deltas = self.box_predictor(_vector(hidden))
+        hidden, features = self.look(regions, boxes, rows // rois.valid.shape[1], sizes)
+        logits, deltas = self.box_predictor(features)
         found = losses.box_head_losses(logits, deltas, boxes, gt_boxes[rows], labels, valid, **self.box_loss)
         if self.mask_head is not None:
-            found |= self.mask_losses(features, hidden, rows, rois, targets)
+            found |= self.mask_losses(regions, hidden, rows, rois, targets)
         return found
 
-    def mask_losses(self, features: list[Tensor], hidden: Tensor, rows: Tensor, rois: RoIs,
+    def mask_losses(self, regions: Regions, hidden: Tensor, rows: Tensor, rois: RoIs,
                     targets: Targets) -> dict[str, Tensor]:
         """Masks are trained on the foreground RoIs, all within the first columns."""
         columns = max(1, int(rois.valid.shape[1] * self.positive_fraction))
@@ -101,7 +124,7 @@ class RoIHeads(nn.Module):
         flat = image * rois.valid.shape[1] + chosen % columns  # the same rows in (N, R)
         boxes = rois.boxes.flatten(0, 1)[flat]
         pooled = hidden[torch.searchsorted(rows, flat)] if self.mask_resolution is None else \
-            self.pool(features, boxes, image, self.mask_resolution)
+            regions(boxes, image, self.mask_resolution)
         logits = self.mask_head(pooled)
         gt_row = rois.gt_index.flatten()[flat] + image * targets.valid.shape[1]
         mask_row = (targets.valid.flatten().cumsum(0) - 1).clamp(min=0)[gt_row]
@@ -111,30 +134,37 @@ class RoIHeads(nn.Module):
     # --- inference ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def detect(self, features: list[Tensor], proposals: Proposals, sizes: Tensor) -> Detections:
-        """sizes (N, 2): height and width of the contents, which boxes are clipped to."""
-        n, p = proposals.valid.shape
-        rows = rows_of(proposals.valid)
-        pooled = self.pool(features, proposals.boxes.flatten(0, 1)[rows], rows // p, self.resolution)
-        logits, deltas = self.box_predictor(_vector(self.box_head(pooled)))
+    def score(self, regions: Regions, boxes: Tensor, valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """What boxes (N, P, 4) hold: probabilities (N, P, K) of the foreground classes, and deltas (N, P, K or 1, 4).
+
+        valid (N, P); sizes (N, 2): height and width of the contents. What is not valid may hold anything.
+        """
+        n, p = valid.shape
+        rows = rows_of(valid)
+        logits, deltas = self.box_predictor(self.look(regions, boxes.flatten(0, 1)[rows], rows // p, sizes)[1])
         probs = logits.float().softmax(-1)[:, :-1]
         probs = probs.new_zeros(n * p, self.num_classes).index_copy_(0, rows, probs).view(n, p, -1)
         deltas = deltas.float().new_zeros(n * p, *deltas.shape[1:]).index_copy_(0, rows, deltas.float())
-        found = self.decode(probs, deltas.view(n, p, -1, 4), proposals, sizes)
-        return found if self.mask_head is None else replace(found, masks=self.predict_masks(features, found))
+        return probs, deltas.view(n, p, -1, 4)
 
-    def decode(self, probs: Tensor, deltas: Tensor, proposals: Proposals, sizes: Tensor) -> Detections:
+    @torch.no_grad()
+    def detect(self, score: Score, proposals: Proposals, sizes: Tensor) -> Detections:
+        """Detections without masks. sizes (N, 2): height and width of the contents, which boxes are clipped to."""
+        probs, deltas = score(proposals.boxes, proposals.valid)
+        return self.select(probs, deltas, proposals.boxes, proposals.valid, sizes)
+
+    def select(self, probs: Tensor, deltas: Tensor, boxes: Tensor, valid: Tensor, sizes: Tensor) -> Detections:
         """Threshold, decode, clip, NMS within a class, the best of all classes.
 
-        probs (N, P, K); deltas (N, P, K or 1, 4). Only the best `CANDIDATES` pairs of an image enter NMS, which is
-        exact as long as `detections_per_image` of them survive it.
+        probs (N, P, K) and deltas (N, P, K or 1, 4) of boxes (N, P, 4), valid (N, P). Only the best `CANDIDATES` pairs
+        of an image enter NMS, which is exact as long as `detections_per_image` of them survive it.
         """
-        probs = torch.where((probs > self.score_thresh) & proposals.valid[..., None], probs, -1.0).flatten(1)
+        probs = torch.where((probs > self.score_thresh) & valid[..., None], probs, -1.0).flatten(1)
         scores, index = probs.topk(min(CANDIDATES, probs.shape[1]), dim=1)  # (N, c)
         proposal, labels = index // self.num_classes, index % self.num_classes
         image = torch.arange(len(probs), device=probs.device)[:, None]
         delta = deltas[image, proposal, labels.clamp(max=deltas.shape[2] - 1)]
-        boxes = clip(decode(delta, proposals.boxes[image, proposal], losses.BOX_WEIGHTS), sizes)
+        boxes = clip(decode(delta, boxes[image, proposal], losses.BOX_WEIGHTS), sizes)
         valid = (scores > 0) & larger_than(boxes, MIN_SIDE)
         scores = torch.where(nms(boxes, scores, valid, self.nms_thresh, groups=labels), scores, -1.0)
         scores, best = scores.topk(min(self.detections_per_image, scores.shape[1]), dim=1)  # (N, D)
@@ -142,12 +172,13 @@ class RoIHeads(nn.Module):
         return Detections(boxes=torch.where(valid[..., None], boxes[image, best], 0.0), scores=scores.clamp(min=0),
                           labels=torch.where(valid, labels[image, best], 0), valid=valid)
 
-    def predict_masks(self, features: list[Tensor], found: Detections) -> Tensor:
+    @torch.no_grad()
+    def predict_masks(self, regions: Regions, found: Detections) -> Tensor:
         """Probabilities (N, D, S, S) inside the detected boxes; zero where there is no detection."""
         n, d = found.valid.shape
         rows = rows_of(found.valid)
         side = self.resolution if self.mask_resolution is None else self.mask_resolution
-        pooled = self.pool(features, found.boxes.flatten(0, 1)[rows], rows // d, side)
+        pooled = regions(found.boxes.flatten(0, 1)[rows], rows // d, side)
         logits = self.mask_head(self.box_head(pooled) if self.mask_resolution is None else pooled)
         own = logits[torch.arange(len(rows), device=rows.device), found.labels.flatten()[rows]].float().sigmoid()
         masks = own.new_zeros(n * d, *own.shape[1:]).index_copy_(0, rows, own)
