@@ -6,7 +6,7 @@ import torchvision
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from detres.models.norms import FrozenBatchNorm2d
-from detres.models.resnet import DEPTHS, ResNet, resnet
+from detres.models.resnet import DEPTHS, resnet
 
 
 def give_statistics(model):
@@ -68,20 +68,10 @@ def test_keys_and_shapes_are_torchvisions(depth):
     assert {key: value.shape for key, value in ours.items()} == expected
 
 
-def test_variants_are_options():
+def test_dilated_stages_keep_their_resolution():
     with torch.device("meta"):
-        x = torch.randn(1, 3, 64, 64)
-        plain = resnet(34, shortcut="none")
-        assert not any("downsample" in key for key in plain.state_dict())
-        resnext = ResNet(bottleneck=True, blocks=(3, 4, 6, 3), groups=32, group_width=4)
-        theirs = torchvision.models.resnext50_32x4d(weights=None)
-        assert {k: v.shape for k, v in resnext.state_dict().items()} == \
-            {k: v.shape for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
-        cifar = ResNet(bottleneck=False, blocks=(3, 3, 3), width=16, shortcut="A", stem="cifar")
-        count = sum(p.numel() for p in cifar.parameters()) + 64 * 10 + 10
-        assert abs(count - 0.27e6) < 0.005e6  # Table 6: ResNet-20 has 0.27M
-        assert [f.shape[-1] for f in resnet(18, shortcut="C", dilated_stages=2)(x)] == [16, 8, 8, 8]
-        assert [f.shape[-1] for f in cifar(x)] == [64, 32, 16]
+        maps = resnet(18, shortcut="C", dilated_stages=2)(torch.randn(1, 3, 64, 64))
+    assert [f.shape[-1] for f in maps] == [16, 8, 8, 8]
 
 
 def test_stride_in_1x1_moves_the_stride():
