@@ -152,10 +152,11 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
                         help="further weights; fields of the config that they carry, such as "
                              "model.box_head.score_thresh=0.1")
-    parser.add_argument("--data", metavar="PATH", help="COCO, VOC or YOLO data set; recognised from the path")
+    parser.add_argument("--data", metavar="PATH", help="COCO, VOC, YOLO or ILSVRC data set; recognised from the path")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set, such as test")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the detections as COCO results JSON")
-    parser.add_argument("--metrics", nargs="+", choices=("coco", "voc"), help="protocols (default: of the config)")
+    parser.add_argument("--metrics", nargs="+", choices=("coco", "voc", "ilsvrc"),
+                        help="protocols (default: of the config)")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the named numbers in full precision")
     parser.add_argument("--errors", type=Path, metavar="DIR",

@@ -165,7 +165,7 @@ def test_all_problems_at_once(folder):
     for start in ("train.lr must be given once, got it twice (a.yaml:6 and a.yaml:7)", "foo is not",
                   "train.larning_rate is not a known", "override must be key=value",
                   "model.backbone: depth must be 18, 34, 50, 101 or 152 with stem=imagenet, got 51 (depth: a.yaml:4",
-                  "train.lr must be a number > 0, got -2 (a.yaml:7)", "eval.metrics[1] must be coco or voc, got vocc",
+                  "train.lr must be a number > 0, got -2 (a.yaml:7)", "eval.metrics[1] must be coco, voc or ilsvrc, got vocc",
                   "train.steps must be an integer >= 1, got x (command line)"):
         assert any(problem.startswith(start) for problem in problems), start
 

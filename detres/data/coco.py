@@ -11,9 +11,10 @@ import math
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,31 @@ def read_coco(file: Path, images: str | None = None, *, on_invalid: OnInvalid = 
     """
     with no_garbage_collection():
         return _read(file, images, on_invalid)
+
+
+def read_folder(folder: Path, role: str, split: str | None = None, images: str | None = None, *,
+                on_invalid: OnInvalid = "error") -> Dataset:
+    """The data set of a split in a folder, or the union of several: 'train2014+valminusminival2014'.
+
+    Raises as `load_dataset`, and ValueError for files that cannot be joined: other categories, or images in common.
+    """
+    parts = [read_coco(find_annotations(folder, role, name), images, on_invalid=on_invalid)
+             for name in (split.split("+") if split else [None])]
+    return _union(parts) if len(parts) > 1 else parts[0]
+
+
+def _union(parts: Sequence[Dataset]) -> Dataset:
+    name, first = "+".join(part.name for part in parts), parts[0]
+    for part in parts:
+        if (part.classes, part.category_ids, part.keypoint_names) != (
+                first.classes, first.category_ids, first.keypoint_names):
+            raise ValueError(f"joined splits must have the same categories and keypoints, got others in {part.name} "
+                             f"than in {first.name}. Give both files the same list of categories.")
+    records = tuple(record for part in parts for record in part.records)
+    if twice := [image for image, count in Counter(record.id for record in records).items() if count > 1]:
+        raise ValueError(f"joined splits must have no image in common, got {len(twice)}, such as id {twice[0]!r} "
+                         f"({name}). Join splits that do not overlap.")
+    return replace(first, name=name, records=records)
 
 
 @contextmanager
@@ -106,6 +132,7 @@ def _image_folder(file: Path, images: str | None, names: Sequence[str]) -> Path:
         return Path(images).expanduser()
     parts = [part for part in re.split(r"[_.\-]+", file.stem) if part]
     subfolders = ["_".join(parts[start:]) for start in range(len(parts))] + parts
+    subfolders += [part for name in names[:1] for part in name.split("_")[:-1]]  # COCO_val2014_000000000042.jpg
     subfolders = [f"{above}{sub}" for sub in [*subfolders, ""] for above in ("", "images/")]
     folders = [root / sub for root in (file.parent, file.parent.parent) for sub in subfolders]
     folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]

@@ -58,12 +58,13 @@ class Dataset:
     """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1."""
 
     name: str
-    format: Literal["coco", "voc", "yolo"]
+    format: Literal["coco", "voc", "yolo", "ilsvrc"]
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     records: tuple[ImageRecord, ...]
     keypoint_names: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()  # keypoints that a mirror swaps: left and right
+    blacklist: tuple[tuple[int | str, str], ...] = ()  # image id and class: not counted (evaluation.ilsvrc)
 
 
 def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "error") -> Dataset:
@@ -72,8 +73,9 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
     - COCO: a JSON file, or a folder with `annotations/instances_<split>*.json` or with a JSON beside the images.
     - VOC: a folder with `Annotations/` and `ImageSets/Main/`, or a VOCdevkit above it.
     - YOLO: a YAML file, or a folder with `data.yaml`.
+    - ILSVRC DET: a folder with `Data/DET/` and `ImageSets/DET/`.
 
-    `source.split` names the image set; without it, the role does.
+    `source.split` names the image set; without it, the role does. 'a+b' is the union of two (not in YOLO).
 
     Raises:
         FileNotFoundError: nothing at the path, or nothing there that is a data set or that split.
@@ -81,7 +83,7 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
             and the log says how many of what.
         ValueError: an annotation file that is no annotation file.
     """
-    from detres.data import coco, voc, yolo  # they import this module
+    from detres.data import coco, ilsvrc_det, voc, yolo  # they import this module
 
     path = Path(source.path).expanduser()
     if not path.exists():
@@ -92,18 +94,22 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
     if path.suffix in (".yaml", ".yml") and path.is_file():
         _unused(source, "images")
         return yolo.read_yolo(path, role, source.split, on_invalid)
+    if ilsvrc_det.is_root(path):
+        _unused(source, "images")
+        return ilsvrc_det.read_ilsvrc_det(path, role, source.split, on_invalid)
     if voc.is_root(path):
         return voc.read_voc([path], role, source.split, source.images, on_invalid)
     if (yaml := yolo.find_yaml(path)) is not None:
         _unused(source, "images")
         return yolo.read_yolo(yaml, role, source.split, on_invalid)
     if coco.json_files(path):
-        return coco.read_coco(coco.find_annotations(path, role, source.split), source.images, on_invalid=on_invalid)
+        return coco.read_folder(path, role, source.split, source.images, on_invalid=on_invalid)
     if roots := voc.find_roots(path):
         return voc.read_voc(roots, role, source.split, source.images, on_invalid)
     raise FileNotFoundError(
-        f"data set must be in COCO, VOC or YOLO format, got {path}. Looked for: a .json, .yaml or .yml file; in a "
-        "folder, annotations/*.json or *.json (COCO), Annotations/ with ImageSets/Main/ (VOC), data.yaml (YOLO).")
+        f"data set must be in COCO, VOC, YOLO or ILSVRC format, got {path}. Looked for: a .json, .yaml or .yml file; "
+        "in a folder, annotations/*.json or *.json (COCO), Annotations/ with ImageSets/Main/ (VOC), data.yaml (YOLO), "
+        "Data/DET/ with ImageSets/DET/ (ILSVRC).")
 
 
 def _unused(source: SourceConfig, field: str) -> None:

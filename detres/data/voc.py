@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from xml.etree import ElementTree
 
-from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
-from detres.data.images import IMAGE_SUFFIXES, ImageError, read_size
-from detres.data.problems import EMPTY, OnInvalid, Problems
+from detres.data import voc_xml
+from detres.data.dataset import SPLITS, Dataset, ImageRecord
+from detres.data.images import IMAGE_SUFFIXES
+from detres.data.problems import OnInvalid, Problems
 
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
                "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
@@ -34,24 +33,34 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
     """The data set of an image set, `ImageSets/Main/<split>.txt`.
 
     In a VOCdevkit of several years, `split` names them: '2007_trainval', or '2007_trainval+2012_trainval' for the
-    union that the literature trains on. Classes are VOC's 20 in their usual order if all names are among them, else
-    the names in all XML files, sorted: the same for every image set. Category ids are the labels.
+    union that the literature trains on (07+12; with '+2007_test' it is 07++12). Classes are VOC's 20 in their usual
+    order if all names are among them, else the names in all XML files, sorted: the same for every image set. Category
+    ids are the labels.
     Difficult objects are kept for evaluation and do not train, as in py-faster-rcnn. Raises as `load_dataset`.
     """
     parts = _image_sets(roots, role, split)
     problems = Problems("+".join(f"{root.name} {file.stem}" for root, file in parts))
-    trees = {root: {file.stem: _parse(file) for file in sorted((root / "Annotations").glob("*.xml"))}
+    trees = {root: {file.stem: voc_xml.parse(file) for file in sorted((root / "Annotations").glob("*.xml"))}
              for root in dict.fromkeys(root for root, _ in parts)}
-    names = {thing.name for root in trees.values() for tree in root.values() if isinstance(tree, _Tree)
+    names = {thing.name for root in trees.values() for tree in root.values() if isinstance(tree, voc_xml.Tree)
              for thing in tree.things if thing.name}
     classes = VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
-    readable: list[tuple[ImageRecord, _Tree]] = []
+    readable: list[tuple[ImageRecord, voc_xml.Tree]] = []
+    seen: set[str] = set()
     for root, file in parts:
         folder = Path(images).expanduser() if images else root / "JPEGImages"
-        readable += _readable(file, folder, root / "Annotations", trees[root], problems)
-    records = _records(readable, classes, problems)
+        readable += _readable(file, folder, root / "Annotations", trees[root], seen, problems)
+    label_of = {name: label for label, name in enumerate(classes)}
+    records = voc_xml.records(readable, label_of, _continuous, problems)
     problems.close(on_invalid)
     return Dataset(problems.name, "voc", classes, tuple(range(len(classes))), records)
+
+
+def _continuous(corners: voc_xml.Box) -> voc_xml.Box | None:
+    x1, y1, x2, y2 = corners
+    if x1 == x2 or y1 == y2:  # a pixel wide by VOC's count, but in practice a stray click
+        return None
+    return [x1 - 1, y1 - 1, x2, y2]
 
 
 def _image_sets(roots: Sequence[Path], role: str, split: str | None) -> list[tuple[Path, Path]]:
@@ -74,45 +83,13 @@ def _image_set(roots: Sequence[Path], names: Sequence[str]) -> tuple[Path, Path]
     raise FileNotFoundError(f"VOC image set must be one of {there}, got '{names[0]}' ({folder}). Give it as split.")
 
 
-@dataclass(frozen=True)
-class _Thing:
-    name: str
-    difficult: bool
-    corners: tuple[str, ...]  # as written: xmin, ymin, xmax, ymax
-
-
-@dataclass(frozen=True)
-class _Tree:
-    """What is used of an XML file."""
-
-    file: Path
-    filename: str
-    size: tuple[str, str]  # height and width, as written
-    things: tuple[_Thing, ...]
-
-
-def _parse(file: Path) -> _Tree | str:
-    """The content, or what is wrong with the file."""
-    try:
-        root = ElementTree.parse(file).getroot()
-    except (ElementTree.ParseError, OSError) as error:
-        return str(error)
-    things = []
-    for node in root.iterfind("object"):
-        corners = tuple(node.findtext(f"bndbox/{corner}", "").strip() for corner in ("xmin", "ymin", "xmax", "ymax"))
-        things.append(_Thing(node.findtext("name", "").strip(), node.findtext("difficult", "").strip() == "1", corners))
-    size = root.findtext("size/height", "").strip(), root.findtext("size/width", "").strip()
-    return _Tree(file, root.findtext("filename", "").strip(), size, tuple(things))
-
-
-def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, _Tree | str], problems: Problems
-              ) -> Iterator[tuple[ImageRecord, _Tree]]:
-    """The images of a list file that can be used, still without annotations."""
+def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, voc_xml.Tree | str],
+              seen: set[str], problems: Problems) -> Iterator[tuple[ImageRecord, voc_xml.Tree]]:
+    """The images of a list file that can be used, still without annotations. `seen`: ids of all lists so far."""
     if not folder.is_dir():
         raise FileNotFoundError(f"image folder must exist, got {folder} (for {image_set}). Give it as data.*.images.")
     images = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
     stems = {path.stem: path for path in images.values()}
-    seen: set[str] = set()
     for image_id in _ids(image_set):
         tree = trees.get(image_id, "no such file")
         if image_id in seen:
@@ -121,7 +98,7 @@ def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, 
             problems.add(xml_folder / f"{image_id}.xml", image_id, None, "file", tree,
                          f"must be an XML file (correct it, or take the image out of {image_set.name})")
         elif path := stems.get(image_id) or images.get(tree.filename):
-            if size := _size(tree, path, image_id, problems):
+            if size := voc_xml.size_of(tree, path, image_id, problems):
                 yield ImageRecord(image_id, path, *size), tree
         else:
             problems.add(tree.file, image_id, None, "filename", tree.filename, f"must be an image file (in {folder})")
@@ -134,67 +111,3 @@ def _ids(image_set: Path) -> Iterator[str]:
         words = line.split()
         if words and words[1:] != ["-1"]:
             yield words[0]
-
-
-def _size(tree: _Tree, path: Path, image_id: str, problems: Problems) -> tuple[int, int] | None:
-    """As stated, or of the file where that is absent."""
-    height, width = (int(side) if side.isdecimal() else 0 for side in tree.size)
-    if height and width:
-        return height, width
-    try:
-        return read_size(path)
-    except ImageError as error:
-        problems.add(tree.file, image_id, None, "size", tree.size,
-                     f"must be stated, or the image be readable ({error})")
-        return None
-
-
-@dataclass(frozen=True)
-class _Row:
-    image: int
-    tree: _Tree
-    number: int  # of the object in the file
-    thing: _Thing
-    box: list[float]  # xyxy, continuous
-
-
-def _records(readable: Sequence[tuple[ImageRecord, _Tree]], classes: Sequence[str], problems: Problems
-             ) -> tuple[ImageRecord, ...]:
-    label_of = {name: label for label, name in enumerate(classes)}
-    rows = [row for i, (record, tree) in enumerate(readable) for row in _rows(i, record, tree, problems)]
-
-    def report(i: int, reason: str) -> None:
-        row = rows[i]
-        problems.add(row.tree.file, readable[row.image][0].id, row.number, "bndbox", row.thing.corners, reason)
-
-    sizes = [(readable[row.image][0].height, readable[row.image][0].width) for row in rows]
-    kept = problems.check_boxes([row.box for row in rows], sizes, report)
-    found: list[list[Annotation]] = [[] for _ in readable]
-    for number, (row, keep) in enumerate(zip(rows, kept), 1):
-        if keep:
-            x1, y1, x2, y2 = row.box
-            found[row.image].append(Annotation(number, label_of[row.thing.name], (x1, y1, x2, y2),
-                                               area=(x2 - x1) * (y2 - y1), difficult=row.thing.difficult))
-    return tuple(replace(record, annotations=tuple(annotations)) for (record, _), annotations in zip(readable, found))
-
-
-def _rows(image: int, record: ImageRecord, tree: _Tree, problems: Problems) -> Iterator[_Row]:
-    """The objects of a file whose name and numbers can be read."""
-    for number, thing in enumerate(tree.things, 1):
-        box = _numbers(thing.corners)
-        if not thing.name:
-            problems.add(tree.file, record.id, number, "name", thing.name, "must be the name of a class (add it)")
-        elif box is None:
-            problems.add(tree.file, record.id, number, "bndbox", thing.corners,
-                         "must be four numbers (xmin, ymin, xmax, ymax)")
-        elif box[2] == box[0] or box[3] == box[1]:  # a pixel wide by VOC's count, but in practice a stray click
-            problems.add(tree.file, record.id, number, "bndbox", thing.corners, EMPTY)
-        else:
-            yield _Row(image, tree, number, thing, [box[0] - 1, box[1] - 1, box[2], box[3]])
-
-
-def _numbers(texts: Sequence[str]) -> list[float] | None:
-    try:
-        return [float(text) for text in texts]
-    except ValueError:
-        return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 
@@ -193,3 +194,28 @@ def test_real_files_have_no_problems(shared_data, caplog, name, role, images, an
         for item in items:
             x, y, w, h = boxes[item.id]
             assert item.box == (x, y, x + w, y + h)
+
+
+def test_a_union_of_splits_has_the_images_of_both(coco, files):
+    """As COCO 2014's trainval35k: the second file's images are in a folder that its name does not tell."""
+    coco.load()
+    content = copy.deepcopy(coco.content)
+    content["images"] = [{"id": 42, "file_name": "COCO_val2014_42.png", "height": 60, "width": 80}]
+    content["annotations"] = [coco.first | {"id": 1, "image_id": 42, "category_id": 4}]
+    files.image(coco.root / "val2014" / "COCO_val2014_42.png", 60, 80)
+    other = coco.root / "annotations" / "instances_valminusminival2014.json"
+
+    def joined(split="train2017+valminusminival2014"):
+        other.write_text(json.dumps(content))
+        return load_dataset(SourceConfig(path=str(coco.root), split=split), "train")
+
+    dataset = joined()
+    assert dataset.name == "instances_train2017+instances_valminusminival2014"
+    assert [(record.id, record.path.parent.name, len(record.annotations)) for record in dataset.records] == [
+        (7, "train2017", 2), (3, "train2017", 1), (42, "val2014", 1)]
+    assert dataset.category_ids == (4, 90) and dataset.records[2].annotations[0].label == 0
+    with pytest.raises(ValueError, match="no image in common, got 2, such as id 7 "):
+        joined("train2017+train2017")
+    content["categories"] = content["categories"][::-1] + [{"id": 91, "name": "yak"}]
+    with pytest.raises(ValueError, match="same categories .*valminusminival2014 than in instances_train2017"):
+        joined()

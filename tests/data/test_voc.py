@@ -38,15 +38,20 @@ def test_classes_are_those_of_all_files_whatever_the_split(tmp_path, files):
 
 def test_image_sets(tmp_path, files):
     for year, image in (("2007", "000001"), ("2012", "2008_1")):
-        files.voc(tmp_path / "VOCdevkit" / f"VOC{year}", {image: files.object()},
-                  {"trainval": image, "dog_trainval": f"{image} -1"})
+        files.voc(tmp_path / "VOCdevkit" / f"VOC{year}", {image: files.object(), f"{year}9": files.object("cat")},
+                  {"trainval": image, "dog_trainval": f"{image} -1", "test": f"{year}9"})
     devkit = tmp_path / "VOCdevkit"
     assert [record.id for record in load(devkit, split="2007_trainval+2012_trainval").records] == ["000001", "2008_1"]
+    everything = load(devkit, split="2007_trainval+2007_test+2012_trainval")  # 07++12
+    assert [(record.id, record.annotations[0].label) for record in everything.records] == [
+        ("000001", 11), ("20079", 7), ("2008_1", 11)]
     assert [record.id for record in load(devkit / "VOC2012", split="trainval").records] == ["2008_1"]
     assert load(devkit / "VOC2012", split="dog_trainval").records == ()
+    with pytest.raises(InvalidDataError, match="must be listed once"):
+        load(devkit, split="2007_trainval+2007_trainval")
     with pytest.raises(FileNotFoundError, match="one year, got .*VOC2007.*VOC2012"):
         load(devkit)
-    with pytest.raises(FileNotFoundError, match=r"one of \['trainval'\], got 'train'"):
+    with pytest.raises(FileNotFoundError, match=r"one of \['test', 'trainval'\], got 'train'"):
         load(devkit / "VOC2007")
 
 

@@ -1,0 +1,110 @@
+"""Annotations in PASCAL VOC's XML, which ILSVRC writes too: what a file says, checked and made into records."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+from detres.data.dataset import Annotation, ImageRecord
+from detres.data.images import ImageError, read_size
+from detres.data.problems import EMPTY, Problems
+
+Box = list[float]  # xyxy
+
+
+@dataclass(frozen=True)
+class Thing:
+    name: str
+    difficult: bool
+    corners: tuple[str, ...]  # as written: xmin, ymin, xmax, ymax
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What is used of an XML file."""
+
+    file: Path
+    filename: str = ""
+    size: tuple[str, str] = ("", "")  # height and width, as written
+    things: tuple[Thing, ...] = ()
+
+
+def parse(file: Path) -> Tree | str:
+    """The content, or what is wrong with the file."""
+    try:
+        root = ElementTree.parse(file).getroot()
+    except (ElementTree.ParseError, OSError) as error:
+        return str(error)
+    things = []
+    for node in root.iterfind("object"):
+        corners = tuple(node.findtext(f"bndbox/{corner}", "").strip() for corner in ("xmin", "ymin", "xmax", "ymax"))
+        things.append(Thing(node.findtext("name", "").strip(), node.findtext("difficult", "").strip() == "1", corners))
+    size = root.findtext("size/height", "").strip(), root.findtext("size/width", "").strip()
+    return Tree(file, root.findtext("filename", "").strip(), size, tuple(things))
+
+
+def size_of(tree: Tree, path: Path, image_id: str, problems: Problems) -> tuple[int, int] | None:
+    """Height and width: as stated, or of the image file where that is absent."""
+    height, width = (int(side) if side.isdecimal() else 0 for side in tree.size)
+    if height and width:
+        return height, width
+    try:
+        return read_size(path)
+    except ImageError as error:
+        problems.add(tree.file, image_id, None, "size", tree.size,
+                     f"must be stated, or the image be readable ({error})")
+        return None
+
+
+@dataclass(frozen=True)
+class _Row:
+    image: int
+    tree: Tree
+    number: int  # of the object in the file
+    thing: Thing
+    box: Box
+
+
+def records(readable: Sequence[tuple[ImageRecord, Tree]], label_of: Mapping[str, int],
+            box_of: Callable[[Box], Box | None], problems: Problems) -> tuple[ImageRecord, ...]:
+    """The images with their annotations. `box_of` gives the continuous box of the corners in a file; None: empty."""
+    rows = [row for i, (record, tree) in enumerate(readable) for row in _rows(i, record, tree, box_of, problems)]
+
+    def report(i: int, reason: str) -> None:
+        row = rows[i]
+        problems.add(row.tree.file, readable[row.image][0].id, row.number, "bndbox", row.thing.corners, reason)
+
+    sizes = [(readable[row.image][0].height, readable[row.image][0].width) for row in rows]
+    kept = problems.check_boxes([row.box for row in rows], sizes, report)
+    found: list[list[Annotation]] = [[] for _ in readable]
+    for number, (row, keep) in enumerate(zip(rows, kept), 1):
+        if keep:
+            x1, y1, x2, y2 = row.box
+            found[row.image].append(Annotation(number, label_of[row.thing.name], (x1, y1, x2, y2),
+                                               area=(x2 - x1) * (y2 - y1), difficult=row.thing.difficult))
+    return tuple(replace(record, annotations=tuple(annotations)) for (record, _), annotations in zip(readable, found))
+
+
+def _rows(image: int, record: ImageRecord, tree: Tree, box_of: Callable[[Box], Box | None],
+          problems: Problems) -> Iterator[_Row]:
+    """The objects of a file whose name and numbers can be read."""
+    for number, thing in enumerate(tree.things, 1):
+        corners = _numbers(thing.corners)
+        if not thing.name:
+            problems.add(tree.file, record.id, number, "name", thing.name, "must be the name of a class (add it)")
+        elif corners is None:
+            problems.add(tree.file, record.id, number, "bndbox", thing.corners,
+                         "must be four numbers (xmin, ymin, xmax, ymax)")
+        elif (box := box_of(corners)) is None:
+            problems.add(tree.file, record.id, number, "bndbox", thing.corners, EMPTY)
+        else:
+            yield _Row(image, tree, number, thing, box)
+
+
+def _numbers(texts: Sequence[str]) -> Box | None:
+    try:
+        return [float(text) for text in texts]
+    except ValueError:
+        return None
