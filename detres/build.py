@@ -41,7 +41,7 @@ def build_rcnn(config: ModelConfig, num_classes: int) -> FasterRCNN:
     preprocessing = config.input
     normalize = Normalize(preprocessing.mean, preprocessing.std, bgr=preprocessing.channel_order == "bgr")
     return FasterRCNN(normalize, backbone, rpn, build_pool(config.pool, backbone.strides),
-                      build_roi_heads(config, num_classes, backbone.channels, conv5))
+                      build_roi_heads(config, num_classes, backbone.channels, conv5), config.pool.canonical_side)
 
 
 def build_classifier(config: ModelConfig, num_classes: int) -> Classifier:

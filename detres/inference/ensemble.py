@@ -1,18 +1,24 @@
 """Ensembles of models that were trained apart (arXiv 1512.03385, appendix B).
 
-Legend: N images, P proposals of all models, K classes.
+Legend: N images, P proposals of all models, D detections, S side of a mask.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from detres.config import Config
 from detres.engine.checkpoint import WeightsMeta
+from detres.models.classifier import ClassifierEnsemble
+from detres.models.faster_rcnn import FasterRCNN
+from detres.structures import Detections, ImageBatch, Proposals
 
 
 def build_ensemble(models: Sequence[nn.Module], metas: Sequence[WeightsMeta], configs: Sequence[Config],
@@ -39,11 +45,45 @@ def _shared(meta: WeightsMeta, config: Config) -> dict[str, Any]:
 
 
 class DetectorEnsemble(nn.Module):
-    """Detectors of the same classes as one."""
+    """Detectors of the same classes as one: each proposes, and the heads of all judge every proposal.
 
-    def __init__(self, models: Sequence[nn.Module]):
+    The paper says so much, and that class probabilities are averaged. What it leaves open, here: boxes are averaged as
+    deltas, so centres by the arithmetic and widths and heights by the geometric mean; each model has one vote, whatever
+    its accuracy; masks, inside the boxes found together, are averaged as probabilities. Thresholds, NMS, refinement and
+    voting, which follow, are set as in the first model.
+    """
+
+    def __init__(self, models: Sequence[FasterRCNN]):
         super().__init__()
         self.models = nn.ModuleList(models)
 
+    @torch.no_grad()
+    def forward(self, images: ImageBatch) -> Detections:
+        heads = [model.roi_heads for model in self.models]
+        proposals, regions = zip(*(model.propose(images) for model in self.models))
 
-ENSEMBLES = {"faster_rcnn": DetectorEnsemble, "mask_rcnn": DetectorEnsemble}
+        def score(boxes: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+            """As `RoIHeads.score`. A class-agnostic model has its one delta for all classes of the others."""
+            parts = [head.score(own, boxes, valid, images.sizes) for head, own in zip(heads, regions)]
+            return tuple(sum(each) / len(each) for each in zip(*parts))
+
+        found = heads[0].detect(score, union(proposals), images.sizes)
+        if heads[0].mask_head is None:
+            return found
+        return replace(found, masks=mean_masks([head.predict_masks(own, found) for head, own in zip(heads, regions)]))
+
+
+def union(proposals: Sequence[Proposals]) -> Proposals:
+    """Those of all models, one model after another: (N, P)."""
+    return Proposals(**{field.name: torch.cat([getattr(each, field.name) for each in proposals], 1)
+                        for field in fields(Proposals)})
+
+
+def mean_masks(masks: Sequence[Tensor]) -> Tensor:
+    """Probabilities (N, D, S, S), at the largest S that a model has."""
+    side = max(each.shape[-1] for each in masks)
+    same = [each if each.shape[-1] == side else F.interpolate(each, (side, side), mode="bilinear") for each in masks]
+    return sum(same) / len(same)
+
+
+ENSEMBLES = {"faster_rcnn": DetectorEnsemble, "mask_rcnn": DetectorEnsemble, "classifier": ClassifierEnsemble}

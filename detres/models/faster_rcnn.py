@@ -12,9 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from detres.models.roi_heads.standard import Pool, RoIHeads
+from detres.models.roi_heads.multi_scale import multi_scale_regions
+from detres.models.roi_heads.standard import Pool, Regions, RoIHeads
 from detres.models.rpn import RPN
-from detres.structures import Detections, ImageBatch, Targets
+from detres.ops.roi_align import CANONICAL_SIDE
+from detres.structures import Detections, ImageBatch, Proposals, Targets
 
 
 class Normalize(nn.Module):
@@ -36,12 +38,15 @@ class Normalize(nn.Module):
 
 
 class FasterRCNN(nn.Module):
-    """The two-stage detector: the parts are built by `build.build_model`, or by hand."""
+    """The two-stage detector: the parts are built by `build.build_model`, or by hand.
 
-    def __init__(self, normalize: Normalize, backbone: nn.Module, rpn: RPN, pool: Pool, roi_heads: RoIHeads):
+    canonical_side: of the regions that multi-scale testing aims at, in pixels."""
+
+    def __init__(self, normalize: Normalize, backbone: nn.Module, rpn: RPN, pool: Pool, roi_heads: RoIHeads,
+                 canonical_side: float = CANONICAL_SIDE):
         super().__init__()
         self.normalize, self.backbone, self.rpn, self.roi_heads = normalize, backbone, rpn, roi_heads
-        self.pool = pool
+        self.pool, self.canonical_side = pool, canonical_side
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -51,11 +56,23 @@ class FasterRCNN(nn.Module):
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """Losses by name if targets are given, in training and evaluation mode alike; else detections."""
-        features = self.backbone(self.normalize(images))
-        proposals, rpn_losses = self.rpn(features, images.pixels.shape[-2:], images.sizes, targets)
-        heads, regions = self.roi_heads, partial(self.pool, features)
+        heads = self.roi_heads
         if targets is not None:
-            return rpn_losses | heads.losses(regions, proposals, targets, images.sizes)
+            features = self.features(images)
+            proposals, rpn_losses = self.rpn(features, images.pixels.shape[-2:], images.sizes, targets)
+            return rpn_losses | heads.losses(partial(self.pool, features), proposals, targets, images.sizes)
+        proposals, regions = self.propose(images)
         score = partial(heads.score, regions, sizes=images.sizes)
         found = heads.detect(score, proposals, images.sizes)
         return found if heads.mask_head is None else replace(found, masks=heads.predict_masks(regions, found))
+
+    def features(self, images: ImageBatch) -> list[Tensor]:
+        return self.backbone(self.normalize(images))
+
+    def propose(self, images: ImageBatch) -> tuple[Proposals, Regions]:
+        """Where to look, and how the heads see it: at the images' own size, or at those of their pyramid."""
+        features = self.features(images)
+        proposals, _ = self.rpn(features, images.pixels.shape[-2:], images.sizes)
+        if images.pyramid:
+            return proposals, multi_scale_regions(self.pool, self.features, images, self.canonical_side)
+        return proposals, partial(self.pool, features)
