@@ -38,9 +38,9 @@ def make_stage(options: BlockOptions, count: int, in_channels: int, width: int, 
                first_dilation: int, deform: bool) -> tuple[nn.Sequential, int]:
     """`count` units, the first of which strides, and their channels.
 
-    A stage of pre-activation units ends with the norm and relu that the next one's first unit would begin with and
-    share between branch and shortcut (arXiv 1603.05027, section 3): the same network, and whoever reads a stage (a
-    pyramid, regions, the classifier) finds activations, as in other networks.
+    A stage of pre-activation units ends with the norm and relu that in its authors' code the next stage's first unit
+    begins with, before branch and shortcut part: the same network (arXiv 1603.05027, appendix, on the first and the
+    last unit), and whoever reads a stage (a pyramid, regions, the classifier) finds activations, as in others.
     """
     stage = nn.Sequential()
     for k in range(count):
@@ -163,8 +163,8 @@ class ProjectionShortcut(nn.Sequential):
 
     def __init__(self, in_channels: int, channels: int, stride: int, norm: str, eps: float, avg_down: bool):
         pool = []
-        if avg_down:  # at the border of odd sizes the mean is of the pixels that exist
-            pool = [nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False) if stride > 1 else nn.Identity()]
+        if avg_down:  # the last mean of an odd side is of the pixels that exist
+            pool = [nn.AvgPool2d(stride, ceil_mode=True) if stride > 1 else nn.Identity()]
         super().__init__(*pool, make_conv(in_channels, channels, 1, 1 if avg_down else stride),
                          make_norm(norm, channels, eps))
 

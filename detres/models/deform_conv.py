@@ -31,6 +31,7 @@ class DeformConv2d(nn.Conv2d):
         dtype = torch.promote_types(x.dtype, torch.float32)
         # (N, 2 * taps, H', W'), dy and dx of each tap in turn, and (N, taps, H', W')
         offset, modulation = self.offset(x).to(dtype).split([2 * self.taps, self.taps], 1)
-        out = deform_conv2d(x.to(dtype), offset, weight.to(dtype), None if bias is None else bias.to(dtype), self.stride,
-                            self.padding, self.dilation, modulation.sigmoid())
+        bias = None if bias is None else bias.to(dtype)
+        out = deform_conv2d(x.to(dtype), offset, weight.to(dtype), bias, self.stride, self.padding, self.dilation,
+                            modulation.sigmoid())
         return out.to(x.dtype)

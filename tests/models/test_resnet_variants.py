@@ -48,7 +48,7 @@ def weighted_layers(body: ResNet) -> int:
     (101, {"stride_in_1x1": True}, 7.570e9, 7.6),
     (152, {"stride_in_1x1": True}, 11.282e9, 11.3)])
 def test_multiply_adds_of_table_1(depth, options, multiply_adds, table):
-    """The table rounds to 0.1; its 3.8 of depth 50 is our 3.858 cut off."""
+    """The table has one digit after the point; all but its 3.8 of depth 50, where we count 3.858, are rounded."""
     body = resnet(depth, **options)
     analysis = FlopCountAnalysis(Classifier(body, 1000).eval(), torch.zeros(1, 3, 224, 224))
     with torch.no_grad():
