@@ -18,6 +18,8 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "Predictor": "detres.inference.predictor",
     "Prediction": "detres.inference.predictor",
+    "ClassPredictor": "detres.inference.classify",
+    "Classification": "detres.inference.classify",
     "load_config": "detres.config_file",
     "load_dataset": "detres.data.dataset",
     "build_model": "detres.build",
@@ -31,22 +33,23 @@ if TYPE_CHECKING:
     from detres.data.dataset import load_dataset
     from detres.engine.train import train
     from detres.evaluation.run import evaluate_weights
+    from detres.inference.classify import Classification, ClassPredictor
     from detres.inference.predictor import Prediction, Predictor
 
 __all__ = [*_PUBLIC, "load", "__version__"]
 
 
 def load(path: str | os.PathLike | Sequence[str | os.PathLike], device: str = "auto",
-         overrides: Sequence[str] = ()) -> Predictor:
-    """A detector ready to predict, from a weights file or a run folder: they carry model, classes, preprocessing.
+         overrides: Sequence[str] = ()) -> Predictor | ClassPredictor:
+    """A detector or classifier ready to predict, from a weights file or a run folder: they carry model, classes, preprocessing.
 
     Several paths make an ensemble. device: auto (a GPU where there is one), cpu, cuda, cuda:1 ... `overrides` are of
     the config that weights carry, such as "model.box_head.nms_thresh=0.3". Raises FileNotFoundError, or ValueError for
     a file that is not detres weights.
     """
-    from detres.inference.predictor import Predictor
+    from detres.inference.predictor import load_predictor
 
-    return Predictor.from_weights(path, device, overrides)
+    return load_predictor(path, device, overrides)
 
 
 def __getattr__(name: str):

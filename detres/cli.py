@@ -44,6 +44,7 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres eval best.safetensors --data datasets/coco --save results.json
   detres eval runs/bccd eval.batch_size=4 model.input.min_size=600 model.box_head.score_thresh=0.01
   detres eval runs/a runs/b 'eval.test_scales=[200,400,600,800,1000]'
+  detres eval runs/classifier eval.crops=dense 'eval.test_scales=[224,256,384,480,640]'
   detres eval --gt instances_val2017.json --results theirs.json --iou-type bbox segm --json numbers.json""",
     "predict": """
   detres predict runs/bccd cells.jpg
@@ -144,7 +145,7 @@ def _train(args: argparse.Namespace) -> None:
 def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _eval, "measure weights, or a results file of any program, on a data set",
                       "Of weights: prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class; "
-                      "without --data, on what they were validated on in training. Several are an ensemble.\n\n"
+                      "of a classifier top-1 and top-5; without --data, on what they were validated on in training. Several are an ensemble.\n\n"
                       "Of a results file (--gt and "
                       "--results): prints pycocotools' numbers, and warns of what makes them wrong.",
                       rest="more")
@@ -195,14 +196,14 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _predict, "detect in images",
+    parser = _command(commands, name, _predict, "detect in images, or name them",
                       "Writes an annotated picture of each image, and predictions.json.", rest="images")
     _add_weights(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGES",
                         help="files, folders or globs; before them, further weights, for an ensemble; fields of the "
                              "config that the weights carry as key=value")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: predictions)")
-    parser.add_argument("--score-thresh", type=_probability, default=0.5, metavar="P",
+    parser.add_argument("--score-thresh", type=_probability, metavar="P",
                         help="show detections with at least this score (default: 0.5)")
     parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once (default: 8)")
     _add_device(parser)

@@ -5,12 +5,13 @@ Legend: N images, D detections of an image (padded), n rows of a part, G truths,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.evaluation.flat import Found, Truths
@@ -65,6 +66,16 @@ def _table(title: str, rows: dict[str, dict[str, float]]) -> str:
 
 def _number(value: float) -> str:
     return "n/a" if value == -1 else f"{value:.3f}"
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class Rows(Protocol):

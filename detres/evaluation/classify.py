@@ -9,13 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from detres.config import Config, SourceConfig
+from detres.data.class_dataset import align_labels, load_class_dataset
+from detres.data.class_loader import build_class_loader
 from detres.engine.distributed import gather
 from detres.engine.failures import explain_out_of_memory, of_evaluation
-from detres.evaluation.base import EvalResult
-from detres.evaluation.class_tests import ClassTest
+from detres.evaluation.base import EvalResult, eval_mode
+from detres.evaluation.class_tests import ClassTest, build_class_test
 from detres.evaluation.classification import ClassificationEvaluator
-from detres.evaluation.run import eval_mode
+from detres.progress import track
 from detres.structures import Batch
+
+ROWS = 50  # classes up to which the table has a row for each
 
 
 @torch.no_grad()
@@ -38,3 +43,16 @@ def evaluate_classifier(model: nn.Module, loader: Iterable[Batch], classes: Sequ
     evaluator.merge(gather(evaluator.state()))
     loss, images = torch.stack(gather(total.cpu())).sum(0).tolist()
     return evaluator.compute().merged(EvalResult({"val/loss_cls": loss / max(images, 1)}))
+
+
+def evaluate_class_weights(model: nn.Module, classes: Sequence[str], config: Config, source: SourceConfig,
+                           batch_size: int) -> tuple[EvalResult, str]:
+    """The result on a data set by the test that `config.eval` names, and on what it was measured, for people."""
+    dataset = align_labels(load_class_dataset(source, "val"), classes)
+    device = next(model.parameters()).device
+    loader = build_class_loader(dataset, config, device, batch_size=batch_size, training=False)
+    batches = track(loader, len(dataset), "evaluate", lambda batch: len(batch.images.pixels))
+    result = evaluate_classifier(model, batches, classes, device, precision=config.train.precision,
+                                 test=build_class_test(config))
+    about = f"{dataset.name}: {len(dataset)} images, crops {config.eval.crops}"
+    return (result if len(classes) <= ROWS else EvalResult(result.metrics)), about

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
@@ -13,16 +12,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detres.config import SourceConfig
+from detres.config import Protocol, SourceConfig
 from detres.data.dataset import Dataset, ImageRecord, load_dataset
 from detres.data.loader import build_loader
 from detres.data.transforms import scale_pyramid
 from detres.engine.distributed import gather, rank, world_size
 from detres.engine.failures import explain_out_of_memory, of_evaluation
-from detres.evaluation.base import EvalResult, Evaluator, truths_of
+from detres.evaluation.base import EvalResult, Evaluator, eval_mode, truths_of
+from detres.evaluation.classify import evaluate_class_weights
 from detres.evaluation.coco import CocoEvaluator
 from detres.evaluation.coco_results import Compared
 from detres.evaluation.files import save_errors, save_numbers
+from detres.evaluation.ilsvrc import IlsvrcDetectionEvaluator
 from detres.evaluation.overlaps import box_overlaps
 from detres.evaluation.voc import VocEvaluator
 from detres.inference.predictor import load_model
@@ -30,7 +31,7 @@ from detres.progress import track
 from detres.structures import Batch
 
 
-def build_evaluators(dataset: Dataset, metrics: Sequence[Literal["coco", "voc"]], with_masks: bool,
+def build_evaluators(dataset: Dataset, metrics: Sequence[Protocol], with_masks: bool,
                      keep_masks: bool = False) -> list[Evaluator]:
     """One evaluator per protocol. COCO evaluates masks where the model predicts them and the data set has them.
 
@@ -38,7 +39,8 @@ def build_evaluators(dataset: Dataset, metrics: Sequence[Literal["coco", "voc"]]
     """
     masks = with_masks and any(item.segmentation for record in dataset.records for item in record.annotations)
     build = {"coco": lambda: CocoEvaluator(dataset, ("bbox", "segm") if masks else ("bbox",), keep_masks),
-             "voc": lambda: VocEvaluator(dataset)}
+             "voc": lambda: VocEvaluator(dataset),
+             "ilsvrc": lambda: IlsvrcDetectionEvaluator(dataset, dataset.blacklist)}
     return [build[name]() for name in metrics]
 
 
@@ -69,16 +71,6 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Eva
                 if losses and batch.targets is not None:
                     means.add(model(batch.images, batch.targets), len(batch.image_ids))
     return _computed(evaluators, means)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 class _LossMeans:
@@ -113,7 +105,7 @@ def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
 
 def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | SourceConfig | None = None,
                      split: str | None = None, save: str | Path | None = None,
-                     metrics: Sequence[Literal["coco", "voc"]] | None = None, batch_size: int | None = None,
+                     metrics: Sequence[Protocol] | None = None, batch_size: int | None = None,
                      device: str = "auto", overrides: Sequence[str] = (), numbers: str | Path | None = None,
                      errors: str | Path | None = None) -> dict[str, float]:
     """Evaluate a weights file or a run folder, or several as an ensemble; print the table; return the metrics.
@@ -122,18 +114,26 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
     `batch_size` to their config, which `overrides` such as "model.box_head.score_thresh=0.1" change first
     (`load_model`). The precision is that of training, so the numbers are those of the run. `save` is a file for the
     detections as COCO results, which pycocotools' `loadRes` reads; `numbers` one for the metrics, as JSON; `errors` a
-    folder for an analysis of the errors of boxes.
+    folder for an analysis of the errors of boxes; of these a classifier has only `numbers`.
     """
     model, meta, config = load_model(path, device, overrides)
-    dataset = load_dataset(_source(config.data.val, data, split, path), "val", config.data.on_invalid)
+    source, batch_size = _source(config.data.val, data, split, path), batch_size or config.eval.batch_size
+    weights = f"{path} (step {meta.step})" if isinstance(path, (str, PathLike)) else " + ".join(map(str, path))
+    if config.model.name == "classifier":
+        _refuse_options(save=save, metrics=metrics, errors=errors)
+        result, about = evaluate_class_weights(model, meta.classes, config, source, batch_size)
+        print(f"{about}, weights {weights}\n{result.table()}")
+        if numbers is not None:
+            save_numbers(result.metrics, numbers)
+        return result.metrics
+    dataset = load_dataset(source, "val", config.data.on_invalid)
     dataset = align_classes(dataset, meta.classes, meta.category_ids)
     with_masks = config.model.name == "mask_rcnn"
     evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks, save is not None)
-    loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size or config.eval.batch_size,
+    loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size,
                           training=False, with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
                           device_type=device_of(model).type)
     result = evaluate(model, loader, evaluators, device_of(model), precision=config.train.precision)
-    weights = f"{path} (step {meta.step})" if isinstance(path, (str, PathLike)) else " + ".join(map(str, path))
     print(f"{dataset.name}: {len(dataset.records)} images, weights {weights}\n{result.table()}")
     evaluator = max(evaluators, key=lambda evaluator: isinstance(evaluator, CocoEvaluator))
     if save is not None:
@@ -144,6 +144,12 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
         truths, found = truths_of(evaluator.records, device_of(model)), evaluator.found()
         save_errors(Compared(truths, found, dataset.classes, box_overlaps(truths, found)), errors)
     return result.metrics
+
+
+def _refuse_options(**options) -> None:
+    if given := [f"{name}={value}" for name, value in options.items() if value is not None]:
+        raise ValueError(f"options of an evaluation must fit the model, got {', '.join(given)}, which a classifier does "
+                         "not have. Leave them out.")
 
 
 def device_of(model: nn.Module) -> torch.device:

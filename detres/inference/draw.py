@@ -8,6 +8,7 @@ covers no other label and hides no other object; where that cannot be, it is lef
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -66,8 +67,7 @@ def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None
     """
     height, width = image.shape[:2]
     style = _Style.of(height, width, scale)
-    canvas = cv2.resize(image, None, fx=style.scale, fy=style.scale, interpolation=cv2.INTER_CUBIC) \
-        if style.scale > 1 else image.copy()
+    canvas = _enlarged(image, style)
     found = prediction.numpy()
     corners = found["boxes"] * style.scale  # (D, 4)
     colors = [color_of(label if color_by == "class" else i) for i, label in enumerate(found["labels"].tolist())]
@@ -83,6 +83,25 @@ def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None
         middles = [None] * len(texts) if bitmaps is None else [_middle(mask, style.scale) for mask in bitmaps]
         _draw_labels(picture, corners, middles, texts, colors, style)
     return picture
+
+
+def draw_names(image: np.ndarray, texts: Sequence[str], labels: Sequence[int]) -> Image.Image:
+    """A picture of an image (H, W, 3) RGB uint8 with lines of text in its corner, in the colours of class labels."""
+    style = _Style.of(*image.shape[:2], None)
+    picture, font = Image.fromarray(_enlarged(image, style)), _font(style.font)
+    pad, height = max(2, round(font.size * 0.3)), sum(font.getmetrics())
+    for row, (text, label) in enumerate(zip(texts, labels)):
+        top = pad + row * (height + pad)
+        plate = np.array([pad, top, 3 * pad + np.ceil(font.getlength(text)), top + height])
+        _draw_plate(picture, plate, text, font, color_of(label), pad)
+    return picture
+
+
+def _enlarged(image: np.ndarray, style: _Style) -> np.ndarray:
+    """A copy at the scale of the canvas."""
+    if style.scale == 1:
+        return image.copy()
+    return cv2.resize(image, None, fx=style.scale, fy=style.scale, interpolation=cv2.INTER_CUBIC)
 
 
 def _areas(corners: np.ndarray) -> np.ndarray:

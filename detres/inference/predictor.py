@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,12 @@ from detres.data.transforms import resize_for_eval, scale_pyramid
 from detres.engine.checkpoint import WeightsMeta, find_weights, load_weights
 from detres.engine.distributed import pick_device
 from detres.engine.failures import explain_out_of_memory, of_prediction
+from detres.inference.batches import ImageLike, in_batches
+from detres.inference.classify import ClassPredictor
 from detres.inference.draw import draw
 from detres.inference.ensemble import build_ensemble
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Detections
-
-ImageLike = str | Path | Image.Image | np.ndarray
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,15 +103,6 @@ class Predictor:
         self.classes, self.category_ids, self.preprocessing = tuple(classes), tuple(category_ids), preprocessing
         self.pyramid = tuple(pyramid)
 
-    @classmethod
-    def from_weights(cls, path: str | Path | Sequence[str | Path], device: str = "auto",
-                     overrides: Sequence[str] = ()) -> Predictor:
-        """From a weights file or a run folder, which carry all that is needed, or an ensemble of several
-        (`load_model`)."""
-        model, meta, config = load_model(path, device, overrides)
-        preprocessing = config.model.input
-        return cls(model, meta.classes, meta.category_ids, preprocessing, scale_pyramid(preprocessing, config.eval))
-
     def predict(self, images: ImageLike | Sequence[ImageLike], score_thresh: float = 0.5, *,
                 min_size: int | None = None, max_size: int | None = None, batch_size: int = 8,
                 paths: Sequence[str] | None = None) -> Prediction | list[Prediction]:
@@ -124,18 +116,13 @@ class Predictor:
         Raises ImageError for a file that is no readable image, ValueError or TypeError for what is no RGB image,
         torch.OutOfMemoryError that names the batch and what to change.
         """
-        one = not isinstance(images, (list, tuple))
-        items = [images] if one else list(images)
         changes = {name: side for name, side in (("min_size", min_size), ("max_size", max_size)) if side is not None}
         preprocessing = InputConfig(**{**self.preprocessing.model_dump(), **changes})
-        paths = paths or [str(item) if isinstance(item, (str, Path)) else None for item in items]
-        parts = [slice(start, start + batch_size) for start in range(0, len(items), batch_size)]
-        found = [prediction for part in parts
-                 for prediction in self._predict(items[part], paths[part], score_thresh, preprocessing)]
-        return found[0] if one else found
+        predict = partial(self._predict, score_thresh=score_thresh, preprocessing=preprocessing)
+        return in_batches(predict, images, paths, batch_size)
 
     @torch.no_grad()
-    def _predict(self, items: list[ImageLike], paths: Sequence[str | None], score_thresh: float,
+    def _predict(self, items: list[ImageLike], paths: Sequence[str | None], *, score_thresh: float,
                  preprocessing: InputConfig) -> list[Prediction]:
         images = [to_rgb_array(item) for item in items]
         batch, *pyramid = (pad_images([resize_for_eval(image, scale) for image in images], scale.size_divisor)
@@ -158,6 +145,16 @@ class Predictor:
             masks = paste_masks(found.masks[i, keep], boxes, image.shape[:2]).cpu()
         return Prediction(boxes.cpu(), found.scores[i, keep].float().cpu(), labels, [self.classes[k] for k in labels],
                           [self.category_ids[k] for k in labels], masks, image, path)
+
+
+def load_predictor(path: str | Path | Sequence[str | Path], device: str = "auto",
+                   overrides: Sequence[str] = ()) -> Predictor | ClassPredictor:
+    """From a weights file or a run folder, which carry all that is needed, or an ensemble of several (`load_model`)."""
+    model, meta, config = load_model(path, device, overrides)
+    if config.model.name == "classifier":
+        return ClassPredictor(model, meta.classes, config)
+    preprocessing = config.model.input
+    return Predictor(model, meta.classes, meta.category_ids, preprocessing, scale_pyramid(preprocessing, config.eval))
 
 
 def load_model(path: str | Path | Sequence[str | Path], device: str = "auto",

@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from detres.data.images import IMAGE_SUFFIXES, ImageError, read_image
-from detres.inference.predictor import Prediction, Predictor
+from detres.inference.classify import Classification, ClassPredictor
+from detres.inference.predictor import Prediction, Predictor, load_predictor
 from detres.progress import track
 
 
@@ -26,14 +27,16 @@ class UnreadableImages(ValueError):
 
 
 def predict_files(weights: str | Path | Sequence[str | Path], inputs: Sequence[str | Path], out: str | Path, *,
-                  score_thresh: float = 0.5, device: str = "auto", batch_size: int = 8,
+                  score_thresh: float | None = None, device: str = "auto", batch_size: int = 8,
                   overrides: Sequence[str] = ()) -> Path:
     """Predict on files, folders (searched through) and globs. Writes a picture of each image and `predictions.json`.
 
     Several weights are an ensemble; `overrides` change the config that they carry (`predictor.load_model`).
 
     The JSON is a list with, for each image, "file", "picture", "height", "width" and "detections", each of which has
-    "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (COCO's RLE).
+    "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (COCO's RLE);
+    from a classifier with "classes" instead, the five likeliest, each of which has "name" and "probability".
+    `score_thresh` (None: 0.5) is of detections.
 
     Returns the path of the JSON. Raises FileNotFoundError for an input that matches no image, and, after all others
     are done, UnreadableImages.
@@ -42,15 +45,16 @@ def predict_files(weights: str | Path | Sequence[str | Path], inputs: Sequence[s
     files = find_images(inputs, skip=out)
     pictures = picture_names(files)
     _spare_inputs(pictures, out)
-    predictor = Predictor.from_weights(weights, device, overrides)
+    predictor = load_predictor(weights, device, overrides)
+    options = _options(predictor, score_thresh)
     out.mkdir(parents=True, exist_ok=True)
     problems: dict[Path, str] = {}
     entries = []
     parts = [files[i:i + batch_size] for i in range(0, len(files), batch_size)]
     for part in track(parts, len(files), "predict", len):
         images = dict(_readable(part, problems))
-        found = predictor.predict(list(images.values()), score_thresh, batch_size=batch_size,
-                                  paths=[str(file) for file in images])
+        found = predictor.predict(list(images.values()), batch_size=batch_size, paths=[str(file) for file in images],
+                                  **options)
         for file, prediction in zip(images, found):
             _save_picture(prediction.draw(), out / pictures[file])
             entries.append(_entry(prediction, file, pictures[file]))
@@ -119,10 +123,26 @@ def _save_picture(picture: Image.Image, path: Path) -> None:
     picture.save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
 
 
-def _entry(prediction: Prediction, file: Path, picture: str) -> dict:
+def _options(predictor: Predictor | ClassPredictor, score_thresh: float | None) -> dict[str, float]:
+    if isinstance(predictor, ClassPredictor) and score_thresh is not None:
+        raise ValueError(f"score_thresh must be left out for a classifier, which has no detections, got {score_thresh}.")
+    return {} if score_thresh is None else {"score_thresh": score_thresh}
+
+
+def _entry(prediction: Prediction | Classification, file: Path, picture: str) -> dict:
     height, width = prediction.image.shape[:2]
+    found = _classes(prediction) if isinstance(prediction, Classification) else _detections(prediction, file)
+    return {"file": str(file), "picture": picture, "height": height, "width": width, **found}
+
+
+def _classes(prediction: Classification) -> dict:
+    rows = zip(prediction.names, prediction.probabilities.tolist())
+    return {"classes": [{"name": name, "probability": value} for name, value in rows]}
+
+
+def _detections(prediction: Prediction, file: Path) -> dict:
     detections = []
     for name, box, coco in zip(prediction.names, prediction.boxes.tolist(), prediction.to_coco(str(file))):
         kept = {key: coco[key] for key in ("category_id", "score", "segmentation") if key in coco}
         detections.append({"name": name, "box": box, **kept})
-    return {"file": str(file), "picture": picture, "height": height, "width": width, "detections": detections}
+    return {"detections": detections}

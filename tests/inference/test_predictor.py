@@ -14,7 +14,7 @@ from detres.build import build_model
 from detres.config import Config, InputConfig
 from detres.engine.checkpoint import WeightsMeta, load_weights, save_weights
 from detres.inference import predictor as predictor_module
-from detres.inference.predictor import Predictor
+from detres.inference.predictor import Predictor, load_predictor
 
 RED = (255, 0, 0)
 BOX = (20, 30, 80, 90)
@@ -149,7 +149,7 @@ def small_weights(tmp_path_factory):
 
 
 def test_a_weights_file_or_a_run_folder_is_all_that_is_needed(small_weights):
-    outs = [Predictor.from_weights(place, "cpu").predict(picture(), score_thresh=0.0)
+    outs = [load_predictor(place, "cpu").predict(picture(), score_thresh=0.0)
             for place in (small_weights, small_weights.parent.parent)]
     assert 1 <= len(outs[0]) <= 5 and set(outs[0].category_ids) <= {4, 9} and set(outs[0].names) <= {"cat", "dog"}
     assert outs[0].masks.shape == (len(outs[0]), 120, 160) and torch.equal(outs[0].boxes, outs[1].boxes)
@@ -160,4 +160,4 @@ def test_weights_that_do_not_fit_are_named(small_weights, tmp_path):
     tensors, meta = load_weights(small_weights)
     save_weights(tmp_path / "old.safetensors", tensors, replace(meta, classes=("cat",), category_ids=(4,)))
     with pytest.raises(ValueError, match="old.safetensors.*(.|\n)*another version"):
-        Predictor.from_weights(tmp_path / "old.safetensors", "cpu")
+        load_predictor(tmp_path / "old.safetensors", "cpu")

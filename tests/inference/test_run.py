@@ -19,7 +19,7 @@ from detres.inference.run import UnreadableImages, find_images, picture_names, p
 def weights(monkeypatch, red_finder):
     """A weights file is not needed: the model is the one that finds red."""
     predictor = Predictor(red_finder, ("red", "dull"), (7, 30), InputConfig(min_size=60, max_size=300))
-    monkeypatch.setattr(run.Predictor, "from_weights", lambda path, device, overrides: predictor)
+    monkeypatch.setattr(run, "load_predictor", lambda path, device, overrides: predictor)
     return "weights.safetensors"
 
 
