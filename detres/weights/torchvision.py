@@ -81,12 +81,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_resnet(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a classifier's state dict into `model.backbone.body`, its conv5 into the box head of a C4 detector."""
+    """Load a classifier's state dict into `model.backbone.body`, its conv5 into the box head of a C4 detector, its fc
+    into that of a classifier of as many classes."""
     state = {key.removeprefix(OURS): value for key, value in state.items()}
     body = model.backbone.body
     parts: dict[str, nn.Module] = {"": body}
     if hasattr(model, "roi_heads") and not hasattr(body, "layer4"):
         parts["layer4."] = model.roi_heads.box_head
+    own_fc = getattr(model, "fc", None)
+    if own_fc is not None and getattr(state.get("fc.weight"), "shape", None) == own_fc.weight.shape:
+        own_fc.load_state_dict({key: state[f"fc.{key}"] for key in ("weight", "bias")})
     wanted = {prefix + key: (module, key) for prefix, module in parts.items() for key in module.state_dict()}
     ignored = re.compile(r"fc\.|.*num_batches_tracked$")
     optional = re.compile(ignored.pattern + r"|.*\.offset\.(weight|bias)$")

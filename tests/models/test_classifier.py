@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 from detres.build import build_model
@@ -18,6 +19,7 @@ from detres.engine.optim import Schedule, plateaus
 from detres.engine.step import split
 from detres.engine.train import train
 from detres.structures import Batch, ClassTargets, ImageBatch
+from detres.weights.torchvision import load_backbone
 
 MODEL = {"name": "classifier", "input": {"min_size": 16},
          "backbone": {"depth": 18, "width": 8, "weights": None, "norm": "bn", "freeze_stages": 0}}
@@ -94,3 +96,20 @@ def test_trains_to_no_error(tmp_path):
     assert [row["stale"] for row in rows if "cls/top1" in row][0] == 0 and all("error" in row for row in rows
                                                                                if "loss" in row)
     assert train(config, resume=True) == metrics
+
+
+def test_torchvision_checkpoint_gives_its_logits(tmp_path):
+    """ResNet-18 with its fc, from a file of torchvision's keys; the fc stays new for other classes."""
+    theirs = torchvision.models.resnet18(num_classes=7).eval()
+    torch.save(theirs.state_dict(), tmp_path / "resnet18.pth")
+    config = ModelConfig.model_validate({"name": "classifier", "backbone": {
+        "depth": 18, "norm": "bn", "freeze_stages": 0, "weights": str(tmp_path / "resnet18.pth")}})
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    images = ImageBatch(pixels, torch.tensor([[64, 64]] * 2))
+    same, other = build_model(config, 7).eval(), build_model(config, 5).eval()
+    load_backbone(same, config)
+    load_backbone(other, config)
+    with torch.no_grad():
+        assert torch.allclose(same(images), theirs(same.normalize(images)), atol=1e-5)
+        assert other(images).shape == (2, 5)
+    assert torch.equal(other.backbone.body.conv1.weight, theirs.conv1.weight)
