@@ -1,4 +1,4 @@
-"""`detres train|eval|predict|config|data|demo`: arguments in, the library's functions called, errors in one message.
+"""`detres train|eval|predict|config|data|paper|demo`: arguments in, the library's functions called, errors in one message.
 
 Nothing heavy is imported before a command runs, so that help is instant.
 """
@@ -63,6 +63,14 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres data shapes datasets/shapes --images 1000 --seed 0
   detres data shapes /tmp/easy --images 400 --val 100 --preset easy --size 128 128 --no-voc
   detres train configs/demo.yaml data.train=datasets/shapes data.val=datasets/shapes output=runs/shapes""",
+    "paper": """
+  detres paper                                     every table and figure
+  detres paper table6
+  detres paper table6/resnet56                     one row: numbers, config, commands
+  detres paper run table1
+  detres paper run table6/resnet56 --data datasets/cifar10
+  detres paper run table6/resnet56 --data datasets/cifar10 --out /tmp/small train.steps=500
+  detres paper run table8/resnet101 --data datasets/coco --num-gpus 8""",
     "demo": """
   detres demo
   detres demo --out /tmp/demo""",
@@ -145,9 +153,9 @@ def _train(args: argparse.Namespace) -> None:
 def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _eval, "measure weights, or a results file of any program, on a data set",
                       "Of weights: prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class; "
-                      "of a classifier top-1 and top-5; without --data, on what they were validated on in training. Several are an ensemble.\n\n"
-                      "Of a results file (--gt and "
-                      "--results): prints pycocotools' numbers, and warns of what makes them wrong.",
+                      "of a classifier top-1 and top-5; without --data, on what they were validated on in training. "
+                      "Several are an ensemble.\n\nOf a results file (--gt and --results): prints pycocotools' "
+                      "numbers, and warns of what makes them wrong.",
                       rest="more")
     _add_weights(parser, nargs="?")
     parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
@@ -274,6 +282,34 @@ def _shapes(args: argparse.Namespace) -> None:
                  formats=("coco",) if args.no_voc else ("coco", "voc"))
 
 
+def _add_paper(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _paper, "reproduce tables and figures of Deep Residual Learning",
+                      "Lists what arXiv 1512.03385 published beside what detres measured; `run` runs exactly the "
+                      "commands of a row. Trainings go on where they stopped. docs/paper.md tells more.", rest="items")
+    parser.add_argument("items", nargs="*", default=[], metavar="[run] [ROW] key=value",
+                        help="a row such as table6/resnet56, a table or a figure (default: all); after run, fields to "
+                             "set in its configs")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/paper.md")
+    runs = parser.add_argument_group("run")
+    runs.add_argument("--data", metavar="PATH", help="data set (default: of the config, in datasets/)")
+    runs.add_argument("--out", metavar="DIR", help="takes the place of runs/paper")
+    runs.add_argument("--num-gpus", type=_positive, metavar="N", help="processes that train, one a GPU")
+
+
+def _paper(args: argparse.Namespace) -> None:
+    from detres import paper
+
+    options = {name: value for name in ("data", "out", "num_gpus") if (value := getattr(args, name)) is not None}
+    if args.items[:1] == ["run"]:
+        if len(args.items) < 2 or args.markdown:
+            args.parser.error("run must be followed by a row, such as table6/resnet56")
+        paper.run(args.items[1], overrides=args.items[2:], **options)
+        return
+    if options or len(args.items) > (0 if args.markdown else 1):
+        args.parser.error("--data, --out, --num-gpus and key=value must go with run, --markdown alone")
+    print(paper.markdown() if args.markdown else paper.listing(*args.items))
+
+
 def _add_demo(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _demo, "train, evaluate and predict on the built-in data set",
                       "From scratch, without any download, in minutes on a CPU. A second run goes on with the first.")
@@ -287,7 +323,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "config": _add_config, "data": _add_data,
-            "demo": _add_demo}
+            "paper": _add_paper, "demo": _add_demo}
 
 
 def _add_weights(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:

@@ -26,8 +26,8 @@ def build_class_loader(dataset: ClassDataset, config: Config, device: torch.devi
     `batch_size` images at a time, with the views of `eval.crops`: the first as `Batch.images`, the others as its
     `pyramid`; this rank gets every `world_size`-th image.
 
-    Batches of image files are on the CPU, in pinned memory if `device` is a GPU. Raises ValueError for arguments or data
-    that do not fit; while iterating, ImageError for a file that cannot be used.
+    Batches of image files are on the CPU, in pinned memory if `device` is a GPU. Raises ValueError for arguments or
+    data that do not fit; while iterating, ImageError for a file that cannot be used.
     """
     options, model_input, seed = config.data.classification, config.model.input, config.train.seed
     ranks = {"rank": rank, "world_size": world_size}

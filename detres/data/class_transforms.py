@@ -20,8 +20,8 @@ from detres.config import ClassAugmentConfig, EvalConfig, InputConfig
 from detres.data.transforms import resize_image
 
 # Variances along, and directions of, the principal components of ImageNet's RGB values in 0-1, a component in each
-# column: as computed for fb.resnet.torch (datasets/imagenet.lua) and used by its successors. The units matter: the shift
-# is proportional to the variance (Krizhevsky et al. 2012, section 4.1), not to the standard deviation.
+# column: as computed for fb.resnet.torch (datasets/imagenet.lua) and used by its successors. The units matter: the
+# shift is proportional to the variance (Krizhevsky et al. 2012, section 4.1), not to the standard deviation.
 COLOUR_VARIANCES = np.array([0.2175, 0.0188, 0.0045])
 COLOUR_DIRECTIONS = np.array([[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]])
 
@@ -59,8 +59,8 @@ def _check_crop(model_input: InputConfig, smallest: int) -> None:
 
 @dataclass(frozen=True)
 class TrainView:
-    """scales: range of the short side, in pixels; crop: S; pad: pixels of `fill` on each side before the crop; flip: its
-    probability; colour: standard deviation of `shift_colours`' alphas."""
+    """scales: range of the short side, in pixels; crop: S; pad: pixels of `fill` on each side before the crop; flip:
+    its probability; colour: standard deviation of `shift_colours`' alphas."""
 
     scales: tuple[int, int]
     crop: int
@@ -88,7 +88,7 @@ class TrainView:
 
 @dataclass(frozen=True)
 class Crops:
-    """The crop at the centre; with `corners`, those at the four corners before it (AlexNet's test, as in section 3.4)."""
+    """The crop at the centre; with `corners`, those at the four corners before it (AlexNet's test)."""
 
     short_side: int
     crop: int
@@ -127,9 +127,10 @@ def short_side_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 def resized_window(image: np.ndarray, size: tuple[int, int], y: int, x: int, crop: int) -> np.ndarray:
     """The window (S, S) at (y, x) of the image (uint8) resized to `size`, of which nothing else is computed: several
-    times faster than the whole. Equal to a crop of the whole, but for rounding by one level in rare pixels."""
+    times faster than the whole. Equal to a crop of the whole, but that ties in rounding may fall the other way."""
     ratio_y, ratio_x = image.shape[0] / size[0], image.shape[1] / size[1]
-    box = (x * ratio_x, y * ratio_y, min((x + crop) * ratio_x, image.shape[1]), min((y + crop) * ratio_y, image.shape[0]))
+    right, bottom = min((x + crop) * ratio_x, image.shape[1]), min((y + crop) * ratio_y, image.shape[0])
+    box = x * ratio_x, y * ratio_y, right, bottom
     return np.array(Image.fromarray(image).resize((crop, crop), Image.Resampling.BILINEAR, box))
 
 

@@ -21,7 +21,7 @@ from detres.config import Config
 from detres.models.classifier import mean_probabilities
 from detres.structures import ImageBatch
 
-ClassTest = Callable[[nn.Module, ImageBatch], Tensor]  # model, images with their other views as pyramid -> logits (N, K)
+ClassTest = Callable[[nn.Module, ImageBatch], Tensor]  # model, images with further views as pyramid -> logits (N, K)
 
 
 def build_class_test(config: Config) -> ClassTest:

@@ -58,8 +58,8 @@ class ClassPredictor:
 
     def predict(self, images: ImageLike | Sequence[ImageLike], top: int = 5, *, batch_size: int = 8,
                 paths: Sequence[str] | None = None) -> Classification | list[Classification]:
-        """The `top` likeliest classes of an image (a path, a PIL image, or an RGB array (H, W, 3) uint8), or of each of a
-        list of them. `paths` says where arrays of a list were read from. Raises as `Predictor.predict`.
+        """The `top` likeliest classes of an image (a path, a PIL image, or an RGB array (H, W, 3) uint8), or of each of
+        a list of them. `paths` says where arrays of a list were read from. Raises as `Predictor.predict`.
         """
         def predict(items: list[ImageLike], where: Sequence[str | None]) -> list[Classification]:
             return self._predict(items, where, min(top, len(self.classes)))

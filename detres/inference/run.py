@@ -125,7 +125,8 @@ def _save_picture(picture: Image.Image, path: Path) -> None:
 
 def _options(predictor: Predictor | ClassPredictor, score_thresh: float | None) -> dict[str, float]:
     if isinstance(predictor, ClassPredictor) and score_thresh is not None:
-        raise ValueError(f"score_thresh must be left out for a classifier, which has no detections, got {score_thresh}.")
+        raise ValueError("score_thresh must be left out for a classifier, which has no detections, got "
+                         f"{score_thresh}.")
     return {} if score_thresh is None else {"score_thresh": score_thresh}
 
 
