@@ -52,8 +52,8 @@ def test_whole_images_at_several_sizes():
 
 @pytest.mark.parametrize(("build", "message"), [
     (lambda: build_test_views(EvalConfig(), InputConfig(min_size=256)), "smallest short side, 256 px, got null"),
-    (lambda: build_test_views(EvalConfig(crops="dense", test_scales=(99, 256)), InputConfig(crop=224)), "99 px, got 224"),
-    (lambda: build_train_view(ClassAugmentConfig(scales=(200, 256)), InputConfig(crop=224)), "200 px, got 224"),
+    (lambda: build_test_views(EvalConfig(crops="dense", test_scales=(99,)), InputConfig(crop=224)), "99 px, got 224"),
+    (lambda: build_train_view(ClassAugmentConfig(scales=(99, 256)), InputConfig(crop=224)), "99 px, got 224"),
     (lambda: build_test_views(EvalConfig(test_scales=(224,)), InputConfig(crop=224)), "eval.crops=dense")])
 def test_crops_must_fit(build, message):
     with pytest.raises(ValueError, match=message):
