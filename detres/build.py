@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import nn
@@ -11,6 +12,8 @@ from detres.models.anchors import AnchorGenerator
 from detres.models.backbone import FPNBackbone, LastStageBackbone
 from detres.models.classifier import Classifier
 from detres.models.faster_rcnn import FasterRCNN, Normalize
+from detres.models.localizer import Localizer, PerClassHead
+from detres.models.region_classifier import RegionClassifier
 from detres.models.resnet import ResNet, cifar_resnet, resnet
 from detres.models.roi_heads.box_head import BoxPredictor, TwoFCHead
 from detres.models.roi_heads.mask_head import MaskHead
@@ -32,22 +35,43 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 def build_rcnn(config: ModelConfig, num_classes: int) -> FasterRCNN:
     backbone, conv5 = build_backbone(config)
-    anchors = AnchorGenerator(config.anchors.sizes, config.anchors.aspect_ratios, backbone.strides,
-                              config.anchors.convention)
+    anchors = build_anchors(config, backbone.strides)
     options = config.rpn.model_dump()
     stages = ("pre_nms_topk", "post_nms_topk")
     topk = {name: (options.pop(f"{name}_train"), options.pop(f"{name}_test")) for name in stages}
     rpn = RPN(RPNHead(backbone.channels, anchors.per_cell), anchors, **topk, **options)
-    preprocessing = config.input
-    normalize = Normalize(preprocessing.mean, preprocessing.std, bgr=preprocessing.channel_order == "bgr")
-    return FasterRCNN(normalize, backbone, rpn, build_pool(config.pool, backbone.strides),
+    return FasterRCNN(build_normalize(config), backbone, rpn, build_pool(config.pool, backbone.strides),
                       build_roi_heads(config, num_classes, backbone.channels, conv5), config.pool.canonical_side)
 
 
 def build_classifier(config: ModelConfig, num_classes: int) -> Classifier:
+    return Classifier(build_normalize(config), LastStageBackbone(build_resnet(config)), num_classes)
+
+
+def build_localizer(config: ModelConfig, num_classes: int) -> Localizer:
+    backbone, _ = build_backbone(config)
+    anchors = build_anchors(config, backbone.strides)
+    head = PerClassHead(backbone.channels, anchors.per_cell, num_classes)
+    of_testing = {"pre_nms_topk_train", "pre_nms_topk_test", "post_nms_topk_train", "post_nms_topk_test", "nms_thresh"}
+    return Localizer(build_normalize(config), backbone, head, anchors, topk=config.rpn.pre_nms_topk_test,
+                     **config.rpn.model_dump(exclude=of_testing))
+
+
+def build_region_classifier(config: ModelConfig, num_classes: int) -> RegionClassifier:
+    names = {"context", "batch_per_image", "positive_fraction", "fg_iou", "box_loss", "smooth_l1_beta",
+             "box_loss_weight"}
+    return RegionClassifier(build_normalize(config), LastStageBackbone(build_resnet(config)), num_classes,
+                            side=config.input.crop, **config.box_head.model_dump(include=names))
+
+
+def build_normalize(config: ModelConfig) -> Normalize:
     options = config.input
-    normalize = Normalize(options.mean, options.std, bgr=options.channel_order == "bgr")
-    return Classifier(normalize, LastStageBackbone(build_resnet(config)), num_classes)
+    return Normalize(options.mean, options.std, bgr=options.channel_order == "bgr")
+
+
+def build_anchors(config: ModelConfig, strides: Sequence[int]) -> AnchorGenerator:
+    options = config.anchors
+    return AnchorGenerator(options.sizes, options.aspect_ratios, strides, options.convention)
 
 
 def build_resnet(config: ModelConfig) -> ResNet:
@@ -101,4 +125,5 @@ def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
     return pool
 
 
-MODELS = {"faster_rcnn": build_rcnn, "mask_rcnn": build_rcnn, "classifier": build_classifier}
+MODELS = {"faster_rcnn": build_rcnn, "mask_rcnn": build_rcnn, "classifier": build_classifier,
+          "localizer": build_localizer, "region_classifier": build_region_classifier}

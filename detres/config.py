@@ -31,7 +31,9 @@ class InputConfig(Section):
     channel_order: Literal["rgb", "bgr"] = Field("rgb", description="bgr for Caffe and Detectron2 weights")
     mean: tuple[float, float, float] = Field((123.675, 116.28, 103.53), description="per channel, on 0-255")
     std: tuple[Positive, Positive, Positive] = Field((58.395, 57.12, 57.375), description="per channel, on 0-255")
-    crop: Count | None = Field(None, description="side in pixels of a classifier's crop; null: all of the image")
+    crop: Count | None = Field(
+        None, description="side in pixels of the crop of a classifier or localizer, of the warped regions of a region "
+                          "classifier; null: all of the image")
     size_divisor: Count = Field(32, description="the canvas is padded to a multiple of this, in pixels")
     antialias: bool = Field(True, description="resize as PIL does; false: plain bilinear on floats, as torchvision")
 
@@ -56,7 +58,8 @@ class BackboneConfig(Section):
         False, description="projections average 2x2 instead of taking every other pixel (ResNet-D, arXiv 1812.01187)")
     deform_stages: Annotated[int, Field(ge=0, le=4)] = Field(
         0, description="last stages whose 3x3 are deformable and modulated: 3 in DCNv2 (arXiv 1811.11168)")
-    layout: Literal["fpn", "c4", "dc5"] = Field("fpn", description="P2..P6; stage 4 at stride 16; dilated stage 5")
+    layout: Literal["fpn", "c4", "c5", "dc5"] = Field(
+        "fpn", description="P2..P6; stage 4 at stride 16; stage 5 at stride 32; dilated stage 5 at stride 16")
     weights: str | None = Field("imagenet", description="'imagenet' (torchvision's), a path, or null: from scratch")
     norm: Norm = Field("frozen_bn", description="gn trains from scratch at any batch size")
     norm_eps: Annotated[float, Field(ge=0, le=1e-2)] = 1e-5
@@ -151,6 +154,9 @@ class BoxHeadConfig(Section):
     resolution: Count = Field(7, description="side of the pooled grid (14 for c4: conv5 halves it)")
     fc_dim: Count = Field(1024, description="width of the two fc layers (unused by c4)")
     class_agnostic: bool = Field(False, description="one box per RoI instead of one per class")
+    context: Annotated[int, Field(ge=0)] = Field(
+        16, description="region classifiers: pixels of model.input.crop, at each border, that show what surrounds the "
+                        "region; 16 of 227 in R-CNN (arXiv 1311.2524, appendix A)")
     global_context: bool = Field(
         False, description="features of the whole image beside those of each RoI (arXiv 1512.03385, appendix B)")
     box_loss: BoxLoss = "l1"
@@ -170,7 +176,8 @@ class MaskHeadConfig(Section):
 
 
 class ModelConfig(Section):
-    name: Literal["faster_rcnn", "mask_rcnn", "classifier"] = "mask_rcnn"
+    name: Literal["faster_rcnn", "mask_rcnn", "classifier", "localizer", "region_classifier"] = Field(
+        "mask_rcnn", description="localizer and region_classifier: arXiv 1512.03385, appendix C")
     input: InputConfig = InputConfig()
     backbone: BackboneConfig = BackboneConfig()
     fpn: FPNConfig = FPNConfig()
@@ -182,9 +189,16 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _detectors_have_four_stages(self):
-        if self.backbone.stem == "cifar" and self.name != "classifier":
-            raise ValueError("backbone.stem cifar must go with name=classifier: detectors read four stages, and it has "
-                             f"three, got name={self.name}")
+        if self.backbone.stem == "cifar" and self.name in ("faster_rcnn", "mask_rcnn"):
+            raise ValueError("backbone.stem cifar must go with models that read the last stage alone (classifier, "
+                             "localizer, region_classifier): detectors read four stages, and it has three, got "
+                             f"name={self.name}")
+        if self.name == "localizer" and self.backbone.layout not in ("c5", "dc5"):
+            raise ValueError("backbone.layout must be c5 or dc5 for a localizer, which reads the last stage, got "
+                             f"{self.backbone.layout}")
+        if self.name == "region_classifier" and self.input.crop is None:
+            raise ValueError("input.crop must be given for a region_classifier, whose regions are warped to it, got null. "
+                             "Say input.crop=224, as the paper does.")
         return self
 
     @model_validator(mode="after")
@@ -216,14 +230,16 @@ class AugmentConfig(Section):
     flip: Probability = Field(0.5, description="chance of a horizontal flip")
     jitter: tuple[Positive, Positive] | None = Field(
         None, description="large-scale jitter: range of scales, (0.1, 2.0) in arXiv 2012.07177; replaces min_sizes")
-    crop_size: Count | None = Field(None, description="side in pixels of the square canvas of large-scale jitter")
+    crop_size: Count | None = Field(
+        None, description="side in pixels of a random crop that holds the middle of an object; of the square canvas of "
+                          "large-scale jitter")
     albumentations: tuple[dict[str, Any], ...] = Field(
         (), description="transforms by name: [{HueSaturationValue: {p: 0.5}}]")
 
     @model_validator(mode="after")
     def _jitter_needs_canvas(self):
-        if (self.jitter is None) != (self.crop_size is None):
-            raise ValueError("jitter and crop_size must be given together")
+        if self.jitter is not None and self.crop_size is None:
+            raise ValueError("crop_size must be given with jitter, got null. Say crop_size=1024, as arXiv 2012.07177 does.")
         return self
 
 
@@ -249,6 +265,8 @@ class ClassAugmentConfig(Section):
 class DataConfig(Section):
     train: Source | None = None
     val: Source | None = None
+    proposals: str | None = Field(
+        None, description="run or weights of the localizer whose boxes train a region classifier")
     on_invalid: Literal["error", "drop"] = Field(
         "error", description="what invalid annotations do: stop, or be dropped and counted")
     skip_empty: bool = Field(False, description="train without the images that have no box, as the COCO baselines do")
@@ -290,7 +308,7 @@ class TrainConfig(Section):
     checkpoint_every: Count = Field(1000, description="steps")
     eval_every: Count | None = Field(None, description="steps; null: at the end only")
     keep_best: str = Field("auto", description="metric of the best checkpoint; auto: segm/AP, bbox/AP, voc/AP, "
-                                               "ilsvrc/AP or cls/top1")
+                                               "ilsvrc/AP, cls/top1 or loc/gt_class_error")
     patience: Count | None = Field(None, description="evaluations without a better keep_best before stopping early")
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -49,11 +49,24 @@ def rpn_losses(logits: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor
 
     logits, match (N, B); deltas, anchors, gt_boxes (N, B, 4). Both are divided by the number of sampled anchors.
     """
+    objectness, regression = _binary_losses(logits, deltas, anchors, gt_boxes, match, box_loss, beta, (1, 1, 1, 1))
+    return {"loss_rpn_cls": objectness, "loss_rpn_box": regression * box_weight}
+
+
+def region_losses(logits: Tensor, deltas: Tensor, regions: Tensor, gt_boxes: Tensor, match: Tensor, *, box_loss: str,
+                  beta: float, box_weight: float) -> dict[str, Tensor]:
+    """Of regions that are judged for one class each (arXiv 1512.03385, appendix C): whether they are its object, and
+    their boxes. Shapes and counts as in `rpn_losses`, but for any leading dimensions instead of (N, B)."""
+    objectness, regression = _binary_losses(logits, deltas, regions, gt_boxes, match, box_loss, beta, BOX_WEIGHTS)
+    return {"loss_cls": objectness, "loss_box": regression * box_weight}
+
+
+def _binary_losses(logits: Tensor, deltas: Tensor, boxes: Tensor, gt_boxes: Tensor, match: Tensor, box_loss: str,
+                   beta: float, weights: tuple[float, ...]) -> tuple[Tensor, Tensor]:
     count = _normalizer((match >= 0).sum())
     objectness = F.binary_cross_entropy_with_logits(logits.float(), (match == 1).float(), reduction="none")
-    regression = box_regression(deltas, anchors, gt_boxes, match == 1, box_loss, beta)
-    return {"loss_rpn_cls": (objectness * (match >= 0)).sum() / count,
-            "loss_rpn_box": regression / count * box_weight}
+    regression = box_regression(deltas, boxes, gt_boxes, match == 1, box_loss, beta, weights)
+    return (objectness * (match >= 0)).sum() / count, regression / count
 
 
 def box_head_losses(logits: Tensor, deltas: Tensor, rois: Tensor, gt_boxes: Tensor, labels: Tensor, valid: Tensor, *,

@@ -64,6 +64,7 @@ class Targets(Movable):
     seeds: Tensor  # (N,) int64: the image's own random seed, so that sampling never depends on the batch it is in
     masks: Tensor | None = None  # (M, H, W) uint8 bitmaps of the valid rows, in row-major (image, row) order
     keypoints: Tensor | None = None  # (N, G, J, 3) x, y, visibility
+    proposals: Proposals | None = None  # of another model, to draw regions from (region classifiers)
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Batch(Movable):
 
 @dataclass(frozen=True)
 class Proposals(Movable):
-    """RPN output, best first."""
+    """RPN output, best first. Of a per-class RPN (N, Q, P), for each of Q classes asked about."""
 
     boxes: Tensor  # (N, P, 4)
     scores: Tensor  # (N, P) probabilities

@@ -31,6 +31,7 @@ def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
     """Read a data set of labelled images; the layout is recognised from the path.
 
     - ILSVRC: a folder with `Data/CLS-LOC`, or with `ILSVRC/Data/CLS-LOC`, as Kaggle has it.
+    - A data set for localization: a folder with `boxes.csv` and `classes.txt` (`data.localization`).
     - Folders of classes: `<split>/<class>/...`, or `<class>/...` alone.
     - CIFAR-10 or 100: the folder that torchvision keeps it in, or a folder with `*train*.zip` and `*test*.zip`, each of
       class folders (`data.cifar`).
@@ -39,7 +40,7 @@ def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
 
     Raises FileNotFoundError for a path or split that is not there, ValueError for what is no such data set.
     """
-    from detres.data import cifar, class_folders  # they import this module
+    from detres.data import cifar, class_folders, localization  # they import this module
 
     path = Path(source.path).expanduser()
     if not path.exists():
@@ -49,6 +50,8 @@ def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
                          f"({source.path}). Take it out.")
     if root := class_folders.find_ilsvrc(path):
         return class_folders.read_ilsvrc(root, role, source.split)
+    if localization.is_table(path):
+        return localization.as_class_dataset(localization.read_table(path, role, source.split, "drop"))
     if cifar.is_root(path):
         return cifar.read_cifar(path, role, source.split)
     if folder := class_folders.find_split(path, role, source.split):

@@ -94,7 +94,7 @@ def read_ilsvrc(root: Path, role: Role, split: str | None) -> ClassDataset:
         raise ValueError(f"images in {folder} must have labels in LOC_val_solution.csv or Annotations/CLS-LOC/val, got "
                          f"{len(files)} images, {names.count(None)} of them without. Unpack the files of Kaggle's "
                          f"ImageNet challenge in or beside {root}.")
-    classes = _synsets(root) or _subfolders(data / "train") or sorted(set(names))
+    classes = ilsvrc_classes(root) or sorted(set(names))
     number = {name: label for label, name in enumerate(classes)}
     if unknown := set(names) - set(classes):
         raise ValueError(f"labels must be classes of {root}, got {', '.join(sorted(unknown)[:5])}. The class list and "
@@ -110,6 +110,10 @@ def _val_labels(root: Path) -> dict[str, str]:
             return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
     files = sorted((root / "Annotations" / "CLS-LOC" / "val").glob("*.xml"))
     return {file.stem: ElementTree.parse(file).getroot().findtext("object/name", "").strip() for file in files}
+
+
+def ilsvrc_classes(root: Path) -> list[str]:
+    return _synsets(root) or _subfolders(root / "Data" / "CLS-LOC" / "train")
 
 
 def _synsets(root: Path) -> list[str]:

@@ -51,6 +51,7 @@ class ImageRecord:
     height: int
     width: int
     annotations: tuple[Annotation, ...] = ()
+    label: int | None = None  # class of the image as a whole, in data sets for localization
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Dataset:
     """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1."""
 
     name: str
-    format: Literal["coco", "voc", "yolo", "ilsvrc"]
+    format: Literal["coco", "voc", "yolo", "ilsvrc", "table"]
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     records: tuple[ImageRecord, ...]
@@ -74,6 +75,8 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
     - VOC: a folder with `Annotations/` and `ImageSets/Main/`, or a VOCdevkit above it.
     - YOLO: a YAML file, or a folder with `data.yaml`.
     - ILSVRC DET: a folder with `Data/DET/` and `ImageSets/DET/`.
+    - ILSVRC CLS-LOC: `ImageSets/CLS-LOC/`; where DET is there, too, give its `Data/CLS-LOC`.
+    - A table: a folder with `boxes.csv`, `classes.txt` and `images/` (`data.localization`).
 
     `source.split` names the image set; without it, the role does. 'a+b' is the union of two (not in YOLO).
 
@@ -83,7 +86,7 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
             and the log says how many of what.
         ValueError: an annotation file that is no annotation file.
     """
-    from detres.data import coco, ilsvrc_det, voc, yolo  # they import this module
+    from detres.data import coco, ilsvrc_det, localization, voc, yolo  # they import this module
 
     path = Path(source.path).expanduser()
     if not path.exists():
@@ -97,6 +100,12 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
     if ilsvrc_det.is_root(path):
         _unused(source, "images")
         return ilsvrc_det.read_ilsvrc_det(path, role, source.split, on_invalid)
+    if root := localization.find_root(path):
+        _unused(source, "images")
+        return localization.read_ilsvrc_loc(root, role, source.split, on_invalid)
+    if localization.is_table(path):
+        _unused(source, "images")
+        return localization.read_table(path, role, source.split, on_invalid)
     if voc.is_root(path):
         return voc.read_voc([path], role, source.split, source.images, on_invalid)
     if (yaml := yolo.find_yaml(path)) is not None:
@@ -109,7 +118,7 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
     raise FileNotFoundError(
         f"data set must be in COCO, VOC, YOLO or ILSVRC format, got {path}. Looked for: a .json, .yaml or .yml file; "
         "in a folder, annotations/*.json or *.json (COCO), Annotations/ with ImageSets/Main/ (VOC), data.yaml (YOLO), "
-        "Data/DET/ with ImageSets/DET/ (ILSVRC).")
+        "Data/DET/ with ImageSets/DET/ or ImageSets/CLS-LOC/ (ILSVRC), boxes.csv with classes.txt.")
 
 
 def _unused(source: SourceConfig, field: str) -> None:

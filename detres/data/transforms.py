@@ -1,7 +1,7 @@
 """What is done to an image and its objects before they are batched.
 
-Training: albumentations (on the image as it is on disk), then a resize of the short side or large-scale jitter, then
-the flip. Evaluation: the resize only. Normalisation is the model's, on its device.
+Training: albumentations (on the image as it is on disk), then a resize of the short side, and a random crop if asked, or
+large-scale jitter, then the flip. Evaluation: the resize only. Normalisation is the model's, on its device.
 
 Legend: H, W the image; G objects; J keypoints. Coordinates are continuous: the image spans 0..W and 0..H.
 """
@@ -60,6 +60,8 @@ def build_train_transforms(augment: AugmentConfig, model_input: InputConfig, dat
     else:
         min_sizes = augment.min_sizes or (model_input.min_size,)
         steps.append(ResizeShortSide(min_sizes, model_input.max_size, model_input.antialias))
+        if augment.crop_size is not None:
+            steps.append(RandomCrop(augment.crop_size))
     steps.append(RandomFlip(augment.flip, dataset.flip_pairs))
 
     def apply(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -120,6 +122,26 @@ class LargeScaleJitter:
         crop = tuple(min(side, self.crop_size) for side in size)
         y, x = (int(rng.integers(side - kept + 1)) for side, kept in zip(size, crop))
         return crop_sample(resize(sample, size, self.antialias), y, x, *crop)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """A window of at most `side` pixels a side that holds the middle of an object, drawn among those that do; anywhere if
+    there is none. Objects are clipped to it, and those that leave it are dropped."""
+
+    side: int
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        kept = tuple(min(length, self.side) for length in sample.size)
+        last = np.array(sample.size) - kept  # the largest y and x
+        low, high = np.zeros_like(last), last
+        if len(sample.boxes):
+            x1, y1, x2, y2 = sample.boxes[rng.integers(len(sample.boxes))]
+            middle = np.array([y1 + y2, x1 + x2]) / 2
+            low, high = np.clip(np.ceil(middle - kept), 0, last), np.clip(np.floor(middle), 0, last)
+            low, high = low.astype(int), high.astype(int)
+        y, x = rng.integers(low, high, endpoint=True).tolist()
+        return crop_sample(sample, y, x, *kept)
 
 
 # Pure functions

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detres.config import TrainConfig
 from detres.engine.distributed import is_distributed
-from detres.structures import Batch, ClassTargets, ImageBatch, Targets
+from detres.structures import Batch, ClassTargets, ImageBatch, Proposals, Targets
 
 
 def backward(model: nn.Module, batch: Batch, device: torch.device, options: TrainConfig) -> dict[str, Tensor]:
@@ -55,7 +55,9 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             boxes=targets.boxes[rows], labels=targets.labels[rows], valid=targets.valid[rows],
             seeds=targets.seeds[rows],
             masks=None if targets.masks is None else targets.masks[begin:end],
-            keypoints=None if targets.keypoints is None else targets.keypoints[rows])
+            keypoints=None if targets.keypoints is None else targets.keypoints[rows],
+            proposals=None if targets.proposals is None else Proposals(
+                targets.proposals.boxes[rows], targets.proposals.scores[rows], targets.proposals.valid[rows]))
         pieces.append(Batch(_rows(batch.images, rows), targets, batch.image_ids[rows], batch.paths[rows], batch.original_sizes[rows]))
     return pieces
 

@@ -19,8 +19,11 @@ from detres.engine import distributed
 from detres.engine.interrupt import Interrupt
 from detres.evaluation.class_tests import build_class_test
 from detres.evaluation.classification import ClassificationEvaluator
+from detres.evaluation.base import eval_mode
 from detres.evaluation.classify import evaluate_classifier
+from detres.evaluation.localization import LocTruths, check_one_class, evaluate_localizer, load_proposer
 from detres.evaluation.run import align_classes, build_evaluators, evaluate
+from detres.inference.localize import build_locate, with_proposals
 from detres.structures import Batch
 
 Metrics = dict[str, float]
@@ -85,4 +88,41 @@ def _rank() -> dict[str, int]:
     return {"rank": distributed.rank(), "world_size": distributed.world_size()}
 
 
-TASKS = {"faster_rcnn": detection, "mask_rcnn": detection, "classifier": classification}
+def localization(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
+    """Of a localizer, or of a region classifier, which trains on the boxes of a localizer."""
+    data = config.data.model_copy(update={"skip_empty": True})
+    dataset = load_dataset(data.train, "train", data.on_invalid)
+    check_one_class(dataset)
+    localizer, own = None, config  # `own`: the config of the localizer
+    if config.model.name == "region_classifier":
+        localizer, own = load_proposer(config, dataset.classes, device)
+    options = {"with_masks": False, "device_type": device.type, **_rank()}
+    loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
+                     seed=config.train.seed, **options)
+
+    def batches(start_step: int) -> Iterable[Batch]:
+        plain = loader(start_step=start_step)
+        return plain if localizer is None else with_proposals(plain, localizer, own.model.rpn, device, config.train)
+
+    task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids, batches)
+    if data.val is None:
+        return task
+    val = align_classes(load_dataset(data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids)
+    truths = LocTruths.of(val, device)
+    val_batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False,
+                               pyramid=scale_pyramid(config.model.input, config.eval), **options)
+
+    def validate(model: nn.Module) -> Metrics:
+        watched, asked = interrupt.watch(val_batches), (model, None)
+        if localizer is not None:
+            watched, asked = with_proposals(watched, localizer, own.model.rpn, device, config.train), (localizer, model)
+        with eval_mode(model):
+            return evaluate_localizer(build_locate(own.model, config.eval, *asked), watched, truths, val.classes,
+                                      precision=config.train.precision,
+                                      losses=lambda batch: model(batch.images, batch.targets)).metrics
+
+    return Task(task.about, task.classes, task.category_ids, task.loader, validate, ("loc/gt_class_error",))
+
+
+TASKS = {"faster_rcnn": detection, "mask_rcnn": detection, "classifier": classification, "localizer": localization,
+         "region_classifier": localization}

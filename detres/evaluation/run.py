@@ -54,7 +54,7 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Eva
     Raises torch.OutOfMemoryError that names the batch and what to change.
     """
     device = torch.device(device)
-    means = _LossMeans()
+    means = LossMeans()
     for evaluator in evaluators:
         evaluator.reset()
     batches = loader
@@ -70,10 +70,15 @@ def evaluate(model: nn.Module, loader: Iterable[Batch], evaluators: Sequence[Eva
                     evaluator.update(detections, batch)
                 if losses and batch.targets is not None:
                     means.add(model(batch.images, batch.targets), len(batch.image_ids))
-    return _computed(evaluators, means)
+    result = EvalResult({})
+    for evaluator in evaluators:
+        if world_size() > 1:  # alone, detections stay on their device
+            evaluator.merge(gather(evaluator.state()))
+        result = result.merged(evaluator.compute())
+    return result.merged(means.compute())
 
 
-class _LossMeans:
+class LossMeans:
     """Sums of losses on the device, so that nothing waits for them before the end."""
 
     def __init__(self):
@@ -85,22 +90,12 @@ class _LossMeans:
         for name, loss in losses.items():
             self.sums[name] = self.sums.get(name, 0) + loss.detach().double() * images
 
-    def state(self) -> tuple[dict[str, float], int]:
-        return {name: float(value) for name, value in self.sums.items()}, self.images
-
-
-def _computed(evaluators: Sequence[Evaluator], means: _LossMeans) -> EvalResult:
-    """Results over all ranks."""
-    result = EvalResult({})
-    for evaluator in evaluators:
-        if world_size() > 1:  # alone, detections stay on their device
-            evaluator.merge(gather(evaluator.state()))
-        result = result.merged(evaluator.compute())
-    ranks = gather(means.state())
-    images = sum(count for _, count in ranks)
-    names = {name: None for sums, _ in ranks for name in sums}
-    losses = {f"val/{name}": sum(sums.get(name, 0.0) for sums, _ in ranks) / images for name in names}
-    return result.merged(EvalResult(losses))
+    def compute(self) -> EvalResult:
+        """Means over the images of all ranks, as "val/loss_cls" ..."""
+        ranks = gather(({name: float(value) for name, value in self.sums.items()}, self.images))
+        images = sum(count for _, count in ranks)
+        names = {name: None for sums, _ in ranks for name in sums}
+        return EvalResult({f"val/{name}": sum(sums.get(name, 0.0) for sums, _ in ranks) / images for name in names})
 
 
 def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | SourceConfig | None = None,
@@ -190,7 +185,8 @@ def align_classes(dataset: Dataset, classes: Sequence[str], category_ids: Sequen
     label = [tuple(classes).index(name) for name in dataset.classes]
 
     def relabelled(record: ImageRecord) -> ImageRecord:
-        return replace(record, annotations=tuple(replace(item, label=label[item.label]) for item in record.annotations))
+        annotations = tuple(replace(item, label=label[item.label]) for item in record.annotations)
+        return replace(record, annotations=annotations, label=None if record.label is None else label[record.label])
 
     return replace(dataset, classes=tuple(classes), category_ids=tuple(own.get(name, spare[name]) for name in classes),
                    records=tuple(map(relabelled, dataset.records)))
