@@ -97,7 +97,7 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
 
 def build_roi_heads(config: ModelConfig, num_classes: int, channels: int, conv5: nn.Module | None) -> RoIHeads:
     """channels: of the feature maps; conv5: the per-region part of a C4 detector, else None."""
-    options = config.box_head.model_dump()
+    options = config.box_head.model_dump(exclude={"context"})  # of region classifiers
     fc_dim, class_agnostic = options.pop("fc_dim"), options.pop("class_agnostic")
     if conv5 is not None:  # conv5 halves the grid; box and mask heads share its map, as the paper's C4 does
         box_head, dim = conv5, channels * 2

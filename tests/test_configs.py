@@ -39,7 +39,8 @@ def test_builds_and_tells_where_its_values_come_from(path):
     assert f"# configs/{path.name}:" in format_config(resolved) and "# configs/_base/" in format_config(resolved)
     with torch.device("meta"):
         model = build_model(resolved.config.model, num_classes=20)
-    assert (model.roi_heads.mask_head is not None) == (resolved.config.model.name == "mask_rcnn")
+    heads = getattr(model, "roi_heads", None)
+    assert (heads is not None and heads.mask_head is not None) == (resolved.config.model.name == "mask_rcnn")
     assert resolved.config.data.train and resolved.config.data.val
 
 
@@ -104,9 +105,18 @@ def labelled_images(folder: Path) -> None:
             Image.new("RGB", (32, 32), name).save(folder / split / name / "0.png")
 
 
+def located_images(folder: Path) -> None:
+    """A class with one object in its one image, as a table."""
+    (folder / "images").mkdir(parents=True)
+    Image.new("RGB", (32, 32), "red").save(folder / "images" / "a.png")
+    rows = [f"a.png,n1,0,{split},4,4,20,20" for split in ("train", "val")]
+    (folder / "boxes.csv").write_text("\n".join(["file,wnid,label,split,xmin,ymin,xmax,ymax", *rows]))
+    (folder / "classes.txt").write_text("n1\tred")
+
+
 def test_every_field_is_read(tmp_path, monkeypatch):
-    """Watches one step of training, of a detector and of a classifier: a field that no code asks for would be a setting
-    without effect.
+    """Watches one step of training, of every kind of model: a field that no code asks for would be a setting without
+    effect.
 
     `build.py` hands whole sections on as keyword arguments; constructors refuse what they do not know.
     """
@@ -136,9 +146,15 @@ def test_every_field_is_read(tmp_path, monkeypatch):
                   "model.backbone.weights=null", "model.backbone.width=8", "train.steps=1",
                   f"data.train={tmp_path / 'images'}", f"data.val={tmp_path / 'images'}", f"output={tmp_path / 'classes'}",
                   "train.schedule=plateau", "train.batch_size=2", "train.reference_batch_size=2"]
+    located_images(tmp_path / "boxes")
+    localizer = [*classifier, "model.name=localizer", "model.backbone.layout=c5", "model.anchors.sizes=[[16]]",
+                 f"data.train={tmp_path / 'boxes'}", f"data.val={tmp_path / 'boxes'}", f"output={tmp_path / 'localizer'}"]
+    regions = [*localizer, "model.name=region_classifier", f"data.proposals={tmp_path / 'localizer'}",
+               "model.box_head.context=4", f"output={tmp_path / 'regions'}"]
     monkeypatch.setattr(Section, "__getattribute__", watched_get)
     monkeypatch.setattr(Section, "model_dump", watched_dump, raising=False)
     train(config)
-    train(load_config(None, classifier).config)
+    for overrides in (classifier, localizer, regions):
+        train(load_config(None, overrides).config)
     unread = [name for name in _fields(Config) if name not in read]
     assert not unread, f"fields that nothing reads: {', '.join(unread)}"
