@@ -20,7 +20,7 @@ OPTIONS = ["model.name=classifier", "model.input.min_size=36", "model.input.crop
            "model.backbone.stem=cifar", "model.backbone.width=8", "model.backbone.shortcut=A",
            "model.backbone.weights=null", "model.backbone.norm=bn", "model.backbone.freeze_stages=0",
            "data.classification.scales=[34,42]", "data.classification.pca_colour=0.1",
-           "data.workers=0", "train.batch_size=24", "train.reference_batch_size=24", "train.lr=0.05",
+           "data.workers=0", "train.batch_size=16", "train.reference_batch_size=16", "train.lr=0.05",
            "train.warmup_steps=5", "train.schedule=cosine", "train.precision=fp32", "eval.batch_size=8"]
 
 
@@ -43,7 +43,7 @@ def write_shapes(folder: Path) -> Path:
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("classes")
     data, config = write_shapes(folder / "data"), folder / "config.yaml"
-    config.write_text("train: {steps: 50}\n")
+    config.write_text("train: {steps: 40}\n")
     paths = [f"data.train={data}", f"data.val={data}", f"output={folder / 'run'}"]
     assert main(["train", str(config), *OPTIONS, *paths]) == 0
     return folder / "run"
