@@ -178,6 +178,9 @@ class MaskHeadConfig(Section):
 class ModelConfig(Section):
     name: Literal["faster_rcnn", "mask_rcnn", "classifier", "localizer", "region_classifier"] = Field(
         "mask_rcnn", description="localizer and region_classifier: arXiv 1512.03385, appendix C")
+    weights: str | None = Field(
+        None, description="run or weights of a model of this kind that training begins from, such as a detector of COCO "
+                          "for VOC; layers of other classes begin anew; null: from backbone.weights")
     input: InputConfig = InputConfig()
     backbone: BackboneConfig = BackboneConfig()
     fpn: FPNConfig = FPNConfig()

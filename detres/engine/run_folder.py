@@ -18,7 +18,8 @@ from detres.engine.distributed import barrier, rank, world_size
 
 # What may differ when a run is resumed: it does not change the weights.
 FREE = {"data.val", "data.workers", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep_best",
-        "train.patience", "train.compile", "model.backbone.weights", "model.backbone.activation_checkpointing"}
+        "train.patience", "train.compile", "model.weights", "model.backbone.weights",
+        "model.backbone.activation_checkpointing"}
 
 
 def open_run(config: Config, resume: bool) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ from detres.engine.step import backward
 from detres.engine.tasks import TASKS, Metrics
 from detres.evaluation.base import EvalResult
 from detres.structures import Batch
+from detres.weights.finetune import load_start
 from detres.weights.torchvision import load_backbone
 
 
@@ -59,7 +60,10 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
             _check_keep_best(config.train.keep_best, task.metric_names, model.loss_names)
         if saved is None:
             with distributed.first_on_each_machine():
-                load_backbone(model, config.model)
+                if config.model.weights is None:
+                    load_backbone(model, config.model)
+                else:
+                    load_start(model, config.model.weights, task.classes)
         about = {"classes": list(task.classes), "category_ids": list(task.category_ids)}
         return fit(config, model, task.loader, task.validate, device, interrupt, about, saved)
 
