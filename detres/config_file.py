@@ -87,6 +87,13 @@ def format_config(resolved: ResolvedConfig) -> str:
     return "\n".join(f"{text:<{width}}  # {resolved.origins[name]}" if name else text for text, name in lines) + "\n"
 
 
+def shipped_configs() -> Path:
+    """configs/ of an installed package, or else of the checkout."""
+    package = Path(__file__).parent
+    installed = package / "configs"
+    return installed if installed.exists() else package.parent / "configs"
+
+
 def json_schema() -> dict[str, Any]:
     """JSON schema of a config file, for editors."""
     schema = Config.model_json_schema()

@@ -18,7 +18,7 @@ def run_demo(out: Path) -> Path:
 
     Repeated after an interruption it goes on where it stopped. Returns the path of the overview picture.
     """
-    from detres.config_file import load_config
+    from detres.config_file import load_config, shipped_configs
     from detres.data.shapes import ShapesOptions, write_shapes
     from detres.engine.train import train
     from detres.inference.run import predict_files
@@ -30,7 +30,7 @@ def run_demo(out: Path) -> Path:
                         val_images=VAL_IMAGES, formats=("coco",))
     _say("2/3  Training Mask R-CNN from scratch, and evaluation on held-out scenes")
     overrides = [f"output={out}", f"data.train.path={data}", f"data.val.path={data}", *_for_this_machine()]
-    train(load_config(_demo_config(), overrides).config, resume=True)
+    train(load_config(shipped_configs() / "demo.yaml", overrides).config, resume=True)
     _say("3/3  Prediction on held-out scenes")
     images = sorted((data / "val").glob("*.jpg"))[:SHOWN]
     predict_files(out, images, out / "predictions")
@@ -48,13 +48,6 @@ def _for_this_machine() -> list[str]:
     from detres.engine.distributed import pick_device, runs_bf16
 
     return [] if runs_bf16(pick_device("auto")) else ["train.precision=fp32", "train.steps=700"]
-
-
-def _demo_config() -> Path:
-    """configs/demo.yaml of an installed package, or else of the checkout."""
-    package = Path(__file__).parent
-    installed = package / "configs" / "demo.yaml"
-    return installed if installed.exists() else package.parent / "configs" / "demo.yaml"
 
 
 def _say(text: str) -> None:

@@ -25,12 +25,13 @@ COLORS = ("#e6a000", "#c2185b", "#2e7d32", "#1565c0", "#6a1b9a")
 
 def run_figures(data: str, out: Path, networks: Sequence[str] = ("plain20", "plain56", "resnet20", "resnet56"),
                 seeds: Sequence[int] = (0,), overrides: Sequence[str] = ()) -> str:
-    """Train each network with each seed by configs/paper/figure6/<network>.yaml with `overrides` (finished runs are kept,
-    interrupted ones go on), then write under `out`: figure6.png, figure7.png, table.md. Returns the table.
+    """Train each network with each seed by its config, of configs/paper/figure6 (plain) or table6, with `overrides`
+    (finished runs are kept, interrupted ones go on), then write under `out`: figure6.png, figure7.png, table.md. Returns
+    the table.
 
     data: see `data.cifar`; images of `train45k` train, test images test.
     """
-    from detres.config_file import load_config
+    from detres.config_file import load_config, shipped_configs
     from detres.engine.train import train
 
     for seed in seeds:
@@ -38,7 +39,8 @@ def run_figures(data: str, out: Path, networks: Sequence[str] = ("plain20", "pla
             run = _run(out, network, seed)
             if not (run / "results.json").is_file():
                 sources = [f"data.train={{path: {data}, split: train45k}}", f"data.val={{path: {data}, split: test}}"]
-                train(load_config(_configs() / f"{network}.yaml", [
+                config = shipped_configs() / "paper" / ("figure6" if network.startswith("plain") else "table6")
+                train(load_config(config / f"{network}.yaml", [
                     *sources, f"output={run}", f"train.seed={seed}", *overrides]).config, resume=True)
     found = [Network(name, tuple(_run(out, name, seed) for seed in seeds)) for name in networks]
     table = error_table(found)
@@ -51,13 +53,6 @@ def run_figures(data: str, out: Path, networks: Sequence[str] = ("plain20", "pla
 
 def _run(out: Path, network: str, seed: int) -> Path:
     return out / f"{network}_{seed}"
-
-
-def _configs() -> Path:
-    """configs/paper/figure6 of an installed package, or else of the checkout."""
-    package = Path(__file__).parent
-    installed = package / "configs" / "paper" / "figure6"
-    return installed if installed.exists() else package.parent / "configs" / "paper" / "figure6"
 
 
 @dataclass(frozen=True)
