@@ -1,4 +1,5 @@
-"""`detres train|eval|predict|config|data|paper|demo`: arguments in, the library's functions called, errors in one message.
+"""`detres train|eval|predict|bn-stats|config|data|paper|demo`: arguments in, the library's functions called, errors in
+one message.
 
 Nothing heavy is imported before a command runs, so that help is instant.
 """
@@ -50,6 +51,9 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres predict runs/bccd cells.jpg
   detres predict runs/bccd photos/ 'more/*.png' --out found --score-thresh 0.7
   detres predict runs/a runs/b photos/ model.box_head.nms_thresh=0.3""",
+    "bn-stats": """
+  detres bn-stats runs/resnet101 --out resnet101.safetensors
+  detres train CONFIG model.backbone.weights=resnet101.safetensors model.backbone.norm=frozen_bn""",
     "config": """
   detres config                                    all fields and their defaults
   detres config configs/bccd_r18.yaml train.lr=0.01
@@ -227,6 +231,28 @@ def _predict(args: argparse.Namespace) -> None:
                   score_thresh=args.score_thresh, device=args.device, batch_size=args.batch_size, overrides=overrides)
 
 
+def _add_bn_stats(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _bn_stats, "measure batch norms over the training set",
+                      "Writes the weights with the mean and variance of each layer over all images, in place of moving "
+                      "averages: what a detector with frozen batch norms begins from.")
+    _add_weights(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="weights to write (.safetensors)")
+    parser.add_argument("--data", metavar="PATH", help="images (default: what the weights were trained on)")
+    parser.add_argument("--split", metavar="NAME", help="image set of the data set")
+    parser.add_argument("--batch-size", type=_positive, metavar="N",
+                        help="images that are normalised together (default: those of a training step)")
+    parser.add_argument("--sequential", action="store_true",
+                        help="exact for all layers, whatever the batch: a pass for each layer")
+    _add_device(parser)
+
+
+def _bn_stats(args: argparse.Namespace) -> None:
+    from detres.engine.bn_stats import write_statistics
+
+    write_statistics(args.weights, args.out, data=args.data, split=args.split, batch_size=args.batch_size,
+                     sequential=args.sequential, device=args.device)
+
+
 def _add_config(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _config, "show a resolved config, and where each value comes from",
                       "The output is YAML that can be used as a config.", rest="items")
@@ -322,8 +348,8 @@ def _demo(args: argparse.Namespace) -> None:
     run_demo(args.out)
 
 
-COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "config": _add_config, "data": _add_data,
-            "paper": _add_paper, "demo": _add_demo}
+COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "bn-stats": _add_bn_stats,
+            "config": _add_config, "data": _add_data, "paper": _add_paper, "demo": _add_demo}
 
 
 def _add_weights(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:

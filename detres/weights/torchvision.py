@@ -83,7 +83,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def load_resnet(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load a classifier's state dict into `model.backbone.body`, its conv5 into the box head of a C4 detector, its fc
     into that of a classifier of as many classes."""
-    state = {key.removeprefix(OURS): value for key, value in state.items()}
+    if any(key.startswith(OURS) for key in state):  # of a model of ours, whose other parts do not matter
+        state = {key.removeprefix(OURS): value for key, value in state.items() if key.startswith((OURS, "fc."))}
     body = model.backbone.body
     parts: dict[str, nn.Module] = {"": body}
     if hasattr(model, "roi_heads") and not hasattr(body, "layer4"):
