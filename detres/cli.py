@@ -51,6 +51,11 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres predict runs/bccd cells.jpg
   detres predict runs/bccd photos/ 'more/*.png' --out found --score-thresh 0.7
   detres predict runs/a runs/b photos/ model.box_head.nms_thresh=0.3""",
+    "localize": """
+  detres localize runs/localizer                   error of the box of the true class
+  detres localize runs/localizer --classifier runs/classifier --crops dense
+  detres localize runs/a runs/b --classifier runs/c runs/d --regions runs/r runs/s --draw pictures
+  detres localize runs/localizer --crops dense 'eval.test_scales=[224,320,448]' --data datasets/ILSVRC""",
     "bn-stats": """
   detres bn-stats runs/resnet101 --out resnet101.safetensors
   detres train CONFIG model.backbone.weights=resnet101.safetensors model.backbone.norm=frozen_bn""",
@@ -253,6 +258,37 @@ def _bn_stats(args: argparse.Namespace) -> None:
                      sequential=args.sequential, device=args.device)
 
 
+def _add_localize(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _localize, "measure where a localizer finds the objects of known or guessed classes",
+                      "Prints the error of the box of the true class, and with classifiers top-1 and top-5 localization "
+                      "errors, as the ILSVRC challenge counts them. Several weights of a kind are an ensemble.",
+                      rest="more")
+    _add_weights(parser)
+    parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
+                        help="further localizers; fields of the config that they carry")
+    kinds = {"nargs": "+", "type": Path, "default": [], "metavar": "RUN"}
+    parser.add_argument("--classifier", **kinds, help="classifiers whose five guesses are localized")
+    parser.add_argument("--regions", **kinds, help="region classifiers that judge and move the localizer's boxes")
+    parser.add_argument("--data", metavar="PATH", help="data set (default: what the localizer was validated on)")
+    parser.add_argument("--split", metavar="NAME", help="image set of the data set")
+    parser.add_argument("--crops", choices=("1", "dense"), help="views that localizers see (default: of the config)")
+    parser.add_argument("--class-crops", choices=("1", "10", "dense"), help="views that classifiers see (likewise)")
+    parser.add_argument("--draw", type=Path, metavar="DIR", help="write pictures of the first 100 images")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers in full precision")
+    _add_device(parser)
+
+
+def _localize(args: argparse.Namespace) -> None:
+    from detres.evaluation.localization import localize_weights
+
+    further, overrides = _without_overrides(args.more)
+    localize_weights([args.weights, *map(Path, further)], classifiers=args.classifier, regions=args.regions,
+                     data=args.data, split=args.split, crops=args.crops, class_crops=args.class_crops,
+                     batch_size=args.batch_size, device=args.device, overrides=overrides, draw=args.draw,
+                     numbers=args.json)
+
+
 def _add_config(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _config, "show a resolved config, and where each value comes from",
                       "The output is YAML that can be used as a config.", rest="items")
@@ -348,8 +384,8 @@ def _demo(args: argparse.Namespace) -> None:
     run_demo(args.out)
 
 
-COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "bn-stats": _add_bn_stats,
-            "config": _add_config, "data": _add_data, "paper": _add_paper, "demo": _add_demo}
+COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "localize": _add_localize,
+            "bn-stats": _add_bn_stats, "config": _add_config, "data": _add_data, "paper": _add_paper, "demo": _add_demo}
 
 
 def _add_weights(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:

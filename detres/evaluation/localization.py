@@ -14,14 +14,23 @@ import torch
 from torch import Tensor, nn
 
 from detres.config import Config, InputConfig
-from detres.data.dataset import Dataset
-from detres.data.loader import trainable
+from detres.data.class_loader import build_class_loader
+from detres.data.dataset import Dataset, load_dataset
+from detres.data.images import read_image
+from detres.data.loader import build_loader, trainable
+from detres.data.localization import as_class_dataset
+from detres.data.transforms import scale_pyramid
 from detres.engine.distributed import gather
 from detres.engine.failures import explain_out_of_memory, of_evaluation
 from detres.evaluation.base import EvalResult
-from detres.evaluation.ilsvrc import LocalizationEvaluator
-from detres.evaluation.run import LossMeans
-from detres.inference.predictor import load_model
+from detres.evaluation.class_tests import build_class_test
+from detres.evaluation.classify import ROWS
+from detres.evaluation.files import save_numbers
+from detres.evaluation.ilsvrc import LocalizationEvaluator, localized
+from detres.evaluation.run import LossMeans, align_classes, device_of, source_of
+from detres.inference.localize import build_locate
+from detres.inference.predictor import Prediction, load_model
+from detres.progress import track
 from detres.structures import Batch, ImageBatch, Proposals
 
 Locate = Callable[[ImageBatch, Tensor], Proposals]  # images, labels (N, Q) -> boxes (N, Q, P), best first
@@ -116,7 +125,7 @@ def load_proposer(config: Config, classes: Sequence[str], device: torch.device) 
 
 
 def check_fits(config: Config, classes: Sequence[str], name: str, model_input: InputConfig, other_classes: Sequence[str],
-               path: str | Path) -> None:
+               path: str | Path | Sequence[Path]) -> None:
     """Raises ValueError if weights are no `name`, or not of the classes and the image size of those they work with."""
     pairs = [("model.name", config.model.name, name), ("classes", tuple(classes), tuple(other_classes))]
     if name != "classifier":  # which sees the images in its own way
@@ -125,3 +134,95 @@ def check_fits(config: Config, classes: Sequence[str], name: str, model_input: I
     for field, value, wanted in pairs:
         if value != wanted:
             raise ValueError(f"weights must have {field} {wanted} to work with the others, got {value} ({path}).")
+
+
+# From weights
+
+
+def localize_weights(path: Path | Sequence[Path], *, classifiers: Sequence[Path] = (), regions: Sequence[Path] = (),
+                     data: str | None = None, split: str | None = None, crops: str | None = None,
+                     class_crops: str | None = None, batch_size: int | None = None, device: str = "auto",
+                     overrides: Sequence[str] = (), draw: Path | None = None,
+                     numbers: Path | None = None) -> dict[str, float]:
+    """Evaluate a localizer (or several) on a data set; print the table; return the metrics.
+
+    With `classifiers` a box is found for each of their five guesses; `regions` are region classifiers that judge the
+    localizer's boxes. Several weights of a kind are an ensemble. `crops` and `class_crops` name the tests of localizers
+    and of classifiers (`eval.crops`); these and the data set default to what is in the weights. `draw` is a folder for
+    pictures of the first images, `numbers` a file for the metrics, as JSON.
+    """
+    model, meta, config = load_model(path, device, [*overrides, *_crops(crops)])
+    check_fits(config, meta.classes, "localizer", config.model.input, meta.classes, path)
+    judge = None
+    if regions:
+        judge, other, own = load_model(regions, device)
+        check_fits(own, other.classes, "region_classifier", config.model.input, meta.classes, regions)
+    source = source_of(config.data.val, data, split, path)
+    dataset = align_classes(load_dataset(source, "val", config.data.on_invalid), meta.classes, meta.category_ids)
+    truths, precision = LocTruths.of(dataset, device_of(model)), config.train.precision
+    batch_size = batch_size or config.eval.batch_size
+    guesses = None
+    if classifiers:
+        guesses = guess_classes(classifiers, dataset, batch_size, device, _crops(class_crops))
+    loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size, training=False,
+                          with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
+                          device_type=device_of(model).type)
+    batches = track(loader, len(dataset.records), "localize", lambda batch: len(batch.image_ids))
+    result = evaluate_localizer(build_locate(config.model, config.eval, model, judge), batches, truths, dataset.classes,
+                                guesses, precision=precision, seen=draw and Pictures(draw, dataset, truths))
+    shown = result if len(dataset.classes) <= ROWS else EvalResult(result.metrics)
+    print(f"{dataset.name}: {len(dataset.records)} images, {int(truths.counted.sum())} with boxes that count, crops "
+          f"{config.eval.crops}\n{shown.table()}")
+    if numbers is not None:
+        save_numbers(result.metrics, numbers)
+    return result.metrics
+
+
+def _crops(value: str | None) -> list[str]:
+    return [] if value is None else [f"eval.crops={value}"]
+
+
+@torch.no_grad()
+def guess_classes(paths: Sequence[Path], dataset: Dataset, batch_size: int, device: str, overrides: Sequence[str]
+                  ) -> Tensor:
+    """The five likeliest classes (n, 5) of each image, best first, by a classifier or an ensemble of several."""
+    model, meta, config = load_model(paths, device, overrides)
+    check_fits(config, meta.classes, "classifier", config.model.input, dataset.classes, paths)
+    device, test = device_of(model), build_class_test(config)
+    loader = build_class_loader(as_class_dataset(dataset), config, device, batch_size=batch_size, training=False)
+    guesses = torch.empty(len(dataset.records), min(5, len(dataset.classes)), dtype=torch.int64, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+        for batch in track(loader, len(guesses), "classify", lambda batch: len(batch.image_ids)):
+            with explain_out_of_memory(of_evaluation, batch, device):
+                batch = batch.to(device, non_blocking=True)
+                rows = torch.tensor(batch.image_ids).to(device)
+                guesses[rows] = test(model, batch.images).topk(guesses.shape[1], dim=1).indices
+    return guesses
+
+
+class Pictures:
+    """Writes a picture of each of the first images: its objects, and the box of every guess, those that are right by the
+    measure of the challenge with a tick."""
+
+    def __init__(self, folder: Path, dataset: Dataset, truths: LocTruths, most: int = 100):
+        self.folder, self.classes, self.truths, self.left = Path(folder), dataset.classes, truths, most
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def __call__(self, batch: Batch, labels: Tensor, boxes: Tensor) -> None:
+        first = 1 if labels.shape[1] > 1 else 0  # without guesses, the box of the true class
+        for i, path in enumerate(batch.paths[:self.left]):
+            row = self.truths.place[batch.image_ids[i]]
+            objects = self.truths.boxes[row, self.truths.valid[row]]
+            found = boxes[i, first:].float()
+            right = localized(found[None], objects[None], objects.new_ones(1, len(objects), dtype=torch.bool))[0]
+            right &= labels[i, first:] == self.truths.labels[row]
+            names = [f"true: {self.classes[self.truths.labels[row]]}"] * len(objects)
+            names += [f"{place} {self.classes[label]}{' ✓' if ok else ''}" for place, (label, ok) in
+                      enumerate(zip(labels[i, first:].tolist(), right.tolist()), 1)]
+            self._save(path, torch.cat([objects, found]).cpu(), len(objects), names)
+        self.left -= min(self.left, len(batch.paths))
+
+    def _save(self, path: str, boxes: Tensor, objects: int, names: list[str]) -> None:
+        places = torch.arange(len(boxes)).sub(objects - 1).clamp(min=0)  # a colour for the truth, one for each guess
+        picture = Prediction(boxes, torch.ones(len(boxes)), places, names, places.tolist(), None, read_image(path), path)
+        picture.draw(scores=False).save(self.folder / f"{Path(path).stem}.jpg", quality=90)

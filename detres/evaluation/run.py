@@ -112,7 +112,7 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
     folder for an analysis of the errors of boxes; of these a classifier has only `numbers`.
     """
     model, meta, config = load_model(path, device, overrides)
-    source, batch_size = _source(config.data.val, data, split, path), batch_size or config.eval.batch_size
+    source, batch_size = source_of(config.data.val, data, split, path), batch_size or config.eval.batch_size
     weights = f"{path} (step {meta.step})" if isinstance(path, (str, PathLike)) else " + ".join(map(str, path))
     if config.model.name == "classifier":
         _refuse_options(save=save, metrics=metrics, errors=errors)
@@ -151,7 +151,7 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _source(default: SourceConfig | None, data: str | SourceConfig | None, split: str | None,
+def source_of(default: SourceConfig | None, data: str | SourceConfig | None, split: str | None,
             weights: str | Path) -> SourceConfig:
     source = SourceConfig(path=data) if isinstance(data, str) else data or default
     if source is None:

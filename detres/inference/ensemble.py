@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 from detres.config import Config
 from detres.engine.checkpoint import WeightsMeta
+from detres.inference.localize import LocalizerEnsemble
 from detres.models.classifier import ClassifierEnsemble
 from detres.models.faster_rcnn import FasterRCNN
+from detres.models.region_classifier import RegionEnsemble
 from detres.structures import Detections, ImageBatch, Proposals
 
 
@@ -86,4 +88,5 @@ def mean_masks(masks: Sequence[Tensor]) -> Tensor:
     return sum(same) / len(same)
 
 
-ENSEMBLES = {"faster_rcnn": DetectorEnsemble, "mask_rcnn": DetectorEnsemble, "classifier": ClassifierEnsemble}
+ENSEMBLES = {"faster_rcnn": DetectorEnsemble, "mask_rcnn": DetectorEnsemble, "classifier": ClassifierEnsemble,
+             "localizer": LocalizerEnsemble, "region_classifier": RegionEnsemble}
