@@ -163,7 +163,13 @@ class BoxHeadConfig(Section):
     smooth_l1_beta: Positive = 1.0
     box_loss_weight: Positive = 1.0
     score_thresh: Probability = Field(0.05, description="detections under it are dropped")
-    nms_thresh: Probability = 0.5
+    nms_thresh: Probability = Field(0.5, description="arXiv 1512.03385, appendix B, sets 0.3")
+    refine: bool = Field(
+        False, description="box refinement in detection: pool, score and move once more where each proposal was moved "
+                           "to, and keep both predictions (arXiv 1512.03385, appendix B)")
+    vote_thresh: Probability | None = Field(
+        None, description="box voting: a detection becomes the score-weighted mean of the boxes of its class that "
+                          "overlap it by at least this IoU, 0.5 in arXiv 1505.01749; null: none")
     detections_per_image: Count = 100
 
 
@@ -279,10 +285,23 @@ class DataConfig(Section):
     classification: ClassAugmentConfig = ClassAugmentConfig()
 
 
+class RPNStepsConfig(Section):
+    """What the RPN's two steps of alternating training do otherwise than `train`, whose fields these are; null: as it."""
+
+    batch_size: Count | None = None
+    reference_batch_size: Count | None = None
+    lr: Positive | None = None
+    steps: Count | None = None
+    milestones: tuple[Count, ...] | None = None
+
+
 class TrainConfig(Section):
     """lr, steps, milestones and warmup_steps are stated for `reference_batch_size` images a step and scaled by the
     linear rule (arXiv 1706.02677) to `batch_size`: lr by the ratio, steps by its inverse."""
 
+    alternate: bool = Field(False, description="train RPN and heads in turn, in four steps of `steps` each "
+                                               "(arXiv 1506.01497, section 3.2); false: together")
+    rpn_steps: RPNStepsConfig = RPNStepsConfig()
     batch_size: Count = Field(16, description="images a step, over all processes and accumulated parts")
     reference_batch_size: Count = 16
     lr: Positive = 0.02

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -44,6 +46,17 @@ def make_batch(n=2, height=96, width=128, empty_last=False) -> tuple[ImageBatch,
     targets = Targets(boxes=boxes, labels=torch.tensor([[0, 1]] * n), valid=valid, seeds=torch.arange(n),
                       masks=masks[valid])
     return ImageBatch(pixels, torch.tensor([[height, width]] * n)), targets
+
+
+def overfit(model: torch.nn.Module, images: ImageBatch, targets: Targets, steps: int) -> None:
+    """Trains on one batch; other regions are drawn each time, as the loader's seeds see to."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        sum(model(images, replace(targets, seeds=targets.seeds + 1000 * step)).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from detres.geometry.boxes import pairwise_iou
 from detres.ops.paste_masks import paste_masks
 from detres.structures import ImageBatch, Targets
 
-from .conftest import make_batch, small_config
+from .conftest import make_batch, overfit, small_config
 
 FAMILIES = [(name, layout) for name in ("faster_rcnn", "mask_rcnn") for layout in ("fpn", "c4", "dc5")]
 
@@ -42,14 +41,7 @@ def test_overfits_four_images(name, layout):
     torch.manual_seed(0)
     images, targets = make_batch(4)
     model = build_model(small_config(name, layout), 2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    steps = {"fpn": 200, "dc5": 320, "c4": 400}[layout]
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):  # other regions are drawn each time, as the loader's seeds see to
-        total(model(images, replace(targets, seeds=targets.seeds + 1000 * step))).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
+    overfit(model, images, targets, steps={"fpn": 200, "dc5": 320, "c4": 400}[layout])
     found = model.train()(images)  # batch statistics: those kept lag behind
     for i in range(4):
         best = found.valid[i] & (found.scores[i] > 0.5)

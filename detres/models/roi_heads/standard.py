@@ -19,6 +19,7 @@ from detres import losses
 from detres.geometry.boxes import clip, decode, larger_than, take
 from detres.models.matching import match_boxes, sample_boxes
 from detres.models.roi_heads.mask_head import crop_masks
+from detres.ops.box_voting import vote_boxes
 from detres.ops.nms import nms
 from detres.structures import Detections, Proposals, Targets
 
@@ -53,7 +54,8 @@ def rows_of(valid: Tensor) -> Tensor:
 
 class RoIHeads(nn.Module):
     """box_head: (M, C, S, S) -> features (M, dim), or a map (M, C', S', S') that is averaged (conv5 of a C4 detector).
-    global_context: box_predictor reads 2 dim features, see `look`.
+    global_context: box_predictor reads 2 dim features, see `look`. refine: see `look_twice`; vote_thresh: least IoU of
+    box voting, None for none, see `ops.box_voting`.
     mask_head: None for Faster R-CNN; mask_resolution None: it reads the map of box_head (C4).
     mask_aligned: how targets are cropped, the same as features are pooled."""
 
@@ -61,15 +63,16 @@ class RoIHeads(nn.Module):
                  num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, mask_aligned: bool = True,
                  batch_per_image: int = 512, positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
                  smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
-                 nms_thresh: float = 0.5, detections_per_image: int = 100, global_context: bool = False):
+                 nms_thresh: float = 0.5, detections_per_image: int = 100, global_context: bool = False,
+                 refine: bool = False, vote_thresh: float | None = None):
         super().__init__()
         self.box_head, self.box_predictor, self.mask_head = box_head, box_predictor, mask_head
         self.num_classes, self.resolution, self.mask_resolution = num_classes, resolution, mask_resolution
         self.mask_aligned = mask_aligned
         self.batch_per_image, self.positive_fraction, self.fg_iou = batch_per_image, positive_fraction, fg_iou
         self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
-        self.score_thresh, self.nms_thresh = score_thresh, nms_thresh
-        self.detections_per_image, self.global_context = detections_per_image, global_context
+        self.score_thresh, self.nms_thresh, self.vote_thresh = score_thresh, nms_thresh, vote_thresh
+        self.detections_per_image, self.global_context, self.refine = detections_per_image, global_context, refine
 
     def look(self, regions: Regions, boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
         """What box_head makes of boxes (M, 4) in images (M,), and the features that box_predictor reads.
@@ -150,27 +153,30 @@ class RoIHeads(nn.Module):
     @torch.no_grad()
     def detect(self, score: Score, proposals: Proposals, sizes: Tensor) -> Detections:
         """Detections without masks. sizes (N, 2): height and width of the contents, which boxes are clipped to."""
-        probs, deltas = score(proposals.boxes, proposals.valid)
-        return self.select(probs, deltas, proposals.boxes, proposals.valid, sizes)
+        boxes, valid = proposals.boxes, proposals.valid
+        seen = look_twice(score, boxes, valid, sizes) if self.refine else (*score(boxes, valid), boxes, valid)
+        return self.select(*seen, sizes)
 
     def select(self, probs: Tensor, deltas: Tensor, boxes: Tensor, valid: Tensor, sizes: Tensor) -> Detections:
-        """Threshold, decode, clip, NMS within a class, the best of all classes.
+        """Threshold, decode, clip, NMS within a class, the best of all classes, box voting.
 
         probs (N, P, K) and deltas (N, P, K or 1, 4) of boxes (N, P, 4), valid (N, P). Only the best `CANDIDATES` pairs
-        of an image enter NMS, which is exact as long as `detections_per_image` of them survive it.
+        of an image enter NMS, which is exact as long as `detections_per_image` of them survive it; they alone vote.
         """
         probs = torch.where((probs > self.score_thresh) & valid[..., None], probs, -1.0).flatten(1)
         scores, index = probs.topk(min(CANDIDATES, probs.shape[1]), dim=1)  # (N, c)
         proposal, labels = index // self.num_classes, index % self.num_classes
         image = torch.arange(len(probs), device=probs.device)[:, None]
-        delta = deltas[image, proposal, labels.clamp(max=deltas.shape[2] - 1)]
-        boxes = clip(decode(delta, boxes[image, proposal], losses.BOX_WEIGHTS), sizes)
+        boxes = move(boxes, deltas, proposal, labels, sizes)
         valid = (scores > 0) & larger_than(boxes, MIN_SIDE)
-        scores = torch.where(nms(boxes, scores, valid, self.nms_thresh, groups=labels), scores, -1.0)
-        scores, best = scores.topk(min(self.detections_per_image, scores.shape[1]), dim=1)  # (N, D)
-        valid = scores > 0
-        return Detections(boxes=torch.where(valid[..., None], boxes[image, best], 0.0), scores=scores.clamp(min=0),
-                          labels=torch.where(valid, labels[image, best], 0), valid=valid)
+        kept = torch.where(nms(boxes, scores, valid, self.nms_thresh, groups=labels), scores, -1.0)
+        kept, best = kept.topk(min(self.detections_per_image, kept.shape[1]), dim=1)  # (N, D)
+        found, classes = boxes[image, best], labels[image, best]
+        if self.vote_thresh is not None:
+            found = vote_boxes(found, classes, boxes, labels, torch.where(valid, scores, 0.0), self.vote_thresh)
+        valid = kept > 0
+        return Detections(boxes=torch.where(valid[..., None], found, 0.0), scores=kept.clamp(min=0),
+                          labels=torch.where(valid, classes, 0), valid=valid)
 
     @torch.no_grad()
     def predict_masks(self, regions: Regions, found: Detections) -> Tensor:
@@ -183,6 +189,30 @@ class RoIHeads(nn.Module):
         own = logits[torch.arange(len(rows), device=rows.device), found.labels.flatten()[rows]].float().sigmoid()
         masks = own.new_zeros(n * d, *own.shape[1:]).index_copy_(0, rows, own)
         return masks.view(n, d, *own.shape[1:]) * found.valid[..., None, None]
+
+
+def look_twice(score: Score, boxes: Tensor, valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Box refinement (arXiv 1512.03385, appendix B): the P proposals, then the P boxes that they were moved to, with
+    what `score` says of both: probs (N, 2P, K), deltas (N, 2P, K or 1, 4), boxes (N, 2P, 4), valid (N, 2P).
+
+    The paper makes 300 new predictions out of 300 proposals, and does not say to which class's box each is moved. Here:
+    to the box of its most probable foreground class, as the classes of a softmax compete for a region. One new region a
+    proposal keeps work and memory at twice those of detection, whatever K; like every region, a new one is scored
+    and moved for all classes. (arXiv 1505.01749 moves the boxes of each class by themselves.)
+    """
+    probs, deltas = score(boxes, valid)
+    every = torch.arange(boxes.shape[1], device=boxes.device).expand(valid.shape)
+    moved = move(boxes, deltas, every, probs.argmax(-1), sizes)
+    still_valid = valid & larger_than(moved, MIN_SIDE)
+    first, second = (probs, deltas, boxes, valid), (*score(moved, still_valid), moved, still_valid)
+    return tuple(torch.cat(pair, 1) for pair in zip(first, second))
+
+
+def move(boxes: Tensor, deltas: Tensor, index: Tensor, labels: Tensor, sizes: Tensor) -> Tensor:
+    """Rows `index` (N, c) of boxes (N, P, 4), moved by their deltas (N, P, K or 1, 4) for classes (N, c), clipped."""
+    image = torch.arange(len(index), device=index.device)[:, None]
+    own = deltas[image, index, labels.clamp(max=deltas.shape[2] - 1)]
+    return clip(decode(own, boxes[image, index], losses.BOX_WEIGHTS), sizes)
 
 
 def _vector(hidden: Tensor) -> Tensor:
