@@ -7,8 +7,10 @@ from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before any import: no network from the tests
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -16,6 +18,27 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def located_shapes(tmp_path_factory) -> Path:
+    """Images of one bright shape each on noise, as a table of boxes: 90 to train and 30 to validate on, three classes."""
+    folder, rng = tmp_path_factory.mktemp("located_shapes"), np.random.default_rng(0)
+    (folder / "images").mkdir()
+    lines = ["file,wnid,label,split,xmin,ymin,xmax,ymax"]
+    for number in range(120):
+        label, split = number % 3, "train" if number < 90 else "val"
+        pixels = rng.integers(0, 120, (64, 64, 3), np.uint8)
+        height, width = rng.integers(18, 44, 2)
+        top, left = rng.integers(0, 64 - height), rng.integers(0, 64 - width)
+        y, x = np.mgrid[-1:1:height * 1j, -1:1:width * 1j]
+        shape = (x ** 2 + y ** 2 <= 1, np.ones_like(x, bool), (abs(x) < 0.35) | (abs(y) < 0.35))[label]
+        pixels[top:top + height, left:left + width][shape] = rng.integers(170, 256, 3)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        lines.append(f"{number}.png,n{label},{label},{split},{left},{top},{left + width - 1},{top + height - 1}")
+    (folder / "boxes.csv").write_text("\n".join(lines))
+    (folder / "classes.txt").write_text("n0\tdisc, circle\nn1\tbox\nn2\tcross\n")
+    return folder
 
 
 @pytest.fixture(scope="session")

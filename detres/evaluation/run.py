@@ -26,6 +26,7 @@ from detres.evaluation.files import save_errors, save_numbers
 from detres.evaluation.ilsvrc import IlsvrcDetectionEvaluator
 from detres.evaluation.overlaps import box_overlaps
 from detres.evaluation.voc import VocEvaluator
+from detres.inference.localize import refuse_localizers
 from detres.inference.predictor import load_model
 from detres.progress import track
 from detres.structures import Batch
@@ -112,6 +113,7 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
     folder for an analysis of the errors of boxes; of these a classifier has only `numbers`.
     """
     model, meta, config = load_model(path, device, overrides)
+    refuse_localizers(config.model.name, path)
     source, batch_size = source_of(config.data.val, data, split, path), batch_size or config.eval.batch_size
     weights = f"{path} (step {meta.step})" if isinstance(path, (str, PathLike)) else " + ".join(map(str, path))
     if config.model.name == "classifier":

@@ -66,6 +66,13 @@ def build_locate(localizer: ModelConfig, options: EvalConfig, model: nn.Module, 
                    nms_thresh=localizer.rpn.nms_thresh, count=localizer.rpn.post_nms_topk_test if regions else 1)
 
 
+def refuse_localizers(name: str, path: object) -> None:
+    """For what finds and names objects by itself. Raises ValueError for weights of a model of this `name` that does not."""
+    if name in ("localizer", "region_classifier"):
+        raise ValueError(f"weights must be of a detector or a classifier, got a {name} ({path}), which finds the objects of "
+                         "classes that others name. Use detres localize.")
+
+
 def joined(parts: list[Proposals]) -> Proposals:
     """Boxes (N, Q, P) of several sources, one after another."""
     return Proposals(**{field.name: torch.cat([getattr(part, field.name) for part in parts], 2)

@@ -35,6 +35,7 @@ from detres.inference.batches import ImageLike, in_batches
 from detres.inference.classify import ClassPredictor
 from detres.inference.draw import draw
 from detres.inference.ensemble import build_ensemble
+from detres.inference.localize import refuse_localizers
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Detections
 
@@ -151,6 +152,7 @@ def load_predictor(path: str | Path | Sequence[str | Path], device: str = "auto"
                    overrides: Sequence[str] = ()) -> Predictor | ClassPredictor:
     """From a weights file or a run folder, which carry all that is needed, or an ensemble of several (`load_model`)."""
     model, meta, config = load_model(path, device, overrides)
+    refuse_localizers(config.model.name, path)
     if config.model.name == "classifier":
         return ClassPredictor(model, meta.classes, config)
     preprocessing = config.model.input
