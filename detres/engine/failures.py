@@ -56,7 +56,8 @@ def of_evaluation(batch: Batch, device: torch.device) -> str:
     """What to say when a batch of an evaluation runs out of memory."""
     images = len(batch.images.pixels)
     remedies = [f"eval.batch_size={images // 2}"] if images > 1 else []
-    remedies.append("smaller model.input.max_size and min_size (the results change with them)")
+    sizes = "eval.test_scales and test_max_size" if batch.images.pyramid else "model.input.max_size and min_size"
+    remedies.append(f"smaller {sizes} (the results change with them)")
     remedies += [] if device.type == "cpu" else ["device=cpu (slower)"]
     return (f"a batch must fit into memory to be evaluated, ran out with {images} images on {_canvas(batch.images)}, "
             f"{_largest(batch.original_sizes)}. {_told(batch.paths, remedies)}")

@@ -136,6 +136,8 @@ def test_out_of_memory_says_what_and_what_to_do(make_dataset, make_batch, monkey
     assert ("eval.batch_size=1" in told) == (len(images) > 1) and "model.input.max_size" in told
     assert "device=cpu" not in told and error.value.__cause__ is cause  # it is there already
     assert "device=cpu" in of_evaluation(loader[0], torch.device("cuda"))
+    images = replace(loader[0].images, pyramid=(loader[0].images,))
+    assert "smaller eval.test_scales" in of_evaluation(replace(loader[0], images=images), torch.device("cpu"))
 
 
 def _rank(number, store, parts, dataset, out):

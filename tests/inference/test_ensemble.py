@@ -64,15 +64,19 @@ def test_of_one_is_the_model():
     assert_same(DetectorEnsemble([model])(pictures()), model(pictures()), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
-@pytest.mark.parametrize("scales", [(), (0.5, 1.0, 1.5)], ids=["one scale", "multi-scale"])
-def test_of_twins_finds_what_one_finds(name, scales):
-    """Every proposal is there twice, with the same scores: NMS leaves one of both."""
+ALL = {"refine": True, "vote_thresh": 0.5, "global_context": True, "nms_thresh": 0.3}  # of appendix B
+
+
+@pytest.mark.parametrize("name, scales, box_head", [
+    ("faster_rcnn", (), {}), ("mask_rcnn", (), {}), ("faster_rcnn", (0.5, 1.0, 1.5), {}),
+    ("mask_rcnn", (0.5, 1.0, 1.5), ALL)], ids=["boxes", "masks", "multi-scale", "all of appendix B"])
+def test_of_twins_finds_what_one_finds(name, scales, box_head):
+    """Every proposal is there twice, with the same scores: NMS leaves one of both, and votes have the same mean."""
     images = pictures()
     pyramid = [torch.nn.functional.interpolate(images.pixels.float(), scale_factor=scale) for scale in scales]
     images = replace(images, pyramid=tuple(ImageBatch(pixels, (images.sizes * scale).long())
                                            for pixels, scale in zip(pyramid, scales)))
-    model = detector(0, name, pool={"canonical_side": 30})
+    model = detector(0, name, pool={"canonical_side": 30}, box_head=box_head)
     alone = model(images)
     assert alone.valid.sum() > 20
     assert_same(DetectorEnsemble([model, model])(images), alone, rtol=1e-4, atol=1e-4)

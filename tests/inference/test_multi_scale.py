@@ -45,6 +45,7 @@ def run(tmp_path_factory):
 
 def test_the_loader_resizes_each_image_from_its_file(run):
     model, _, config = load_model(run, "cpu", [SCALES, "eval.test_max_size=120"])
+    assert model.canonical_side == 30
     dataset = load_dataset(config.data.val, "val")
     pyramid = scale_pyramid(config.model.input, config.eval)
     batch, = build_loader(dataset, config.model.input, config.data, batch_size=3, training=False, with_masks=True,

@@ -37,6 +37,7 @@ def test_of_two_neighbours_equally_near_the_smaller_is_taken():
     exact = torch.tensor([[0.25, 1.0, 4.0, 16.0]])
     assert lower_scale(torch.tensor([224.0**2]), exact).tolist() == [0]  # 112 and 448 are both a factor of 2 away
     assert lower_scale(torch.tensor([223.0**2]), exact).tolist() == [1]
+    assert lower_scale(torch.tensor([224.0**2]), exact, canonical_side=225.0).tolist() == [1]
 
 
 @pytest.mark.parametrize("scales", [1, 2])
@@ -44,10 +45,10 @@ def test_one_scale_or_two_are_all_there_is(scales):
     assert lower_scale(torch.tensor([1.0, 1e9]), torch.rand(2, scales).cumsum(1)).tolist() == [0, 0]
 
 
-def naive_pair(box, ratio):
+def naive_pair(box, ratio, side):
     """The nearest scale by log area, then the nearer of its neighbours. box (4,), ratio (S, 2) height, width."""
     width, height = (float(box[2] - box[0]), float(box[3] - box[1]))
-    far = [abs(math.log(width * w * height * h / 224**2)) for h, w in ratio.tolist()]
+    far = [abs(math.log(width * w * height * h / side**2)) for h, w in ratio.tolist()]
     nearest = min(range(len(far)), key=far.__getitem__)
     neighbours = [scale for scale in (nearest - 1, nearest + 1) if 0 <= scale < len(far)]
     return nearest, min(neighbours, key=far.__getitem__)
@@ -64,14 +65,14 @@ def naive_pool(kind, maps, strides, box, image, size):
     return op(maps[level][image:image + 1], [box[None]], size, 1 / strides[level], **options)[0]
 
 
-@pytest.mark.parametrize("kind", ["align", "pool"])
+@pytest.mark.parametrize("kind, side", [("align", 224), ("pool", 224), ("align", 120)])
 @pytest.mark.parametrize("strides", [[16], [4, 8, 16, 32]], ids=["c4", "fpn"])
-def test_the_larger_of_two_scales_for_each_region(kind, strides):
+def test_the_larger_of_two_scales_for_each_region(kind, strides, side):
     generator = torch.Generator().manual_seed(0)
     images = ImageBatch(torch.zeros(2, 3, 608, 800), torch.tensor([[600, 787], [600, 431]]))
-    sizes = [(images.sizes * side / 600).round().long() for side in SIDES]
-    maps = [[torch.randn(2, 3, -(-side // s), -(-side * 4 // 3 // s), generator=generator) for s in strides]
-            for side in SIDES]
+    sizes = [(images.sizes * short / 600).round().long() for short in SIDES]
+    maps = [[torch.randn(2, 3, -(-short // s), -(-short * 4 // 3 // s), generator=generator) for s in strides]
+            for short in SIDES]
     pyramid = tuple(ImageBatch(torch.full((2,), i), size) for i, size in enumerate(sizes))
     corner = torch.rand(80, 2, generator=generator) * 300
     sides = torch.exp(torch.rand(80, 2, generator=generator) * 3.5 + 2.5)  # 12 to 400 pixels
@@ -80,12 +81,12 @@ def test_the_larger_of_two_scales_for_each_region(kind, strides):
     index = torch.arange(80) % 2
     pool = {"align": roi_align, "pool": roi_pool}[kind]
     regions = multi_scale_regions(lambda f, b, i, size: pool(f, strides, b, i, size),
-                                  lambda scaled: maps[int(scaled.pixels[0])], replace(images, pyramid=pyramid))
+                                  lambda scaled: maps[int(scaled.pixels[0])], replace(images, pyramid=pyramid), side)
     found = regions(boxes, index, 3)
     used = set()
     for row in range(80):
         ratio = torch.stack([size[index[row]] / images.sizes[index[row]] for size in sizes])
-        pair = naive_pair(boxes[row], ratio)
+        pair = naive_pair(boxes[row], ratio, side)
         used.add(tuple(sorted(pair)))
         both = [naive_pool(kind, maps[s], strides, boxes[row] * ratio[s].flip(0).repeat(2), index[row], 3)
                 for s in pair]

@@ -52,7 +52,7 @@ def multi_scale_regions(pool: Pool, backbone: Callable[[ImageBatch], list[Tensor
             pooled = torch.where(chosen[rows, None, None, None], pooled, -torch.inf)
             if found is None:
                 found = pooled.new_full((len(boxes), *pooled.shape[1:]), -torch.inf)
-            found = found.index_copy(0, rows, torch.maximum(found[rows], pooled))
+            found[rows] = torch.maximum(found[rows], pooled)
         return found
 
     return regions
