@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before any import: no network from the tests
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of two that share two cores; before torch reads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
