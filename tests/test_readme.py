@@ -79,3 +79,11 @@ def test_evaluation_table_is_the_one_printed():
     for name, from_arrays, from_files, memory, equal in rows:
         assert (from_arrays, from_files, memory) == (arrays[name][0], *files[name][:2])
         assert equal.replace("not compared", "-") == files[name][2] == arrays[name][2]
+
+
+def test_degradation_table_is_the_one_printed():
+    printed = (ROOT / "results" / "cifar_degradation.md").read_text()
+    rows = re.findall(r"^\| ((?:plain|resnet)\d+) \| (.+) \| (.+) \|$", README, re.M)
+    assert len(rows) == 4
+    for network, training, test in rows:
+        assert f"| {network} | 2 | {training} | {test} |" in printed
