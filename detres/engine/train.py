@@ -14,6 +14,7 @@ import difflib
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,12 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
     """
     with distributed.process_group(config.device) as device:
         _check(config)
+        alternates = config.train.alternate
+        if alternates:
+            from detres.engine import alternate  # it imports this module
+
+            alternate.check_alternate(config)
+            _check(alternate.of_rpn(config))
         saved = open_run(config, resume)
         if resume and saved is None:
             tell(f"No checkpoint to resume from in {config.output}: from the beginning.")
@@ -56,23 +63,34 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
         task = TASKS[config.model.name](config, device, interrupt)
         tell(f"Training on {task.about}, {len(task.classes)} classes")
         model = build_model(config.model, len(task.classes))
+        if alternates:
+            model = alternate.FastRCNNStep(model, ("roi_heads",))
         if task.validate:
             _check_keep_best(config.train.keep_best, task.metric_names, model.loss_names)
-        if saved is None:
-            with distributed.first_on_each_machine():
-                if config.model.weights is None:
-                    load_backbone(model, config.model)
-                else:
-                    load_start(model, config.model.weights, task.classes)
         about = {"classes": list(task.classes), "category_ids": list(task.category_ids)}
+        load_initial = partial(_load_initial, config, task.classes)
+        if alternates and saved is None:
+            steps = alternate.FirstSteps(config, load_initial, task, device, interrupt, about)
+            model.load_state_dict(steps.run())
+        elif saved is None:
+            load_initial(model)
         return fit(config, model, task.loader, task.validate, device, interrupt, about, saved)
+
+
+def _load_initial(config: Config, classes: Sequence[str], model: nn.Module) -> None:
+    with distributed.first_on_each_machine():
+        if config.model.weights is None:
+            load_backbone(model, config.model)
+        else:
+            load_start(model, config.model.weights, classes)
 
 
 def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch]],
         validate: Callable[[nn.Module], Metrics] | None, device: torch.device, interrupt: Interrupt,
-        about: dict[str, Any], saved: dict[str, Any] | None = None) -> Metrics:
-    """The loop. `loader(step)` gives the batches from a step on; `about` is kept with the weights: classes, ids."""
-    options, folder = config.train, Path(config.output)
+        about: dict[str, Any], saved: dict[str, Any] | None = None, part: str = "") -> Metrics:
+    """The loop. `loader(step)` gives the batches from a step on; `about` is kept with the weights: classes, ids. `part`
+    is the folder in the run's of a training that is a part of it."""
+    options, folder = config.train, Path(config.output, part)
     schedule = Schedule.scaled(options)
     model.train().to(device, memory_format=torch.channels_last if options.channels_last else torch.preserve_format)
     state = TrainState(model, build_optimizer(model, options), EMA(model, options.ema) if options.ema else None)
@@ -91,7 +109,10 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
     def is_due(every: int | None) -> bool:
         return state.step == schedule.steps or every is not None and state.step > 0 and state.step % every == 0
 
-    write_config(config)
+    if part:
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        write_config(config)
     with interrupt, RunLog(folder, state.rows, state.step, schedule.steps, options.batch_size) as log:
         log.say(schedule.describe(options))
         log.say(f"{'Resuming' if saved else 'Starting'} at step {state.step} on {device}, in {folder}")
@@ -136,7 +157,7 @@ def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch
             save()
             log.say(f"Saved at step {state.step} of {schedule.steps}. Resume with:\n  {resume_command(config)}")
             raise SystemExit(interrupt.exit_code) from None
-    return _finish(config, state, about)
+    return _finish(folder, state, about)
 
 
 def seed_everything(seed: int) -> None:
@@ -197,9 +218,9 @@ def _write_weights(folder: Path, name: str, state: TrainState, about: dict[str, 
         save_weights(folder / "checkpoints" / f"{name}.safetensors", state.averaged.state_dict(), meta)
 
 
-def _finish(config: Config, state: TrainState, about: dict[str, Any]) -> Metrics:
+def _finish(folder: Path, state: TrainState, about: dict[str, Any]) -> Metrics:
     """Writes the final weights, results and curves; prints the results. Repeating it changes nothing."""
-    folder, losses = Path(config.output), [row["loss"] for row in state.rows if "loss" in row]
+    losses = [row["loss"] for row in state.rows if "loss" in row]
     results = state.best or {"step": state.step, **{"train/loss": loss for loss in losses[-1:]}}
     _write_weights(folder, "final", state, about)
     if distributed.rank() == 0:

@@ -60,13 +60,17 @@ class RPN(nn.Module):
     def forward(self, features: list[Tensor], canvas: tuple[int, int], sizes: Tensor,
                 targets: Targets | None = None) -> tuple[Proposals, dict[str, Tensor]]:
         """Proposals, best first, and the losses (none without targets). canvas: padded size; sizes (N, 2): contents."""
-        logits, deltas = self.head(features)
-        anchors = self.anchors([f.shape[-2:] for f in features], tuple(canvas), features[0].device)
+        logits, deltas, anchors = self.predict(features, canvas)
         training = targets is not None
         proposals = self.select(logits, deltas, anchors, sizes, self.pre_nms_topk[not training],
                                 self.post_nms_topk[not training])
         found = self.losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets) if training else {}
         return proposals, found
+
+    def predict(self, features: list[Tensor], canvas: tuple[int, int]) -> tuple[list[Tensor], ...]:
+        """Per level: logits (N, A_l), deltas (N, A_l, 4) and anchors (A_l, 4)."""
+        anchors = self.anchors([f.shape[-2:] for f in features], tuple(canvas), features[0].device)
+        return *self.head(features), anchors
 
     @torch.no_grad()
     def select(self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Tensor,
