@@ -64,7 +64,7 @@ def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
 
 
 def align_labels(dataset: ClassDataset, classes: Sequence[str]) -> ClassDataset:
-    """The data set with its labels renumbered to `classes`, those of the training data. Raises ValueError for others."""
+    """The data set with its labels renumbered to `classes`, those that were trained. Raises ValueError for others."""
     unknown = [name for name in dataset.classes if name not in set(classes)]
     if unknown:
         raise ValueError(f"classes to evaluate on must be classes that were trained, got {', '.join(unknown[:5])} in "

@@ -42,7 +42,7 @@ def read_folders(folder: Path) -> ClassDataset:
     empty = [name for name, found in zip(classes, files) if not found]
     if empty:
         raise ValueError(f"class folders must hold images, got none in {len(empty)} of {len(classes)}, such as "
-                         f"{folder / empty[0]}. Add images ({', '.join(sorted(IMAGE_SUFFIXES))}), or remove the folder.")
+                         f"{folder / empty[0]}. Add images ({', '.join(sorted(IMAGE_SUFFIXES))}), or remove it.")
     return _dataset(folder, classes, itertools.chain(*files), np.repeat(np.arange(len(files)), [*map(len, files)]))
 
 
@@ -77,8 +77,8 @@ def read_ilsvrc(root: Path, role: Role, split: str | None) -> ClassDataset:
     """The images of Data/CLS-LOC/train, in class folders, or of Data/CLS-LOC/val, whose labels are in
     LOC_val_solution.csv or, without that, in Annotations/CLS-LOC/val/*.xml.
 
-    Classes are those of LOC_synset_mapping.txt, else of the folders in train, else of the labels. Both files lie in `root`
-    or beside it. The original development kit, whose labels are numbers that only a MATLAB file explains, is not read;
+    Classes are those of LOC_synset_mapping.txt, else of the folders in train, else of the labels. Both files lie in
+    `root` or beside it. The original development kit, whose labels are numbers that only a MATLAB file explains, is not read;
     nor are test images, whose labels were not published.
     """
     data, split = root / "Data" / "CLS-LOC", split or {"train": "train"}.get(role, "val")

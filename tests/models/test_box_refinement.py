@@ -66,7 +66,7 @@ def naive_move(box, delta, size):
 def naive_iou(a, b):
     width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     overlap = max(width, 0) * max(height, 0)
-    return overlap / (sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - overlap)
+    return overlap / (sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)) - overlap)  # of boxes not empty
 
 
 def naive_vote(box, voters, threshold):
@@ -104,7 +104,7 @@ def naive_detect(score, boxes, size, heads):
     return sorted(found, reverse=True)[:heads.detections_per_image], second
 
 
-@pytest.mark.parametrize("refine, vote", [(False, None), (True, None), (False, 0.5), (True, 0.5)])
+@pytest.mark.parametrize("refine, vote", [(False, None), (True, None), (False, 0.5), (True, 0.5), (True, 0.0)])
 @pytest.mark.parametrize("boxes", [K, 1], ids=["own boxes", "class-agnostic"])
 def test_detections_are_those_of_plain_python(refine, vote, boxes):
     heads = RoIHeads(nn.Identity(), nn.Identity(), num_classes=K, nms_thresh=0.3, detections_per_image=8, refine=refine,
@@ -139,23 +139,24 @@ def test_each_proposal_is_scored_again_where_it_was_moved_to():
 
 @pytest.mark.parametrize("name, layout", [("mask_rcnn", "c4"), ("mask_rcnn", "fpn"), ("faster_rcnn", "dc5")])
 def test_the_setting_of_the_paper(name, layout):
-    """RoI pooling, 300 proposals and all of appendix B on one scale. Masks are those of the boxes that come out."""
-    resolution = {"resolution": 8 if layout == "c4" else 7}
-    model = build_model(small_config(name, layout, backbone={"norm": "gn"}, pool={"type": "pool"},
-                                     rpn={"post_nms_topk_test": 300}, box_head={**PAPER, **resolution, "score_thresh": 0.01}),
-                        3).eval()
+    """RoI pooling, 300 proposals, two looks, context; masks are those of the boxes that come out."""
+    head = {**PAPER, "resolution": 8 if layout == "c4" else 7, "score_thresh": 0.01}
+    config = small_config(name, layout, backbone={"norm": "gn"}, pool={"type": "pool"}, box_head=head,
+                          rpn={"pre_nms_topk_test": 6000, "post_nms_topk_test": 300, "nms_thresh": 0.9})
+    model = build_model(config, 3).eval()
     images, _ = make_batch(2)
     images.sizes[1] = torch.tensor([70, 90])
-    asked, pool = [], model.pool
-    model.pool = lambda features, boxes, index, side: asked.append((len(boxes), index)) or pool(
-        features, boxes, index, side)
+    pooled, pool = [], model.pool
+    model.pool = lambda features, boxes, *others: pooled.append(boxes) or pool(features, boxes, *others)
     with torch.no_grad():
         found = model(images)
-    assert len(asked) == (3 if found.masks is not None else 2), "two looks, and the masks"
+    whole = torch.tensor([[0.0, 0, 128, 96], [0, 0, 90, 70]])
+    assert len(pooled[0]) == 2 * 300 + 2 >= len(pooled[1]) and not torch.equal(pooled[0][:50], pooled[1][:50])
+    assert torch.equal(pooled[0][-2:], whole) and torch.equal(pooled[1][-2:], whole)
     assert found.valid.any(1).all()
-    limits = torch.tensor([[[128.0, 96] * 2], [[90.0, 70] * 2]])
-    assert ((found.boxes >= 0) & (found.boxes <= limits)).all()
-    assert asked[0][0] > 2 + 50 and asked[1][0] <= asked[0][0]
+    assert ((found.boxes >= 0) & (found.boxes <= whole[:, None, 2:].repeat(1, 1, 2))).all()
+    if name == "mask_rcnn":
+        assert torch.equal(pooled[2], found.boxes[found.valid]) and found.masks.shape[:2] == found.valid.shape
 
 
 def test_training_does_not_look_twice():

@@ -32,7 +32,7 @@ def lower_scale(areas: Tensor, growth: Tensor, canonical_side: float = CANONICAL
 
 def multi_scale_regions(pool: Pool, backbone: Callable[[ImageBatch], list[Tensor]], images: ImageBatch,
                         canonical_side: float = CANONICAL_SIDE) -> Regions:
-    """Regions pooled from `images.pyramid`, each at two adjacent scales (`lower_scale`); the larger value of both stays.
+    """Regions pooled from `images.pyramid`, each at two adjacent scales (`lower_scale`), by the larger value of both.
 
     backbone: images -> feature maps that `pool` reads. Boxes are in pixels of `images`; of a feature pyramid they read
     the level that fits their size at each scale.
