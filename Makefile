@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/detres demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The file marks an installation that finished: one that was interrupted is done again.
 .venv/installed: pyproject.toml setup.py

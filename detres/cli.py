@@ -272,7 +272,7 @@ def _add_localize(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--data", metavar="PATH", help="data set (default: what the localizer was validated on)")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set")
     parser.add_argument("--crops", choices=("1", "dense"), help="views that localizers see (default: of the config)")
-    parser.add_argument("--class-crops", choices=("1", "10", "dense"), help="views that classifiers see (likewise)")
+    parser.add_argument("--class-crops", choices=("1", "10", "dense"), help="views that classifiers see (likewise; dense at eval.test_scales, if given)")
     parser.add_argument("--draw", type=Path, metavar="DIR", help="write pictures of the first 100 images")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers in full precision")

@@ -295,8 +295,9 @@ def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:
 
 
 def _elsewhere(key: str) -> str:
-    """Keys of that name in other sections: lr -> train.lr."""
+    """Keys of that name in other sections, nearest the top: lr -> train.lr."""
     found = [path for path in _all_keys(Config) if path.rpartition(".")[2] == key]
+    found = [path for path in found if path.count(".") == min(other.count(".") for other in found)]
     return f"Did you mean {' or '.join(found)}? " if found else ""
 
 

@@ -224,7 +224,8 @@ def _adapted(words: Sequence[str], row: Row, data: str | None, out: str, overrid
     if words[1] == "bn-stats":
         return words
     if words[1] != "train":
-        is_test = words[1] == "eval" and "--save" not in words  # what is saved goes to a server, which has the truth
+        # what is saved goes to a server, which has the truth
+        is_test = words[1] in ("eval", "localize") and "--save" not in words
         return [*words, *fields, *overrides, *(["--json", _numbers_file(row, out)] if is_test else [])]
     for name, path in _paths(config):
         if out != RUNS and not any(word.startswith(f"{name}=") for word in words):

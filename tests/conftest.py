@@ -24,12 +24,12 @@ def _seeded():
 
 @pytest.fixture(scope="session")
 def located_shapes(tmp_path_factory) -> Path:
-    """Images of one bright shape each on noise, as a table of boxes: 90 to train and 30 to validate on, three classes."""
+    """Images of one bright shape each on noise, as a table of boxes: 240 to train and 30 to validate on, three classes."""
     folder, rng = tmp_path_factory.mktemp("located_shapes"), np.random.default_rng(0)
     (folder / "images").mkdir()
     lines = ["file,wnid,label,split,xmin,ymin,xmax,ymax"]
-    for number in range(120):
-        label, split = number % 3, "train" if number < 90 else "val"
+    for number in range(270):
+        label, split = number % 3, "train" if number < 240 else "val"
         pixels = rng.integers(0, 120, (64, 64, 3), np.uint8)
         height, width = rng.integers(18, 44, 2)
         top, left = rng.integers(0, 64 - height), rng.integers(0, 64 - width)

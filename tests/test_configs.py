@@ -137,10 +137,10 @@ def test_every_field_is_read(tmp_path, monkeypatch):
 
     data = write_shapes(tmp_path / "data", 2, options=ShapesOptions("easy", size=(48, 64)), val_images=1,
                         formats=("coco",), progress=False)
-    config = load_config("configs/demo.yaml", [
-        f"data.train={data}", f"data.val={data}", f"output={tmp_path / 'run'}", "data.workers=0",
-        "train.steps=1", "train.batch_size=2", "train.reference_batch_size=2",
-        "model.input.min_size=48", "model.input.max_size=64"]).config
+    detector = [f"data.train={data}", f"data.val={data}", f"output={tmp_path / 'run'}", "data.workers=0",
+                "train.steps=1", "train.batch_size=2", "train.reference_batch_size=2",
+                "model.input.min_size=48", "model.input.max_size=64"]
+    alternating = [*detector, "train.alternate=true", f"output={tmp_path / 'alternating'}"]
     labelled_images(tmp_path / "images")
     classifier = ["model.name=classifier", "model.input.min_size=32", "model.input.crop=32", "data.workers=0",
                   "model.backbone.weights=null", "model.backbone.width=8", "train.steps=1",
@@ -153,7 +153,8 @@ def test_every_field_is_read(tmp_path, monkeypatch):
                "model.box_head.context=4", f"output={tmp_path / 'regions'}"]
     monkeypatch.setattr(Section, "__getattribute__", watched_get)
     monkeypatch.setattr(Section, "model_dump", watched_dump, raising=False)
-    train(config)
+    for overrides in (detector, alternating):
+        train(load_config("configs/demo.yaml", overrides).config)
     for overrides in (classifier, localizer, regions):
         train(load_config(None, overrides).config)
     unread = [name for name in _fields(Config) if name not in read]

@@ -33,6 +33,11 @@ def trains(row: paper.Row) -> bool:
     return any(words[1] == "train" for words in row.commands)
 
 
+TRAINED = {f"runs/paper/{key}" for key, (_, row) in ROWS.items() if trains(row)} | {
+    word.removeprefix("output=") for _, row in ROWS.values() for words in row.commands for word in words
+    if word.startswith("output=")}
+
+
 def published(row_id: str) -> list[float]:
     return [float(value) for value in ROWS[row_id][1].published if value != "-"]
 
@@ -125,8 +130,6 @@ def test_config_of_a_test_is_that_of_its_training_with_the_commands_fields(row_i
 
 @pytest.mark.parametrize("row_id", ROWS)
 def test_commands_are_valid(row_id):
-    trained = {word.removeprefix("output=") for _, row in ROWS.values() for words in row.commands for word in words
-               if word.startswith("output=")} | {f"runs/paper/{key}" for key, (_, row) in ROWS.items() if trains(row)}
     for words in ROWS[row_id][1].commands:
         assert words[0] == "detres"
         args, rest = cli.build_parser().parse_known_args(words[1:])
@@ -137,7 +140,7 @@ def test_commands_are_valid(row_id):
                 assert (ROOT / word).is_file()
             if "/checkpoints/" in word:
                 run, file = word.removeprefix("data.proposals=").split("/checkpoints/")
-                assert run in trained and file in ("final.safetensors", "bn.safetensors")
+                assert run in TRAINED and file in ("final.safetensors", "bn.safetensors")
 
 
 def test_weights_that_trainings_begin_from_are_written():
@@ -146,7 +149,7 @@ def test_weights_that_trainings_begin_from_are_written():
             if name != "output":
                 needed, file = re.fullmatch(r"runs/paper/(\w+/\w+)/checkpoints/(.+)", path).groups()
                 commands = ROWS[needed][1].commands
-                assert path in commands[-1] if file == "bn.safetensors" else commands[0][1] == "train"
+                assert commands[0][1] == "train" if file == "final.safetensors" else path in commands[-1]
 
 
 def test_configs_are_shipped(monkeypatch):

@@ -148,8 +148,9 @@ def localize_weights(path: Path | Sequence[Path], *, classifiers: Sequence[Path]
 
     With `classifiers` a box is found for each of their five guesses; `regions` are region classifiers that judge the
     localizer's boxes. Several weights of a kind are an ensemble. `crops` and `class_crops` name the tests of localizers
-    and of classifiers (`eval.crops`); these and the data set default to what is in the weights. `draw` is a folder for
-    pictures of the first images, `numbers` a file for the metrics, as JSON.
+    and of classifiers (`eval.crops`); these and the data set default to what is in the weights. `overrides` are of the
+    localizer's config; classifiers take over eval.test_scales, if `class_crops` is dense. `draw` is a folder for pictures
+    of the first images, `numbers` a file for the metrics, as JSON.
     """
     model, meta, config = load_model(path, device, [*overrides, *_crops(crops)])
     check_fits(config, meta.classes, "localizer", config.model.input, meta.classes, path)
@@ -163,7 +164,8 @@ def localize_weights(path: Path | Sequence[Path], *, classifiers: Sequence[Path]
     batch_size = batch_size or config.eval.batch_size
     guesses = None
     if classifiers:
-        guesses = guess_classes(classifiers, dataset, batch_size, device, _crops(class_crops))
+        scales = [item for item in overrides if item.startswith("eval.test_scales=") and class_crops == "dense"]
+        guesses = guess_classes(classifiers, dataset, batch_size, device, [*_crops(class_crops), *scales])
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size, training=False,
                           with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
                           device_type=device_of(model).type)

@@ -60,7 +60,7 @@ def assert_equal(a: Batch, b: Batch) -> None:
     for x, y in ((a.images.pixels, b.images.pixels), (a.images.sizes, b.images.sizes),
                  (a.original_sizes, b.original_sizes),
                  *((getattr(a.targets, name), getattr(b.targets, name)) for name in vars(a.targets))):
-        assert x.dtype == y.dtype and torch.equal(x, y)
+        assert x is y is None or x.dtype == y.dtype and torch.equal(x, y)
 
 
 AUGMENT = AugmentConfig(min_sizes=(24, 32), albumentations=({"HueSaturationValue": {"p": 0.5}}, {"Rotate": {"p": 0.5}}))

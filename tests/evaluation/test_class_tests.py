@@ -73,10 +73,9 @@ def test_ten_crops_are_ten_predictions_averaged(model):
         assert (found[row] - probabilities[0]).abs().max() > 0.01
 
 
-def score_map(model: Classifier, images: ImageBatch) -> list[Tensor]:
-    """Scores of one image at each place of the pool of a crop, by loops."""
+def score_map(model: Classifier, images: ImageBatch, window: int = 2) -> list[Tensor]:
+    """Scores of one image at each place of the pool of a crop, whose map is `window` wide, by loops."""
     features = model.features(images)[0]  # (C, H, W)
-    window = CROP // 32
     height, width = features.shape[1:]
     places = itertools.product(range(height - window + 1), range(width - window + 1))
     scores = []
@@ -107,8 +106,16 @@ def test_fully_convolutional_scores_are_averaged_over_places_and_scales(model):
 def test_of_a_crop_the_fully_convolutional_form_is_the_network(model):
     images = make_images((CROP, CROP))
     torch.testing.assert_close(model.dense_logits(images, CROP), model(images))
-    odd = make_images((50, 50))  # a map of 2 x 2: strides round up
-    torch.testing.assert_close(model.dense_logits(odd, 50), model(odd))
+
+
+@torch.no_grad()
+def test_the_map_of_a_crop_is_rounded_up(model):
+    """As strides do: 50 pixels have a map of 2 x 2, 97 one of 4 x 4."""
+    images = make_images((100, 150), n=1)
+    for crop, window in ((50, 2), (64, 2), (65, 3), (97, 4)):
+        assert model.features(make_images((crop, crop))).shape[2:] == (window, window)
+        scores = score_map(model, images, window)
+        torch.testing.assert_close(model.dense_logits(images, crop)[0], sum(scores) / len(scores))
 
 
 @torch.no_grad()
