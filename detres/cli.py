@@ -259,10 +259,10 @@ def _bn_stats(args: argparse.Namespace) -> None:
 
 
 def _add_localize(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _localize, "measure where a localizer finds the objects of known or guessed classes",
-                      "Prints the error of the box of the true class, and with classifiers top-1 and top-5 localization "
-                      "errors, as the ILSVRC challenge counts them. Several weights of a kind are an ensemble.",
-                      rest="more")
+    parser = _command(commands, name, _localize, "measure where a localizer finds objects of known or guessed classes",
+                      "Prints the error of the box of the true class, and with classifiers top-1 and top-5 "
+                      "localization errors, as the ILSVRC challenge counts them. Several weights of a kind are an "
+                      "ensemble.", rest="more")
     _add_weights(parser)
     parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
                         help="further localizers; fields of the config that they carry")
@@ -272,7 +272,8 @@ def _add_localize(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--data", metavar="PATH", help="data set (default: what the localizer was validated on)")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set")
     parser.add_argument("--crops", choices=("1", "dense"), help="views that localizers see (default: of the config)")
-    parser.add_argument("--class-crops", choices=("1", "10", "dense"), help="views that classifiers see (likewise; dense at eval.test_scales, if given)")
+    parser.add_argument("--class-crops", choices=("1", "10", "dense"),
+                        help="views that classifiers see (likewise; dense: at eval.test_scales, if given)")
     parser.add_argument("--draw", type=Path, metavar="DIR", help="write pictures of the first 100 images")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers in full precision")

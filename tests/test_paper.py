@@ -16,6 +16,7 @@ import yaml
 from detres import cli, paper
 from detres.build import build_model
 from detres.config_file import load_config
+from detres.evaluation.localization import class_test
 
 from .test_configs import labelled_images
 
@@ -238,6 +239,23 @@ def test_data_of_a_server_is_found_in_the_users_folder(monkeypatch):
     (test,) = commands_of("table9/multiscale_testdev", monkeypatch, data="/d")
     assert test[3:5] == ["--data", "/d/annotations/image_info_test-dev2015.json"]
     assert "data.val.path=/d" not in test, "there is none: the truth is not published"
+
+
+def test_a_row_without_a_test_of_its_own_has_the_numbers_of_its_training(tmp_path):
+    part, row = ROWS["table8/resnet101"]
+    (tmp_path / "table8/resnet101").mkdir(parents=True)
+    (tmp_path / "table8/resnet101/results.json").write_text('{"bbox/AP50": 0.481, "bbox/AP": 0.27, "step": 3}')
+    found = paper._measured(part, row, row.commands, str(tmp_path))
+    assert found == f"mAP@.5 48.10 %, mAP@[.5, .95] 27.00 % ({tmp_path}/table8/resnet101/results.json)"
+
+
+def test_classes_are_guessed_at_the_scales_of_the_row():
+    """Table 13's 14.4 rests on the classes of Table 4."""
+    words = ROWS["table13/dense"][1].commands[0]
+    args, _ = cli.build_parser().parse_known_args(words[1:])
+    scales = "eval.test_scales=[224,256,384,480,640]"
+    assert class_test(args.class_crops, args.more) == ["eval.crops=dense", scales]
+    assert class_test("10", args.more) == ["eval.crops=10"] and class_test(None, args.more) == []
 
 
 def test_a_row_runs_small_and_goes_on(tmp_path, capsys):

@@ -65,8 +65,8 @@ def check_one_class(dataset: Dataset) -> None:
     for record in dataset.records:
         if record.label is None or any(item.label != record.label for item in record.annotations):
             raise ValueError(f"images must be of one class each to be localized, got several or none for {record.path} "
-                             f"({dataset.name}, {dataset.format}). Take a data set for localization: ILSVRC CLS-LOC, or "
-                             "a folder with boxes.csv.")
+                             f"({dataset.name}, {dataset.format}). Take a data set for localization: ILSVRC CLS-LOC, "
+                             "or a folder with boxes.csv.")
 
 
 @torch.no_grad()
@@ -77,8 +77,8 @@ def evaluate_localizer(locate: Locate, loader: Iterable[Batch], truths: LocTruth
     """Errors over all processes: that of the true class's box, and with `guesses` (n, Q), the classes that a classifier
     names, best first, top-1 and top-5.
 
-    `losses` adds its means, "val/loss_cls" .... `seen` is called with each batch, the labels (N, 1 + Q) asked about, the true
-    one first, and their boxes (N, 1 + Q, 4) in pixels of the original images.
+    `losses` adds its means, "val/loss_cls" .... `seen` is called with each batch, the labels (N, 1 + Q) asked about, the
+    true one first, and their boxes (N, 1 + Q, 4) in pixels of the original images.
     """
     evaluator, means, device = LocalizationEvaluator(classes), LossMeans(), truths.labels.device
     guesses = truths.labels.new_zeros(len(truths.labels), 0) if guesses is None else guesses[:, :5]
@@ -124,8 +124,8 @@ def load_proposer(config: Config, classes: Sequence[str], device: torch.device) 
     return model, own
 
 
-def check_fits(config: Config, classes: Sequence[str], name: str, model_input: InputConfig, other_classes: Sequence[str],
-               path: str | Path | Sequence[Path]) -> None:
+def check_fits(config: Config, classes: Sequence[str], name: str, model_input: InputConfig,
+               other_classes: Sequence[str], path: str | Path | Sequence[Path]) -> None:
     """Raises ValueError if weights are no `name`, or not of the classes and the image size of those they work with."""
     pairs = [("model.name", config.model.name, name), ("classes", tuple(classes), tuple(other_classes))]
     if name != "classifier":  # which sees the images in its own way
@@ -149,8 +149,8 @@ def localize_weights(path: Path | Sequence[Path], *, classifiers: Sequence[Path]
     With `classifiers` a box is found for each of their five guesses; `regions` are region classifiers that judge the
     localizer's boxes. Several weights of a kind are an ensemble. `crops` and `class_crops` name the tests of localizers
     and of classifiers (`eval.crops`); these and the data set default to what is in the weights. `overrides` are of the
-    localizer's config; classifiers take over eval.test_scales, if `class_crops` is dense. `draw` is a folder for pictures
-    of the first images, `numbers` a file for the metrics, as JSON.
+    localizer's config; classifiers take over eval.test_scales, if `class_crops` is dense. `draw` is a folder for
+    pictures of the first images, `numbers` a file for the metrics, as JSON.
     """
     model, meta, config = load_model(path, device, [*overrides, *_crops(crops)])
     check_fits(config, meta.classes, "localizer", config.model.input, meta.classes, path)
@@ -164,8 +164,7 @@ def localize_weights(path: Path | Sequence[Path], *, classifiers: Sequence[Path]
     batch_size = batch_size or config.eval.batch_size
     guesses = None
     if classifiers:
-        scales = [item for item in overrides if item.startswith("eval.test_scales=") and class_crops == "dense"]
-        guesses = guess_classes(classifiers, dataset, batch_size, device, [*_crops(class_crops), *scales])
+        guesses = guess_classes(classifiers, dataset, batch_size, device, class_test(class_crops, overrides))
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size, training=False,
                           with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
                           device_type=device_of(model).type)
@@ -182,6 +181,12 @@ def localize_weights(path: Path | Sequence[Path], *, classifiers: Sequence[Path]
 
 def _crops(value: str | None) -> list[str]:
     return [] if value is None else [f"eval.crops={value}"]
+
+
+def class_test(crops: str | None, overrides: Sequence[str]) -> list[str]:
+    """Fields of a classifier's config: its test, at the localizer's scales if it is fully convolutional."""
+    scales = [item for item in overrides if item.startswith("eval.test_scales=")]
+    return [*_crops(crops), *(scales if crops == "dense" else [])]
 
 
 @torch.no_grad()
@@ -203,8 +208,8 @@ def guess_classes(paths: Sequence[Path], dataset: Dataset, batch_size: int, devi
 
 
 class Pictures:
-    """Writes a picture of each of the first images: its objects, and the box of every guess, those that are right by the
-    measure of the challenge with a tick."""
+    """Writes a picture of each of the first images: its objects, and the box of every guess, those that are right by
+    the measure of the challenge with a tick."""
 
     def __init__(self, folder: Path, dataset: Dataset, truths: LocTruths, most: int = 100):
         self.folder, self.classes, self.truths, self.left = Path(folder), dataset.classes, truths, most
@@ -226,5 +231,5 @@ class Pictures:
 
     def _save(self, path: str, boxes: Tensor, objects: int, names: list[str]) -> None:
         places = torch.arange(len(boxes)).sub(objects - 1).clamp(min=0)  # a colour for the truth, one for each guess
-        picture = Prediction(boxes, torch.ones(len(boxes)), places, names, places.tolist(), None, read_image(path), path)
-        picture.draw(scores=False).save(self.folder / f"{Path(path).stem}.jpg", quality=90)
+        found = Prediction(boxes, torch.ones(len(boxes)), places, names, places.tolist(), None, read_image(path), path)
+        found.draw(scores=False).save(self.folder / f"{Path(path).stem}.jpg", quality=90)
