@@ -1,10 +1,11 @@
 """Classification with localization: images of one class each, with the boxes of its objects.
 
-ILSVRC CLS-LOC, as unpacked (Annotations are PASCAL VOC's XML; a class is named by its WordNet id, as in `class_folders`):
+ILSVRC CLS-LOC, as unpacked (annotations are PASCAL VOC's XML; a class is named by its WordNet id):
 
-    ILSVRC/Annotations/CLS-LOC/train/n01440764/n01440764_10040.xml   Annotations/CLS-LOC/val/ILSVRC2012_val_00000001.xml
-    ILSVRC/Data/CLS-LOC/train/n01440764/n01440764_10040.JPEG         Data/CLS-LOC/val/ILSVRC2012_val_00000001.JPEG
-    ILSVRC/ImageSets/CLS-LOC/{train_loc,val}.txt                     devkit/data/ILSVRC2015_clsloc_validation_blacklist.txt
+    ILSVRC/Annotations/CLS-LOC/train/n01440764/n01440764_10040.xml  Annotations/CLS-LOC/val/ILSVRC2012_val_00000001.xml
+    ILSVRC/Data/CLS-LOC/train/n01440764/n01440764_10040.JPEG        Data/CLS-LOC/val/ILSVRC2012_val_00000001.JPEG
+    ILSVRC/ImageSets/CLS-LOC/{train_loc,val}.txt
+    ILSVRC/devkit/data/ILSVRC2015_clsloc_validation_blacklist.txt   optional
 
 A folder with a table, one box a row, of tiny ImageNet or your own:
 
@@ -98,11 +99,12 @@ def _readable(root: Path, image_ids: Sequence[str], label_of: dict[str, int], pr
     others = 0
     for image_id in image_ids:
         folder = "train" if "/" in image_id else "val"
-        path, xml = root / f"Data/CLS-LOC/{folder}/{image_id}.JPEG", root / f"Annotations/CLS-LOC/{folder}/{image_id}.xml"
+        path = root / f"Data/CLS-LOC/{folder}/{image_id}.JPEG"
+        xml = root / f"Annotations/CLS-LOC/{folder}/{image_id}.xml"
         tree = voc_xml.parse(xml)
         if isinstance(tree, str):
-            problems.add(xml, image_id, None, "file", tree, "must be an XML file (correct it, or delete the line of the "
-                         "list; train_loc lists the training images that have one)")
+            problems.add(xml, image_id, None, "file", tree, "must be an XML file (correct it, or delete the line of "
+                         "the list; train_loc lists the training images that have one)")
             continue
         names = [thing.name for thing in tree.things]
         own = image_id.split("/")[0] if folder == "train" else next(iter(names), "")
@@ -137,12 +139,13 @@ def is_table(folder: Path) -> bool:
 
 
 def read_table(folder: Path, role: str, split: str | None = None, on_invalid: OnInvalid = "error") -> Dataset:
-    """The rows of `boxes.csv` whose `split` is this. Classes are named by the first of their names; several rows of a file
-    are several objects of its class. Raises as `load_dataset`."""
+    """The rows of `boxes.csv` whose `split` is this. Classes are named by the first of their names; several rows of a
+    file are several objects of its class. Raises as `load_dataset`."""
     with open(folder / "boxes.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if missing := [name for name in COLUMNS if rows and rows[0].get(name) is None]:
-        raise ValueError(f"boxes.csv must have the columns {', '.join(COLUMNS)}, got none named {missing[0]} ({folder}).")
+        raise ValueError(f"boxes.csv must have the columns {', '.join(COLUMNS)}, got none named {missing[0]} ({folder}). "
+                         "Add it to the first line.")
     names = [split] if split else SPLITS[role]
     there = sorted({row["split"] for row in rows})
     split = next((name for name in names if name in there), None)

@@ -46,8 +46,8 @@ def locate(model: nn.Module, images: ImageBatch, labels: Tensor, *, crops: Liter
            nms_thresh: float, count: int, regions: nn.Module | None = None) -> Proposals:
     """The `count` best boxes, best first, of each class of `labels` (N, Q), in pixels of `images`.
 
-    model: a localizer; crop: side of the centre crop. Of several views, and of several models (`LocalizerEnsemble`), the
-    candidates are joined. regions: a region classifier that judges and moves the `count` boxes.
+    model: a localizer; crop: side of the centre crop. Of several views, and of several models (`LocalizerEnsemble`),
+    the candidates are joined. regions: a region classifier that judges and moves the `count` boxes.
     """
     parts = []
     for view in (views_of(images) if crops == "dense" else [centre_crop(images, crop)]):
@@ -59,7 +59,8 @@ def locate(model: nn.Module, images: ImageBatch, labels: Tensor, *, crops: Liter
 
 def build_locate(localizer: ModelConfig, options: EvalConfig, model: nn.Module, regions: nn.Module | None = None
                  ) -> Callable[[ImageBatch, Tensor], Proposals]:
-    """`locate` with a localizer of this config, by the test that `options` name. Without regions the best box is enough."""
+    """`locate` with a localizer of this config, by the test that `options` name. Without regions the best box is
+    enough."""
     if options.crops == 10:
         raise ValueError("eval.crops must be 1 or dense for localizers, got 10.")
     return partial(locate, model, crops=options.crops, crop=localizer.input.crop, regions=regions,
@@ -67,10 +68,10 @@ def build_locate(localizer: ModelConfig, options: EvalConfig, model: nn.Module, 
 
 
 def refuse_localizers(name: str, path: object) -> None:
-    """For what finds and names objects by itself. Raises ValueError for weights of a model of this `name` that does not."""
+    """For what finds and names objects by itself. Raises ValueError if a model of this `name` does not."""
     if name in ("localizer", "region_classifier"):
-        raise ValueError(f"weights must be of a detector or a classifier, got a {name} ({path}), which finds the objects of "
-                         "classes that others name. Use detres localize.")
+        raise ValueError(f"weights must be of a detector or a classifier, got a {name} ({path}), which finds the objects "
+                         "of classes that others name. Use detres localize.")
 
 
 def joined(parts: list[Proposals]) -> Proposals:
@@ -87,9 +88,9 @@ def judged(regions: nn.Module, images: ImageBatch, found: Proposals, labels: Ten
 
 def with_proposals(batches: Iterable[Batch], localizer: nn.Module, rpn: RPNConfig, device: torch.device,
                    options: TrainConfig) -> Iterator[Batch]:
-    """The batches on the device, their targets with the boxes that a localizer finds for the true class, in the images as
-    they are: what trains region classifiers. They are found anew each time, so there is nothing to store, and images may
-    be augmented."""
+    """The batches on the device, their targets with the boxes that a localizer finds for the true class, in the images
+    as they are: what trains region classifiers. They are found anew each time, so there is nothing to store, and images
+    may be augmented."""
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):

@@ -8,8 +8,8 @@ classifier's guesses.
 An image trains the outputs of its own class only. What counts in testing is which of an image's boxes the outputs of
 one class rank first, in images of that class; an image of another class can add nothing to this ranking, and its wrong
 guess is wrong whatever its box. To push the logits of the 999 other classes down would answer a question, which class
-it is, that the classifier answers better. It also would cost as much as the backbone: as it is, outputs of other classes
-are never computed.
+it is, that the classifier answers better. It would also cost as much as the backbone: as it is, outputs of other
+classes are never computed.
 
 Legend: N images, C channels, (H, W) grid, A anchors per cell, M = H * W * A anchors, B sampled anchors per image,
 K classes, Q classes asked about in each image.
@@ -64,9 +64,9 @@ class Localizer(nn.Module):
     loss_names = ("loss_rpn_cls", "loss_rpn_box")
 
     def __init__(self, normalize: Normalize, backbone: nn.Module, head: PerClassHead, anchors: AnchorGenerator, *,
-                 topk: int = 1000, min_size: float = 0.0, batch_per_image: int = 8, positive_fraction: float = 0.5, fg_iou: float = 0.7,
-                 bg_iou: float = 0.3, box_loss: str = "smooth_l1", smooth_l1_beta: float = 1 / 9,
-                 box_loss_weight: float = 1.0):
+                 topk: int = 1000, min_size: float = 0.0, batch_per_image: int = 8, positive_fraction: float = 0.5,
+                 fg_iou: float = 0.7, bg_iou: float = 0.3, box_loss: str = "smooth_l1",
+                 smooth_l1_beta: float = 1 / 9, box_loss_weight: float = 1.0):
         super().__init__()
         self.normalize, self.backbone, self.head, self.anchors = normalize, backbone, head, anchors
         self.topk, self.min_size, self.fg_iou, self.bg_iou = topk, min_size, fg_iou, bg_iou

@@ -28,8 +28,8 @@ from detres.structures import ImageBatch, Proposals, Targets
 
 
 class RegionClassifier(nn.Module):
-    """side: S; context: pixels of it, at each border, that show what surrounds the region (R-CNN, appendix A: 16 of 227);
-    others as in `config.BoxHeadConfig`."""
+    """side: S; context: pixels of it, at each border, that show what surrounds the region (R-CNN, appendix A: 16 of
+    227); others as in `config.BoxHeadConfig`."""
 
     loss_names = ("loss_cls", "loss_box")
 
@@ -110,5 +110,5 @@ class RegionEnsemble(nn.Module):
 
     def forward(self, images: ImageBatch, proposals: Proposals, labels: Tensor) -> Proposals:
         found = [model(images, proposals=proposals, labels=labels) for model in self.models]
-        return Proposals(sum(each.boxes for each in found) / len(found), sum(each.scores for each in found) / len(found),
-                         proposals.valid)
+        boxes, scores = (torch.stack([getattr(each, name) for each in found]).mean(0) for name in ("boxes", "scores"))
+        return Proposals(boxes, scores, proposals.valid)

@@ -24,7 +24,8 @@ def load(path, role="train", split=None, on_invalid="error"):
 def ilsvrc(tmp_path, files) -> Path:
     """Two training images of a dog and one of a cat, of which one has no boxes; two images to validate on."""
     root = tmp_path / "ILSVRC"
-    things = {f"train/{DOG}/{DOG}_1": [(DOG, (3, 4, 20, 25)), ("Shetland sheepdog", (0, 0, 39, 29)), (CAT, (1, 1, 9, 9))],
+    dogs = [(DOG, (3, 4, 20, 25)), ("Shetland sheepdog", (0, 0, 39, 29)), (CAT, (1, 1, 9, 9))]
+    things = {f"train/{DOG}/{DOG}_1": dogs,
               f"train/{CAT}/{CAT}_7": [(CAT, (5, 5, 9, 9))], "val/ILSVRC2012_val_00000001": [(CAT, (0, 2, 10, 12))],
               "val/ILSVRC2012_val_00000002": [(DOG, (1, 2, 3, 4)), (DOG, (5, 6, 7, 8))]}
     for name, objects in things.items():
@@ -106,7 +107,8 @@ def test_table(tmp_path, files):
 
 def test_table_problems(tmp_path, files):
     rows = ["a.png,n1,0,train,3,1,3,20", "a.png,n1,0,train,x,1,3,20", "a.png,n1,0,train,50,1,60,20",
-            "b.png,n1,7,train,0,0,9,9", "c.png,n1,0,train,0,0,9,9", "c.png,n2,1,train,0,0,9,9", "d.png,n1,0,train,0,0,9,9"]
+            "b.png,n1,7,train,0,0,9,9", "c.png,n1,0,train,0,0,9,9", "c.png,n2,1,train,0,0,9,9",
+            "d.png,n1,0,train,0,0,9,9"]
     with pytest.raises(InvalidDataError) as caught:
         load(table(tmp_path, files, rows))
     told = sorted((problem.image, problem.field) for problem in caught.value.problems)

@@ -14,8 +14,8 @@ from detres.data.transforms import RandomCrop, Sample, build_train_transforms
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50), st.lists(st.tuples(*[st.floats(0, 1)] * 4), max_size=3),
-       st.integers(0, 2**32))
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 50),
+       st.lists(st.tuples(*[st.floats(0, 1)] * 4), max_size=3), st.integers(0, 2**32))
 def test_holds_the_middle_of_an_object(height, width, side, corners, seed):
     """Of an image whose pixels say where they are."""
     y, x = np.mgrid[:height, :width]

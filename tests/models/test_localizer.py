@@ -33,7 +33,8 @@ def batch() -> tuple[ImageBatch, Targets]:
     boxes = torch.tensor([[[5.0, 6, 40, 44], [50, 10, 80, 60]], [[20, 20, 60, 50], [0, 0, 0, 0]], [[0, 0, 0, 0]] * 2])
     valid = torch.tensor([[True, True], [True, False], [False, False]])
     labels = torch.tensor([[2, 2], [1, 0], [0, 0]])
-    return ImageBatch(pixels, torch.tensor([[64, 96], [64, 80], [64, 96]])), Targets(boxes, labels, valid, torch.arange(3))
+    images = ImageBatch(pixels, torch.tensor([[64, 96], [64, 80], [64, 96]]))
+    return images, Targets(boxes, labels, valid, torch.arange(3))
 
 
 def test_head_gives_what_the_convolutions_give():

@@ -65,7 +65,8 @@ def test_judges_and_moves_each_proposal_for_its_class(model, images):
             box = proposals.boxes[n, q, p]
             feature = model.backbone(warp(pixels, box[None], torch.tensor([n]), 32, 4))[-1].mean((2, 3))
             label = int(labels[n, q])
-            assert found.scores[n, q, p].item() == pytest.approx(model.cls(feature)[0, label].sigmoid().item(), abs=1e-5)
+            score = model.cls(feature)[0, label].sigmoid().item()
+            assert found.scores[n, q, p].item() == pytest.approx(score, abs=1e-5)
             dx, dy, dw, dh = (model.box(feature).view(3, 4)[label] / torch.tensor([10, 10, 5, 5])).tolist()
             x1, y1, x2, y2 = box.tolist()
             x, y = (x1 + x2) / 2 + dx * (x2 - x1), (y1 + y2) / 2 + dy * (y2 - y1)
@@ -105,7 +106,8 @@ def test_losses_of_the_true_class_against_plain_python(model, images):
         for box, kind in zip(boxes[n], match[n].tolist()):
             if kind == -1:
                 continue
-            feature = model.backbone(warp(model.normalize(images), box[None], torch.tensor([n]), 32, 4))[-1].mean((2, 3))
+            region = warp(model.normalize(images), box[None], torch.tensor([n]), 32, 4)
+            feature = model.backbone(region)[-1].mean((2, 3))
             p = model.cls(feature)[0, label].sigmoid().item()
             bce -= math.log(p if kind else 1 - p)
             if kind:
@@ -130,4 +132,5 @@ def test_ensemble_averages(model, images):
     with torch.no_grad():
         both = RegionEnsemble([model, other])(images, proposals, labels)
         a, b = (each(images, proposals=proposals, labels=labels) for each in (model, other))
-    assert torch.allclose(both.scores, (a.scores + b.scores) / 2) and torch.allclose(both.boxes, (a.boxes + b.boxes) / 2)
+    assert torch.allclose(both.scores, (a.scores + b.scores) / 2)
+    assert torch.allclose(both.boxes, (a.boxes + b.boxes) / 2)

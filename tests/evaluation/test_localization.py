@@ -1,0 +1,145 @@
+"""Localization error of models, from tensors and from weights, through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from detres.cli import main
+from detres.config import Config
+from detres.data.dataset import Annotation, Dataset, ImageRecord
+from detres.engine.interrupt import Interrupt
+from detres.engine.train import train
+from detres.evaluation.localization import LocTruths, evaluate_localizer
+from detres.structures import Batch, ImageBatch, Proposals
+
+
+def record(name: str, label: int | None, *boxes, other: int | None = None) -> ImageRecord:
+    items = tuple(Annotation(i, label if other is None else other, box) for i, box in enumerate(boxes))
+    return ImageRecord(name, Path(f"{name}.jpg"), 100, 200, items, label)
+
+
+def test_errors_by_hand():
+    """Images at half their size; c is on the blacklist, d has no box: both count for classification only."""
+    dataset = Dataset("hand", "table", ("x", "y"), (0, 1), (
+        record("a", 0, (0, 0, 100, 100)), record("b", 1, (10, 10, 50, 50), (100, 0, 200, 100)),
+        record("c", 1, (0, 0, 10, 10)), record("d", 0)), blacklist=(("c", "y"),))
+    truths = LocTruths.of(dataset, torch.device("cpu"))
+    assert truths.counted.tolist() == [True, True, False, False] and truths.valid.sum(1).tolist() == [1, 2, 1, 0]
+    guesses = torch.tensor([[0, 1], [0, 1], [1, 0], [1, 0]])
+    boxes = {"a": {0: (0, 0, 50, 26), 1: (0, 0, 9, 9)}, "b": {1: (50, 0, 100, 50), 0: (5, 5, 25, 25)},
+             "c": {1: (0, 0, 1, 1), 0: (0, 0, 1, 1)}, "d": {0: (0, 0, 1, 1), 1: (0, 0, 1, 1)}}
+
+    def locate(images: ImageBatch, labels: torch.Tensor) -> Proposals:
+        found = torch.tensor([[boxes[name][label] for label in row] for name, row in zip(names, labels.tolist())])
+        return Proposals(found[:, :, None].float(), torch.ones(*labels.shape, 1),
+                         torch.ones(*labels.shape, 1, dtype=torch.bool))
+
+    seen = []
+    names = ("b", "a", "d", "c")  # in any order
+    batch = Batch(ImageBatch(torch.zeros(4, 3, 50, 100, dtype=torch.uint8), torch.tensor([[50, 100]] * 4)), None, names,
+                  names, torch.tensor([[100, 200]] * 4))
+    result = evaluate_localizer(locate, [batch], truths, dataset.classes, guesses,
+                                losses=lambda batch: {"loss_x": torch.tensor(2.0)},
+                                seen=lambda *each: seen.append(each))
+    assert result.metrics == {"loc/top1_error": 0.5, "loc/top5_error": 0.0, "loc/gt_class_error": 0.0,
+                              "loc/cls_top1_error": 0.5, "loc/cls_top5_error": 0.0, "val/loss_x": 2.0}
+    assert seen[0][1].tolist() == [[1, 0, 1], [0, 0, 1], [0, 1, 0], [1, 1, 0]]
+    assert seen[0][2][0].tolist() == [[100, 0, 200, 100], [10, 10, 50, 50], [100, 0, 200, 100]]
+    alone = evaluate_localizer(locate, [batch], truths, dataset.classes)
+    assert alone.metrics == {"loc/gt_class_error": 0.0} and alone.per_class["y"] == {"loc/gt_class_error": 0.0}
+
+
+def test_images_must_be_of_one_class():
+    for bad in (record("a", None, (0, 0, 9, 9)), record("a", 0, (0, 0, 9, 9), other=1)):
+        with pytest.raises(ValueError, match="of one class each .* for a.jpg"):
+            LocTruths.of(Dataset("bad", "coco", ("x", "y"), (0, 1), (bad,)), torch.device("cpu"))
+
+
+# From training to error and pictures
+
+
+@pytest.fixture(scope="module")
+def configs(located_shapes, tmp_path_factory) -> dict[str, Config]:
+    folder, source = tmp_path_factory.mktemp("runs"), {"path": str(located_shapes)}
+    backbone = {"depth": 18, "width": 8, "weights": None, "norm": "bn", "freeze_stages": 0, "layout": "c5"}
+
+    def config(name: str, **data) -> Config:
+        model = {"name": name, "input": {"min_size": 64, "max_size": 64, "crop": 32 if "region" in name else 64},
+                 "backbone": backbone, "anchors": {"sizes": [[32]]}, "rpn": {"post_nms_topk_test": 4},
+                 "box_head": {"batch_per_image": 4, "context": 4}}
+        return Config.model_validate({
+            "output": str(folder / name), "device": "cpu", "model": model,
+            "data": {"train": source, "val": source, "workers": 0, **data}, "eval": {"batch_size": 15},
+            "train": {"batch_size": 4, "reference_batch_size": 4, "steps": 4, "precision": "fp32", "accumulate": 2,
+                      "checkpoint_every": 2, "log_every": 2}})
+
+    made = {name: config(name) for name in ("localizer", "classifier")}
+    made["region_classifier"] = config("region_classifier", proposals=made["localizer"].output)
+    for each in made.values():
+        train(each)
+    return made
+
+
+def test_command_line(configs, tmp_path, capsys):
+    """Everything at once, ensembles of two, other views; pictures of every image."""
+    runs = {name: config.output for name, config in configs.items()}
+    assert main(["localize", runs["localizer"], "--json", str(tmp_path / "alone.json")]) == 0
+    assert list(json.loads((tmp_path / "alone.json").read_text())) == ["loc/gt_class_error"]
+    capsys.readouterr()
+    assert main(["localize", runs["localizer"], runs["localizer"], "model.rpn.nms_thresh=0.5", "--classifier",
+                 runs["classifier"], runs["classifier"], "--regions", runs["region_classifier"], "--crops", "dense",
+                 "--class-crops", "10", "--draw", str(tmp_path / "pictures"),
+                 "--json", str(tmp_path / "all.json")]) == 0
+    metrics = json.loads((tmp_path / "all.json").read_text())
+    assert set(metrics) == {"loc/top1_error", "loc/top5_error", "loc/gt_class_error", "loc/cls_top1_error",
+                            "loc/cls_top5_error"}
+    assert metrics["loc/cls_top5_error"] == 0 and metrics["loc/top5_error"] == metrics["loc/gt_class_error"]
+    assert "30 images, 30 with boxes that count, crops dense" in capsys.readouterr().out
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 30
+
+
+def test_region_training_resumes_to_the_same_bits(configs, tmp_path, monkeypatch):
+    """Proposals are found anew: nothing of them is in the checkpoint."""
+    config = configs["region_classifier"].model_copy(update={"output": str(tmp_path / "run")})
+    checks = iter([False, False, True])  # before the steps
+    monkeypatch.setattr(Interrupt, "check", lambda self: next(checks) and _raise())
+    with pytest.raises(SystemExit):
+        train(config)
+    monkeypatch.undo()
+    train(config, resume=True)
+    weights = [Path(folder, "checkpoints", "final.safetensors") for folder in (config.output,
+                                                                               configs["region_classifier"].output)]
+    first, second = (path.read_bytes()[-20000:] for path in weights)
+    assert first == second
+
+
+def _raise() -> None:
+    from detres.engine.interrupt import Interrupted
+
+    raise Interrupted
+
+
+@pytest.mark.parametrize("command, told", [
+    (["localize", "{classifier}"], "must have model.name localizer"),
+    (["localize", "{localizer}", "--regions", "{localizer}"], "must have model.name region_classifier"),
+    (["localize", "{localizer}", "--classifier", "{localizer}"], "must have model.name classifier"),
+    (["eval", "{localizer}"], "got a localizer"),
+    (["predict", "{region_classifier}", "{data}"], "got a region_classifier")])
+def test_weights_of_another_kind_are_refused(configs, located_shapes, capsys, command, told):
+    runs = {name: config.output for name, config in configs.items()}
+    assert main([part.format(**runs, data=located_shapes / "images") for part in command]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_region_classifier_needs_a_localizer(configs):
+    config = configs["region_classifier"]
+    data = config.data.model_copy(update={"proposals": None})
+    with pytest.raises(ValueError, match="data.proposals must be given"):
+        train(config.model_copy(update={"data": data, "output": config.output + "_none"}))
+    model = config.model.model_copy(update={"input": config.model.input.model_copy(update={"min_size": 48})})
+    with pytest.raises(ValueError, match="must have model.input.min_size 48 to work with the others, got 64"):
+        train(config.model_copy(update={"model": model, "output": config.output + "_small"}))
