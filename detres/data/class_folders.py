@@ -78,8 +78,8 @@ def read_ilsvrc(root: Path, role: Role, split: str | None) -> ClassDataset:
     LOC_val_solution.csv or, without that, in Annotations/CLS-LOC/val/*.xml.
 
     Classes are those of LOC_synset_mapping.txt, else of the folders in train, else of the labels. Both files lie in
-    `root` or beside it. The original development kit, whose labels are numbers that only a MATLAB file explains, is not read;
-    nor are test images, whose labels were not published.
+    `root` or beside it. The original development kit, whose labels are numbers that only a MATLAB file explains, is
+    not read; nor are test images, whose labels were not published.
     """
     data, split = root / "Data" / "CLS-LOC", split or {"train": "train"}.get(role, "val")
     folder = data / split
