@@ -60,6 +60,7 @@ def test_another_network_is_named(tmp_path):
 
 def test_training_begins_from_them(detector_config, tmp_path):
     config = detector_config(steps=1, lr=1e-12, ema=None, eval_every=None)
+    torch.manual_seed(7)  # other weights than those that training would begin from
     before = saved(config.model, SHAPES, tmp_path / "w.safetensors")
     model = config.model.model_copy(update={"weights": str(tmp_path / "w.safetensors")})
     train(config.model_copy(update={"model": model, "data": config.data.model_copy(update={"val": None})}))
