@@ -205,7 +205,7 @@ def run(name: str, *, data: str | None = None, out: str = RUNS, overrides: Seque
         print(ANALYSES[part.run](data, Path(out) / name, overrides))
         return
     commands = [_adapted(words, row, data, out, overrides, num_gpus) for words in row.commands]
-    _require_runs(row, commands, out)
+    _require_runs(row, commands, out, overrides)
     for words in commands:
         print(f"$ {shlex.join(words)}", flush=True)
         _call(words[1:])
@@ -251,10 +251,11 @@ def _numbers_file(row: Row, out: str) -> str:
     return f"{out}/{row.id}.json"
 
 
-def _require_runs(row: Row, commands: Sequence[Sequence[str]], out: str) -> None:
-    """Raises FileNotFoundError if weights of other rows are missing."""
-    trains = any(words[1] == "train" for words in commands)
-    needed = [_moved(path, out) for _, path in (_paths(load_config(row.config).config) if trains else [])]
+def _require_runs(row: Row, commands: Sequence[Sequence[str]], out: str, overrides: Sequence[str]) -> None:
+    """Raises FileNotFoundError if weights of other rows are missing that the user has not replaced."""
+    trains, set_by_user = any(words[1] == "train" for words in commands), {item.partition("=")[0] for item in overrides}
+    places = _paths(load_config(row.config).config) if trains else []
+    needed = [_moved(path, out) for name, path in places if name not in set_by_user]
     for path in [*needed, *(word for words in commands for word in words)]:
         found = re.match(rf"{re.escape(out)}/(\w+/\w+)/checkpoints/", path)
         if found and not found[1].startswith(row.id) and not Path(path).is_file():
