@@ -208,6 +208,9 @@ class ModelConfig(Section):
         if self.name == "region_classifier" and self.input.crop is None:
             raise ValueError("input.crop must be given for a region_classifier, whose regions are warped to it, got null. "
                              "Say input.crop=224, as the paper does.")
+        if self.name == "region_classifier" and 2 * self.box_head.context >= self.input.crop:
+            raise ValueError("box_head.context must be under half of input.crop, which it frames, got "
+                             f"context={self.box_head.context}, crop={self.input.crop}. Set model.box_head.context=0.")
         return self
 
     @model_validator(mode="after")

@@ -134,3 +134,9 @@ def test_ensemble_averages(model, images):
         a, b = (each(images, proposals=proposals, labels=labels) for each in (model, other))
     assert torch.allclose(both.scores, (a.scores + b.scores) / 2)
     assert torch.allclose(both.boxes, (a.boxes + b.boxes) / 2)
+
+
+def test_context_leaves_room_for_the_region():
+    with pytest.raises(ValueError, match="context must be under half of input.crop.*context=16, crop=32"):
+        ModelConfig.model_validate({"name": "region_classifier", "input": {"crop": 32}, "backbone": {"layout": "c5"},
+                                    "anchors": {"sizes": [[32]]}})
