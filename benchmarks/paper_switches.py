@@ -169,7 +169,10 @@ def run(args: argparse.Namespace) -> None:
 
 
 def seeds_of(args: argparse.Namespace, row: Row) -> list[Seeds]:
-    return [tuple(args.seeds)] if row.ensemble else [(seed,) for seed in args.seeds]
+    """The models of each cell of a row. One alone is no ensemble."""
+    if row.ensemble:
+        return [tuple(args.seeds)] if len(args.seeds) > 1 else []
+    return [(seed,) for seed in args.seeds]
 
 
 def cell_of(args: argparse.Namespace, name: str, row: Row, seeds: Seeds) -> Path:

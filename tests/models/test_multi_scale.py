@@ -108,6 +108,11 @@ def test_the_ordinary_scale_alone_changes_nothing_and_others_do(layout, context)
     half = ImageBatch(images.pixels[..., ::2, ::2].contiguous(), images.sizes // 2)
     two = model(replace(images, pyramid=(half, images)))
     assert two.valid.any() and not torch.allclose(two.scores, plain.scores, atol=1e-3)
+    model.canonical_side = 1.0  # every region is larger: the two smallest scales are nearest
+    three = model(replace(images, pyramid=(half, images, images)))
+    assert all(torch.equal(getattr(three, name), getattr(two, name)) for name in ("boxes", "scores", "labels"))
+    model.canonical_side = 1000.0
+    assert not torch.allclose(model(replace(images, pyramid=(half, images, images))).scores, two.scores, atol=1e-3)
     losses = model(replace(images, pyramid=(half, images)), targets)
     assert losses.keys() == set(model.loss_names) and all(map(torch.equal, losses.values(),
                                                               model(images, targets).values()))
