@@ -12,8 +12,8 @@ short side of the images as the paper's numbers are to 600 pixels: scales of 1/3
 from. These are small networks on small data: the table shows that the switches work and what they cost, and is no
 estimate of what they bring to a ResNet-101 on COCO.
 
-voc_mini, 196 images of 20 classes, is too little to learn from nothing: AP was 0.1 % whatever the test (seed 0). It runs
-where it is named.
+voc_mini, 196 images of 20 classes, is too little to learn from nothing: AP was 0.1 % whatever the test (seed 0). It
+runs where it is named.
 
 AP and AP50 are COCO's, of boxes, on images that did not train, in percent: mean and standard deviation over seeds, and
 the gain over the baseline of the same seed. Seconds an image are the model's, without loading: processor time on a CPU.
