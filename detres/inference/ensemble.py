@@ -53,7 +53,8 @@ class DetectorEnsemble(nn.Module):
     The paper says so much, and that class probabilities are averaged. What it leaves open, here: boxes are averaged as
     deltas, so centres by the arithmetic and widths and heights by the geometric mean; each model has one vote, whatever
     its accuracy; masks, inside the boxes found together, are averaged as probabilities. Thresholds, NMS, refinement and
-    voting, which follow, are set as in the first model.
+    voting, which follow, are set as in the first model. With n models n times the proposals pass n heads: the cost of
+    the regions grows with the square of n (`model.rpn.post_nms_topk_test` bounds each model's share).
     """
 
     def __init__(self, models: Sequence[FasterRCNN]):
