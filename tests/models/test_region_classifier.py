@@ -88,9 +88,10 @@ def test_samples_are_proposals_and_truth_by_overlap(model):
     valid = torch.tensor([[True] * 5 + [False]] * 2)
     targets = Targets(truth, torch.tensor([[2], [0]]), torch.tensor([[True], [False]]), torch.arange(2),
                       proposals=Proposals(boxes, torch.rand(2, 6), valid))
+    model.batch_per_image = 7
     sampled, match, gt_index = model.sample(targets)
-    assert sorted(match[0].tolist()) == [0, 0, 0, 1, 1, 1], "two proposals and the truth overlap it; the padding is out"
-    for box, kind in zip(sampled[0].tolist(), match[0].tolist()):
+    assert sorted(match[0].tolist()) == [-1, 0, 0, 0, 1, 1, 1], "two proposals and the truth overlap it; one is padding"
+    for box, kind in zip(sampled[0, :6].tolist(), match[0, :6].tolist()):
         assert (iou(box, truth[0, 0].tolist()) >= 0.5) == (kind == 1)
     assert (match[1] == -1).all() and (gt_index == 0).all(), "an image without a box trains nothing"
 
