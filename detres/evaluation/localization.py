@@ -33,6 +33,7 @@ from detres.inference.predictor import Prediction, load_model
 from detres.progress import track
 from detres.structures import Batch, ImageBatch, Proposals
 
+PICTURES = 100  # how many are drawn
 Locate = Callable[[ImageBatch, Tensor], Proposals]  # images, labels (N, Q) -> boxes (N, Q, P), best first
 
 
@@ -211,8 +212,8 @@ class Pictures:
     """Writes a picture of each of the first images: its objects, and the box of every guess, those that are right by
     the measure of the challenge with a tick."""
 
-    def __init__(self, folder: Path, dataset: Dataset, truths: LocTruths, most: int = 100):
-        self.folder, self.classes, self.truths, self.left = Path(folder), dataset.classes, truths, most
+    def __init__(self, folder: Path, dataset: Dataset, truths: LocTruths):
+        self.folder, self.classes, self.truths, self.left = Path(folder), dataset.classes, truths, PICTURES
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, batch: Batch, labels: Tensor, boxes: Tensor) -> None:

@@ -23,14 +23,14 @@ def record(name: str, label: int | None, *boxes, other: int | None = None) -> Im
 
 
 def test_errors_by_hand():
-    """Images at half their size; c is on the blacklist, d has no box: both count for classification only."""
+    """Images at a quarter of their width and half their height; c is on the blacklist, d has no box: both count for classification only."""
     dataset = Dataset("hand", "table", ("x", "y"), (0, 1), (
         record("a", 0, (0, 0, 100, 100)), record("b", 1, (10, 10, 50, 50), (100, 0, 200, 100)),
         record("c", 1, (0, 0, 10, 10)), record("d", 0)), blacklist=(("c", "y"),))
     truths = LocTruths.of(dataset, torch.device("cpu"))
     assert truths.counted.tolist() == [True, True, False, False] and truths.valid.sum(1).tolist() == [1, 2, 1, 0]
     guesses = torch.tensor([[0, 1], [0, 1], [1, 0], [1, 0]])
-    boxes = {"a": {0: (0, 0, 50, 26), 1: (0, 0, 9, 9)}, "b": {1: (50, 0, 100, 50), 0: (5, 5, 25, 25)},
+    boxes = {"a": {0: (0, 0, 25, 26), 1: (0, 0, 9, 9)}, "b": {1: (25, 0, 50, 50), 0: (2.5, 5, 12.5, 25)},
              "c": {1: (0, 0, 1, 1), 0: (0, 0, 1, 1)}, "d": {0: (0, 0, 1, 1), 1: (0, 0, 1, 1)}}
 
     def locate(images: ImageBatch, labels: torch.Tensor) -> Proposals:
@@ -40,7 +40,7 @@ def test_errors_by_hand():
 
     seen = []
     names = ("b", "a", "d", "c")  # in any order
-    batch = Batch(ImageBatch(torch.zeros(4, 3, 50, 100, dtype=torch.uint8), torch.tensor([[50, 100]] * 4)), None, names,
+    batch = Batch(ImageBatch(torch.zeros(4, 3, 50, 50, dtype=torch.uint8), torch.tensor([[50, 50]] * 4)), None, names,
                   names, torch.tensor([[100, 200]] * 4))
     result = evaluate_localizer(locate, [batch], truths, dataset.classes, guesses,
                                 losses=lambda batch: {"loss_x": torch.tensor(2.0)},
@@ -84,8 +84,9 @@ def configs(located_shapes, tmp_path_factory) -> dict[str, Config]:
     return made
 
 
-def test_command_line(configs, tmp_path, capsys):
-    """Everything at once, ensembles of two, other views; pictures of every image."""
+def test_command_line(configs, tmp_path, capsys, monkeypatch):
+    """Everything at once, ensembles of two, other views; pictures of the first images, also of the second batch."""
+    monkeypatch.setattr("detres.evaluation.localization.PICTURES", 20)
     runs = {name: config.output for name, config in configs.items()}
     assert main(["localize", runs["localizer"], "--json", str(tmp_path / "alone.json")]) == 0
     assert list(json.loads((tmp_path / "alone.json").read_text())) == ["loc/gt_class_error"]
@@ -99,7 +100,7 @@ def test_command_line(configs, tmp_path, capsys):
                             "loc/cls_top5_error"}
     assert metrics["loc/cls_top5_error"] == 0 and metrics["loc/top5_error"] == metrics["loc/gt_class_error"]
     assert "30 images, 30 with boxes that count, crops dense" in capsys.readouterr().out
-    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 30
+    assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 20
 
 
 def test_region_training_resumes_to_the_same_bits(configs, tmp_path, monkeypatch):
