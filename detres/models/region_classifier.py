@@ -87,7 +87,8 @@ class RegionClassifier(nn.Module):
         regions = warp(self.normalize(images), boxes, image, self.side, self.context)
         features = self.backbone(regions)[-1].mean((2, 3))  # (M, C)
         weight, bias = F.embedding(labels, self.cls.weight), F.embedding(labels, self.cls.bias[:, None])
-        box_weight = F.embedding(labels, self.box.weight.view(len(self.cls.bias), -1)).view(len(labels), 4, -1)
+        channels = self.box.in_features
+        box_weight = F.embedding(labels, self.box.weight.view(-1, 4 * channels)).view(-1, 4, channels)
         box_bias = F.embedding(labels, self.box.bias.view(-1, 4))
         logits = (features * weight).sum(1) + bias[:, 0]
         return logits, (box_weight @ features[..., None])[..., 0] + box_bias

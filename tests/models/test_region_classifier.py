@@ -75,6 +75,8 @@ def test_judges_and_moves_each_proposal_for_its_class(model, images):
             wanted = [min(max(v, 0), side) for v, side in zip((x - w, y - h, x + w, y + h), (width, height) * 2)]
             assert found.boxes[n, q, p].tolist() == pytest.approx(wanted, abs=1e-3)
     assert torch.equal(found.valid, proposals.valid)
+    none = model(images, proposals=Proposals(proposals.boxes, proposals.scores, proposals.valid & False), labels=labels)
+    assert not none.valid.any() and not none.scores.any()
 
 
 def iou(a, b) -> float:
