@@ -169,7 +169,8 @@ class BoxHeadConfig(Section):
                            "to, and keep both predictions (arXiv 1512.03385, appendix B)")
     vote_thresh: Probability | None = Field(
         None, description="box voting: a detection becomes the score-weighted mean of the boxes of its class that "
-                          "overlap it by at least this IoU, 0.5 in arXiv 1505.01749; null: none")
+                          "overlap it by at least this IoU, 0.5 in arXiv 1505.01749; of a localizer, the box "
+                          "that the others' scores support most; null: none")
     detections_per_image: Count = 100
 
 

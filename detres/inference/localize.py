@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from detres.config import EvalConfig, ModelConfig, RPNConfig, TrainConfig
+from detres.geometry.boxes import pairwise_iou, take
 from detres.models.localizer import best_boxes
+from detres.ops.box_voting import vote_boxes
 from detres.structures import Batch, ImageBatch, Proposals
 
 REGIONS_AT_ONCE = 1024  # that a region classifier is given, so that memory is bounded
+VOTERS = 300  # candidates of a class that vote, those of the highest scores
 
 
 @dataclass(frozen=True)
@@ -43,28 +46,54 @@ class View:
 
 @torch.no_grad()
 def locate(model: nn.Module, images: ImageBatch, labels: Tensor, *, crops: Literal[1, "dense"], crop: int | None,
-           nms_thresh: float, count: int, regions: nn.Module | None = None) -> Proposals:
-    """The `count` best boxes, best first, of each class of `labels` (N, Q), in pixels of `images`.
+           nms_thresh: float, count: int, regions: nn.Module | None = None,
+           vote_thresh: float | None = None) -> Proposals:
+    """The box (N, Q, 1) of each class of `labels` (N, Q), in pixels of `images`.
 
     model: a localizer; crop: side of the centre crop. Of several views, and of several models (`LocalizerEnsemble`),
-    the candidates are joined. regions: a region classifier that judges and moves the `count` boxes.
+    the candidates are joined. regions: a region classifier that judges and moves the `count` best. The box is that of
+    the highest score, or with `vote_thresh` the one that is `elected`.
     """
-    parts = []
-    for view in (views_of(images) if crops == "dense" else [centre_crop(images, crop)]):
-        found = model(view.images, labels=labels)
-        parts.append(replace(found, boxes=view.restore(found.boxes)))
-    found = best_boxes(joined(parts), nms_thresh, count)
-    return found if regions is None else best_boxes(judged(regions, images, found, labels), nms_thresh, count)
+    views = views_of(images) if crops == "dense" else [centre_crop(images, crop)]
+    found = candidates(model, views, labels)
+    if regions is not None:
+        found = judged(regions, images, best_boxes(found, nms_thresh, count), labels)
+    return best_boxes(found, nms_thresh, 1) if vote_thresh is None else elected(found, vote_thresh)
+
+
+def candidates(model: nn.Module, views: Iterable[View], labels: Tensor) -> Proposals:
+    """What a localizer finds in the views of some images, in pixels of these."""
+    parts = [(view, model(view.images, labels=labels)) for view in views]
+    return joined([replace(found, boxes=view.restore(found.boxes)) for view, found in parts])
+
+
+def elected(found: Proposals, iou_threshold: float) -> Proposals:
+    """The box (N, Q, 1) that most agree with: each candidate has the votes, their scores, of those that overlap it by at
+    least the threshold; the one with the most becomes the weighted mean of its voters (`ops.box_voting`).
+
+    With a threshold of 0.5 it is what would be right most often, if the object were where a candidate is as often as
+    scores say. A network that is unsure scores many boxes alike, and the highest of them is one by chance.
+    """
+    boxes, weights = found.boxes.flatten(0, 1), torch.where(found.valid, found.scores, 0.0).flatten(0, 1)
+    weights, index = weights.topk(min(VOTERS, weights.shape[1]), dim=1)  # (N * Q, V)
+    boxes = take(boxes, index)
+    votes = torch.where(pairwise_iou(boxes, boxes) >= iou_threshold, weights[:, None], 0.0).sum(2)
+    best = torch.where(weights > 0, votes, -1.0).argmax(1, keepdim=True)
+    label = torch.zeros_like(index)
+    mean = vote_boxes(take(boxes, best), label[:, :1], boxes, label, weights, iou_threshold)
+    shape = found.scores.shape[:2]
+    score = weights.gather(1, best)
+    return Proposals(mean.unflatten(0, shape), score.unflatten(0, shape), (score > 0).unflatten(0, shape))
 
 
 def build_locate(localizer: ModelConfig, options: EvalConfig, model: nn.Module, regions: nn.Module | None = None
                  ) -> Callable[[ImageBatch, Tensor], Proposals]:
-    """`locate` with a localizer of this config, by the test that `options` name. Without regions the best box is
-    enough."""
+    """`locate` with a localizer of this config, by the test that `options` name."""
     if options.crops == 10:
         raise ValueError("eval.crops must be 1 or dense for localizers, got 10.")
     return partial(locate, model, crops=options.crops, crop=localizer.input.crop, regions=regions,
-                   nms_thresh=localizer.rpn.nms_thresh, count=localizer.rpn.post_nms_topk_test if regions else 1)
+                   nms_thresh=localizer.rpn.nms_thresh, count=localizer.rpn.post_nms_topk_test,
+                   vote_thresh=localizer.box_head.vote_thresh)
 
 
 def refuse_localizers(name: str, path: object) -> None:
@@ -93,9 +122,9 @@ def with_proposals(batches: Iterable[Batch], localizer: nn.Module, rpn: RPNConfi
     may be augmented."""
     for batch in batches:
         batch = batch.to(device, non_blocking=True)
-        with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
-            found = locate(localizer, batch.images, batch.targets.labels[:, :1], crops=1, crop=None,
-                           nms_thresh=rpn.nms_thresh, count=rpn.post_nms_topk_test)
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
+            found = candidates(localizer, [centre_crop(batch.images, None)], batch.targets.labels[:, :1])
+        found = best_boxes(found, rpn.nms_thresh, rpn.post_nms_topk_test)
         proposals = Proposals(found.boxes[:, 0], found.scores[:, 0], found.valid[:, 0])
         yield replace(batch, targets=replace(batch.targets, proposals=proposals))
 

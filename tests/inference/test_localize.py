@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from detres.config import EvalConfig, ModelConfig, RPNConfig, TrainConfig
 from detres.inference import localize
-from detres.inference.localize import LocalizerEnsemble, build_locate, centre_crop, locate, views_of, with_proposals
+from detres.inference.localize import (LocalizerEnsemble, build_locate, candidates, centre_crop, elected, locate,
+                                       views_of, with_proposals)
+from detres.models.localizer import best_boxes
 from detres.structures import Batch, ImageBatch, Proposals, Targets
 
 TRUTH = torch.tensor([[[12, 20, 40, 36]], [[8, 4, 28, 24]]])
@@ -68,15 +71,32 @@ def test_centre_crop_is_cut_from_the_middle_of_each_image():
     assert torch.equal(whole.images.pixels, images.pixels) and torch.equal(whole.images.sizes, images.sizes)
 
 
-def test_candidates_of_views_and_models_are_joined_and_the_best_is_first():
-    images, model = draw(), LocalizerEnsemble([Finder(), Finder(offset=20.0)])
-    found = locate(model, images, LABELS, crops="dense", crop=None, nms_thresh=0.5, count=5)
-    assert found.valid.sum(2).tolist() == [[3, 3], [3, 3]], "true, moved, and moved in the mirror; doubles are gone"
-    moved = torch.tensor([20.0, 20, 20, 20])
-    places = {tuple(box) for box in found.boxes[0, 0, :3].tolist()}
-    assert places == {tuple(box.tolist()) for box in (TRUTH[0, 0].float(), TRUTH[0, 0] + moved,
-                                                      TRUTH[0, 0] + moved * torch.tensor([-1, 1, -1, 1]))}
-    assert torch.allclose(found.scores[:, :, 0], LABELS / 10)
+def test_candidates_of_views_and_models_are_joined():
+    model = LocalizerEnsemble([Finder(), Finder(offset=20.0)])
+    found = candidates(model, views_of(draw()), LABELS)
+    truth, moved = TRUTH[0, 0].float(), torch.tensor([20.0, 20, 20, 20])
+    assert torch.equal(found.boxes[0, 1], torch.stack([truth, truth + moved, truth,
+                                                       truth + moved * torch.tensor([-1, 1, -1, 1])]))
+    assert torch.allclose(found.scores, (LABELS / 10)[..., None].expand(-1, -1, 4)) and found.valid.all()
+
+
+def test_the_box_is_the_best_or_the_one_that_most_agree_with():
+    """Of five candidates one is not valid, the best of the others stands alone, and three overlap each other."""
+    boxes = torch.tensor([[50.0, 50, 60, 60], [0, 0, 10, 10], [2, 0, 12, 10], [3, 0, 13, 10], [50, 50, 99, 99]])
+    scores, valid = torch.tensor([0.9, 0.4, 0.3, 0.4, 0.99]), torch.tensor([True, True, True, True, False])
+    found = Proposals(boxes[None, None], scores[None, None], valid[None, None])
+    best, voted = best_boxes(found, 0.5, 1), elected(found, 0.5)
+    assert best.boxes[0, 0].tolist() == [[50, 50, 60, 60]] and best.scores.item() == pytest.approx(0.9)
+    left = (0 * 0.4 + 2 * 0.3 + 3 * 0.4) / 1.1
+    assert voted.boxes[0, 0, 0].tolist() == pytest.approx([left, 0, left + 10, 10], abs=1e-4)
+    assert voted.valid.all() and not elected(replace(found, valid=found.valid & False), 0.5).valid.any()
+
+
+def test_locate_takes_the_vote():
+    ask = partial(locate, LocalizerEnsemble([Finder(), Finder(offset=2.0)]), draw(), LABELS, crops=1, crop=None,
+                  nms_thresh=0.5, count=5)
+    assert torch.equal(ask().boxes, TRUTH[:, None].expand(-1, 2, 1, 4).float())
+    assert torch.allclose(ask(vote_thresh=0.5).boxes, TRUTH[:, None].expand(-1, 2, 1, 4) + 1.0)
 
 
 class Mover(nn.Module):
@@ -87,13 +107,16 @@ class Mover(nn.Module):
 
 
 def test_regions_are_judged_in_parts(monkeypatch):
-    options = {"crops": "dense", "crop": None, "nms_thresh": 0.5, "count": 5, "regions": Mover()}
-    ask = partial(locate, LocalizerEnsemble([Finder(), Finder(offset=20.0)]), draw(), LABELS, **options)
-    whole = ask()
+    options = {"crops": "dense", "crop": None, "nms_thresh": 0.5, "count": 5}
+    model = LocalizerEnsemble([Finder(), Finder(offset=20.0)])
+    box = locate(model, draw(), LABELS, regions=Mover(), **options).boxes
+    assert box[0, 0].tolist() == [[33, 41, 61, 57]], "the one farthest right, moved"
+    proposals = candidates(model, views_of(draw()), LABELS)
+    whole = localize.judged(Mover(), draw(), proposals, LABELS)
     monkeypatch.setattr(localize, "REGIONS_AT_ONCE", 5)
-    parts = ask()
-    assert torch.equal(whole.boxes, parts.boxes) and torch.equal(whole.scores, parts.scores)
-    assert whole.boxes[0, 0, 0].tolist() == [33, 41, 61, 57], "the one farthest right, moved"
+    parts = localize.judged(Mover(), draw(), proposals, LABELS)
+    assert torch.equal(whole.boxes, proposals.boxes + 1) and torch.equal(parts.boxes, whole.boxes)
+    assert torch.equal(parts.scores, whole.scores) and torch.equal(parts.valid, whole.valid)
 
 
 def test_test_is_that_of_the_config():
