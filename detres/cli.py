@@ -79,7 +79,8 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres paper run table1
   detres paper run table6/resnet56 --data datasets/cifar10
   detres paper run table6/resnet56 --data datasets/cifar10 --out /tmp/small train.steps=500
-  detres paper run table8/resnet101 --data datasets/coco --num-gpus 8""",
+  detres paper run table8/resnet101 --data datasets/coco --num-gpus 8
+  detres paper run figure6 --data datasets/cifar10 --networks plain20,resnet20 --seeds 3""",
     "demo": """
   detres demo
   detres demo --out /tmp/demo""",
@@ -357,19 +358,23 @@ def _add_paper(commands: argparse._SubParsersAction, name: str) -> None:
     runs.add_argument("--data", metavar="PATH", help="data set (default: of the config, in datasets/)")
     runs.add_argument("--out", metavar="DIR", help="takes the place of runs/paper")
     runs.add_argument("--num-gpus", type=_positive, metavar="N", help="processes that train, one a GPU")
+    runs.add_argument("--networks", metavar="NAMES", type=lambda text: text.split(","),
+                      help="of figure1, figure6 or figure7, such as plain20,resnet20 (default: the paper's)")
+    runs.add_argument("--seeds", type=_positive, metavar="N", help="trainings of each network (default: 1)")
 
 
 def _paper(args: argparse.Namespace) -> None:
     from detres import paper
 
-    options = {name: value for name in ("data", "out", "num_gpus") if (value := getattr(args, name)) is not None}
+    options = {name: value for name in ("data", "out", "num_gpus", "networks", "seeds")
+               if (value := getattr(args, name)) is not None}
     if args.items[:1] == ["run"]:
         if len(args.items) < 2 or args.markdown:
             args.parser.error("run must be followed by a row, such as table6/resnet56")
         paper.run(args.items[1], overrides=args.items[2:], **options)
         return
     if options or len(args.items) > (0 if args.markdown else 1):
-        args.parser.error("--data, --out, --num-gpus and key=value must go with run, --markdown alone")
+        args.parser.error("options and key=value must go with run, --markdown alone")
     print(paper.markdown() if args.markdown else paper.listing(*args.items))
 
 

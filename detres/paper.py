@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -190,19 +191,24 @@ def _grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def run(name: str, *, data: str | None = None, out: str = RUNS, overrides: Sequence[str] = (),
-        num_gpus: int = 1) -> None:
+        num_gpus: int = 1, seeds: int | None = None, networks: Sequence[str] = ()) -> None:
     """Run exactly the commands of a row, or the function of a part, and print what came out beside what was published.
 
     Trainings go on where they stopped. `data` takes the place of the config's data set, `out` that of runs/paper,
-    `overrides` are added to every command. Raises ValueError for an unknown row, FileNotFoundError for weights of
-    another row that is to be run first; SystemExit with the status of a command that failed.
+    `overrides` are added to every command. Figures of CIFAR-10 can be of other `networks` than the paper's, each with
+    several `seeds`. Raises ValueError for an unknown row, FileNotFoundError for weights of another row that is to be run
+    first; SystemExit with the status of a command that failed.
     """
     part, row = find(load_paper(), name)
     if row is None and not part.run:
         ids = ", ".join(row.id for row in part.rows if row.id)
         raise ValueError(f"run must name a row, got '{name}', which has several. Take one of {ids}.")
+    chosen = {key: value for key, value in (("seeds", seeds), ("networks", networks)) if value}
+    if chosen and (row is not None or part.run not in CIFAR_FIGURES):
+        raise ValueError(f"{' and '.join(chosen)} must go with {', '.join(CIFAR_FIGURES)}, got {name}. Of a row, set "
+                         "train.seed=1.")
     if row is None:
-        print(ANALYSES[part.run](data, Path(out) / name, overrides))
+        print(ANALYSES[part.run](data, Path(out), overrides, **chosen))
         return
     commands = [_adapted(words, row, data, out, overrides, num_gpus) for words in row.commands]
     _require_runs(row, commands, out, overrides)
@@ -284,7 +290,7 @@ def _measured(part: Part, row: Row, commands: Sequence[Sequence[str]], out: str)
     return f"{', '.join(found) or 'not measured'} ({file})"
 
 
-# Analyses: (data set or None, folder for what they write, overrides) -> what to print
+# Analyses: (data set or None, folder of runs, overrides) -> what to print; figures are written beside the runs
 
 
 def table1(data: str | None, out: Path, overrides: Sequence[str]) -> str:
@@ -316,32 +322,30 @@ def multiply_adds(body: nn.Module, pixels: Tensor) -> int:
     return sum(counts)
 
 
-def cifar_curves(*networks: str) -> Callable[[str | None, Path, Sequence[str]], str]:
-    def train_and_draw(data: str | None, out: Path, overrides: Sequence[str]) -> str:
-        from detres.paper_figures import run_figures
+def cifar_curves(figure: str, data: str | None, out: Path, overrides: Sequence[str], seeds: int = 1,
+                 networks: Sequence[str] = ()) -> str:
+    """Figures 1, 6 and 7: the same drawings, of other networks."""
+    from detres.paper_figures import run_figures
 
-        return run_figures(data or "datasets/cifar10", out, networks, overrides=overrides)
-
-    return train_and_draw
+    return run_figures(data or "datasets/cifar10", out, out / figure, networks or CIFAR_FIGURES[figure], seeds,
+                       overrides)
 
 
 def imagenet_curves(data: str | None, out: Path, overrides: Sequence[str]) -> str:
     """Figure 4, from the logs of Table 2's runs."""
     from detres.paper_figures import Network, error_table, plot_errors
 
-    runs = out.parent / "table2"
-    networks = [Network(name, (runs / name,)) for name in ("plain18", "plain34", "resnet18", "resnet34")]
-    out.mkdir(parents=True, exist_ok=True)
-    plot_errors(networks, out / "figure4.png")
-    return f"{error_table(networks)}\n\nThe figure is {out}/figure4.png."
+    networks = [Network(name, (out / "table2" / name,)) for name in ("plain18", "plain34", "resnet18", "resnet34")]
+    picture = out / "figure4" / "figure4.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    plot_errors(networks, picture)
+    return f"{error_table(networks)}\n\nThe figure is {picture}."
 
 
 PLAIN = ("plain20", "plain32", "plain44", "plain56")
 RESIDUAL = ("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")
-ANALYSES: dict[str, Callable[[str | None, Path, Sequence[str]], str]] = {
-    "table1": table1,
-    "figure1": cifar_curves("plain20", "plain56"),
-    "figure4": imagenet_curves,
-    "figure6": cifar_curves(*PLAIN, "plain110", *RESIDUAL, "resnet1202"),
-    "figure7": cifar_curves("plain20", "plain56", "resnet20", "resnet56", "resnet110"),
-}
+CIFAR_FIGURES = {"figure1": ("plain20", "plain56"),
+                 "figure6": (*PLAIN, "plain110", *RESIDUAL, "resnet1202"),
+                 "figure7": ("plain20", "plain56", "resnet20", "resnet56", "resnet110")}
+ANALYSES: dict[str, Callable[..., str]] = {
+    "table1": table1, "figure4": imagenet_curves, **{name: partial(cifar_curves, name) for name in CIFAR_FIGURES}}

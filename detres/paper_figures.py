@@ -1,5 +1,5 @@
 """Figures 6 and 7 of arXiv 1512.03385: how deep plain networks degrade on CIFAR-10, how residual ones do not, and how
-strongly their layers answer. `run_figures` trains what is missing; the figures are drawn from logs and weights.
+strongly their layers respond. `run_figures` trains what is missing; the figures are drawn from logs and weights.
 """
 
 from __future__ import annotations
@@ -23,26 +23,20 @@ Series = list[tuple[float, float]]  # step, value
 COLORS = ("#e6a000", "#c2185b", "#2e7d32", "#1565c0", "#6a1b9a")
 
 
-def run_figures(data: str, out: Path, networks: Sequence[str] = ("plain20", "plain56", "resnet20", "resnet56"),
-                seeds: Sequence[int] = (0,), overrides: Sequence[str] = ()) -> str:
-    """Train each network with each seed by its config, of configs/paper/figure6 (plain) or table6, with `overrides`
-    (finished runs are kept, interrupted ones go on), then write under `out`: figure6.png, figure7.png, table.md. Returns
-    the table.
+def run_figures(data: str, runs: Path, out: Path, networks: Sequence[str], seeds: int = 1,
+                overrides: Sequence[str] = ()) -> str:
+    """Train each network ("plain20", "resnet56" ...) with seeds 0, 1 ... by its config, with `overrides`, then write
+    under `out`: figure6.png, figure7.png, table.md. Returns the table.
 
-    data: see `data.cifar`; images of `train45k` train, test images test.
+    data: see `data.cifar`; images of `train45k` train, test images test. runs: the trainings go where the rows of these
+    networks have theirs, `runs`/table6/resnet56, further seeds beside them (resnet56_1): what is finished is kept, what
+    was interrupted goes on. Raises ValueError for an unknown network, or for a run with other settings.
     """
-    from detres.config_file import load_config, shipped_configs
-    from detres.engine.train import train
-
-    for seed in seeds:
-        for network in networks:
-            run = _run(out, network, seed)
-            if not (run / "results.json").is_file():
-                sources = [f"data.train={{path: {data}, split: train45k}}", f"data.val={{path: {data}, split: test}}"]
-                config = shipped_configs() / "paper" / ("figure6" if network.startswith("plain") else "table6")
-                train(load_config(config / f"{network}.yaml", [
-                    *sources, f"output={run}", f"train.seed={seed}", *overrides]).config, resume=True)
-    found = [Network(name, tuple(_run(out, name, seed) for seed in seeds)) for name in networks]
+    for network in networks:
+        _config(network)
+    folders = {(name, seed): _trained(data, runs, name, seed, overrides) for seed in range(seeds) for name in networks}
+    found = [Network(name, tuple(folders[name, seed] for seed in range(seeds))) for name in networks]
+    out.mkdir(parents=True, exist_ok=True)
     table = error_table(found)
     (out / "table.md").write_text(table + "\n", encoding="utf-8")
     plot_errors(found, out / "figure6.png")
@@ -51,8 +45,33 @@ def run_figures(data: str, out: Path, networks: Sequence[str] = ("plain20", "pla
     return table
 
 
-def _run(out: Path, network: str, seed: int) -> Path:
-    return out / f"{network}_{seed}"
+def _config(network: str) -> Path:
+    """Plain networks are rows of figure 6, residual ones of table 6."""
+    from detres.config_file import shipped_configs
+
+    folder = shipped_configs() / "paper"
+    known = {file.stem: file for part in ("figure6", "table6") for file in sorted(folder.glob(f"{part}/*.yaml"))}
+    if network not in known:
+        raise ValueError(f"network must be one of {', '.join(known)}, got '{network}'.")
+    return known[network]
+
+
+def _trained(data: str, runs: Path, network: str, seed: int, overrides: Sequence[str]) -> Path:
+    """The folder of a finished run."""
+    from detres.config_file import load_config
+    from detres.engine.run_folder import open_run
+    from detres.engine.train import train
+
+    file = _config(network)
+    run = runs / file.parent.name / (network if seed == 0 else f"{network}_{seed}")
+    sources = [f"data.{role}={{path: {json.dumps(data)}, split: {split}}}"
+               for role, split in (("train", "train45k"), ("val", "test"))]
+    config = load_config(file, [*sources, f"output={json.dumps(str(run))}", f"train.seed={seed}", *overrides]).config
+    if (run / "results.json").is_file():
+        open_run(config, resume=True)  # raises where settings differ
+    else:
+        train(config, resume=True)
+    return run
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,8 @@ def test_lists_all_one_table_one_row(capsys):
     (["table6", "train.steps=1"], "must go with run"), (["--data", "x"], "must go with run"),
     (["run", "table4/resnet50", "--out", "/nowhere"],
      "/nowhere/table3/resnet50/checkpoints/final.safetensors. Make them first: detres paper run table3/resnet50"),
+    (["run", "table6/resnet20", "--seeds", "1"], "seeds must go with figure1, figure6, figure7, got table6/resnet20"),
+    (["run", "figure6", "--networks", "resnet21"], "network must be one of plain110"),
     (["run", "table8/resnet101"], "Make them first: detres paper run table3/resnet101")])
 def test_mistakes_are_told(argv, expected, capsys):
     try:
@@ -270,6 +272,24 @@ def test_a_row_runs_small_and_goes_on(tmp_path, capsys):
         assert "published  test error 8.75 %: Table 6" in text
         assert re.search(r"here       test error \d+\.00 % \(.*/runs/table6/resnet20.json\)", text)
     assert (tmp_path / "runs/table6/resnet20/results.json").is_file()
+
+
+def test_a_figure_draws_runs_that_rows_share(tmp_path, capsys):
+    labelled_images(tmp_path / "images")
+    small = ["train.batch_size=2", "train.reference_batch_size=2", "model.backbone.width=8", "data.train.split=train",
+             "data.val.split=val", "data.workers=0", "device=cpu", "eval.batch_size=2"]
+    figure = ["paper", "run", "figure7", "--data", str(tmp_path / "images"), "--out", str(tmp_path / "runs"),
+              "--networks", "plain20,resnet20", "--seeds", "2"]
+    assert cli.main([*figure, *small, "train.steps=2"]) == 0
+    assert re.search(r"\| resnet20 \| 2 \| [\d.]+ ± [\d.]+ \|", capsys.readouterr().out)
+    runs = [tmp_path / "runs" / name for name in ("figure6/plain20", "figure6/plain20_1", "table6/resnet20",
+                                                  "table6/resnet20_1")]
+    before = [(run / "log.jsonl").stat().st_mtime_ns for run in runs]
+    assert all((tmp_path / "runs/figure7" / name).is_file() for name in ("figure6.png", "figure7.png", "table.md"))
+    assert cli.main([*figure, *small, "train.steps=2"]) == 0
+    assert [(run / "log.jsonl").stat().st_mtime_ns for run in runs] == before, "what is finished is kept"
+    assert cli.main([*figure, *small, "train.steps=3"]) == 1, "and not taken for another training"
+    assert "train.steps: 2 in the run, 3 now" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_stops_the_run(tmp_path):
