@@ -196,8 +196,8 @@ def run(name: str, *, data: str | None = None, out: str = RUNS, overrides: Seque
 
     Trainings go on where they stopped. `data` takes the place of the config's data set, `out` that of runs/paper,
     `overrides` are added to every command. Figures of CIFAR-10 can be of other `networks` than the paper's, each with
-    several `seeds`. Raises ValueError for an unknown row, FileNotFoundError for weights of another row that is to be run
-    first; SystemExit with the status of a command that failed.
+    several `seeds`. Raises ValueError for an unknown row, FileNotFoundError for weights of another row that is to be
+    run first; SystemExit with the status of a command that failed.
     """
     part, row = find(load_paper(), name)
     if row is None and not part.run:
