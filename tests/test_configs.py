@@ -144,8 +144,9 @@ def test_every_field_is_read(tmp_path, monkeypatch):
     labelled_images(tmp_path / "images")
     classifier = ["model.name=classifier", "model.input.min_size=32", "model.input.crop=32", "data.workers=0",
                   "model.backbone.weights=null", "model.backbone.width=8", "train.steps=1",
-                  f"data.train={tmp_path / 'images'}", f"data.val={tmp_path / 'images'}", f"output={tmp_path / 'classes'}",
-                  "train.schedule=plateau", "train.batch_size=2", "train.reference_batch_size=2"]
+                  f"data.train={tmp_path / 'images'}", f"data.val={tmp_path / 'images'}",
+                  f"output={tmp_path / 'classes'}", "train.schedule=plateau", "train.eval_every=1",
+                  "train.batch_size=2", "train.reference_batch_size=2"]
     located_images(tmp_path / "boxes")
     localizer = [*classifier, "model.name=localizer", "model.backbone.layout=c5", "model.anchors.sizes=[[16]]",
                  f"data.train={tmp_path / 'boxes'}", f"data.val={tmp_path / 'boxes'}", f"output={tmp_path / 'localizer'}"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from detres.config import Config
+from detres.config import Config, TrainConfig
 from detres.config_file import dump_yaml
 from detres.engine.checkpoint import atomic_write, load_state
 from detres.engine.distributed import barrier, rank, world_size
@@ -20,6 +20,8 @@ from detres.engine.distributed import barrier, rank, world_size
 FREE = {"data.val", "data.workers", "train.log_every", "train.checkpoint_every", "train.eval_every", "train.keep_best",
         "train.patience", "train.compile", "model.weights", "model.backbone.weights",
         "model.backbone.activation_checkpointing"}
+# What does, if the schedule listens to evaluations.
+STEERS_PLATEAU = {"data.val", "train.eval_every", "train.keep_best", "eval.crops", "eval.test_scales"}
 
 
 def open_run(config: Config, resume: bool) -> dict[str, Any] | None:
@@ -58,7 +60,8 @@ def check_same(saved: dict[str, Any], config: Config, path: Path) -> None:
     """Raises ValueError that names every field in which the config differs from the saved one and must not."""
     before, now = dict(_leaves(saved)), dict(_leaves(config.model_dump(mode="json")))
     differences = [f"{name}: {_shown(before, name)} in the run, {_shown(now, name)} now"
-                   for name in {**before, **now} if before.get(name) != now.get(name) and not _is_free(name)]
+                   for name in {**before, **now} if before.get(name) != now.get(name)
+                   and not _is_free(name, config.train)]
     if differences:
         lines = "".join(f"\n  {line}" for line in differences)
         raise ValueError(f"a resumed run must keep its config, got {len(differences)} differences to {path}:{lines}\n"
@@ -73,9 +76,15 @@ def _leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _leaves(value, f"{prefix}.{key}" if prefix else key)
 
 
-def _is_free(name: str) -> bool:
-    return not name.startswith(("model.", "data.", "train.")) or \
-        any(name == free or name.startswith(f"{free}.") for free in FREE)
+def _is_free(name: str, train: TrainConfig) -> bool:
+    steers = STEERS_PLATEAU if train.schedule == "plateau" else set()
+    if train.warmup_until_error is not None:  # of a row of the log
+        steers = {*steers, "train.log_every"}
+    return not _is_in(name, steers) and (not name.startswith(("model.", "data.", "train.")) or _is_in(name, FREE))
+
+
+def _is_in(name: str, fields: set[str]) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
 
 
 def _shown(leaves: dict[str, Any], name: str) -> str:

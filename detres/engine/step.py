@@ -58,7 +58,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             keypoints=None if targets.keypoints is None else targets.keypoints[rows],
             proposals=None if targets.proposals is None else Proposals(
                 targets.proposals.boxes[rows], targets.proposals.scores[rows], targets.proposals.valid[rows]))
-        pieces.append(Batch(_rows(batch.images, rows), targets, batch.image_ids[rows], batch.paths[rows], batch.original_sizes[rows]))
+        pieces.append(Batch(_rows(batch.images, rows), targets, batch.image_ids[rows], batch.paths[rows],
+                            batch.original_sizes[rows]))
     return pieces
 
 

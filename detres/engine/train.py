@@ -184,6 +184,12 @@ def _check(config: Config) -> None:
                          "Say data.val.path=PATH.")
     if options.patience and not options.eval_every:
         raise ValueError("train.eval_every must be given for train.patience to stop early, got null.")
+    if options.schedule == "plateau" and not options.eval_every:
+        raise ValueError("train.eval_every must be given for train.schedule=plateau, which lowers lr by what "
+                         "evaluations bring, got null. Say train.eval_every=STEPS.")
+    if options.warmup_until_error is not None and config.model.name != "classifier":
+        raise ValueError("train.warmup_until_error must be null but for a classifier, whose log has its error, got "
+                         f"{options.warmup_until_error:g} for a {config.model.name}. Say train.warmup_steps=STEPS.")
     unit = options.accumulate * distributed.world_size()
     if options.batch_size % unit:
         raise ValueError(f"train.batch_size must be a multiple of processes x train.accumulate, got "
@@ -205,7 +211,8 @@ def _check_keep_best(name: str, metric_names: Sequence[str], loss_names: Sequenc
 
 
 def _evaluated(state: TrainState, metrics: Metrics) -> str:
-    main = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith(("/AP", "/AP50", "/top1", "/loss"))]
+    shown = ("/AP", "/AP50", "/top1", "/gt_class_error", "/loss")
+    main = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith(shown)]
     best = f"best: step {state.best['step']:.0f}" if state.best else "no best yet: not finite"
     stale = f"  ({best})" if state.stale else ""
     return f"evaluation at step {state.step}: {'  '.join(main)}{stale}"

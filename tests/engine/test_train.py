@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from detres.config import Config, TrainConfig
+from detres.config_file import override
 from detres.engine.checkpoint import load_state, load_weights
 from detres.engine.interrupt import Interrupt
 from detres.engine.plots import plot_curves
@@ -331,6 +332,21 @@ def test_only_the_same_training_is_resumed(tmp_path):
     assert "data.train.path: 'x' in the run, 'z' now" in told
 
 
+@pytest.mark.parametrize("schedule, change", [
+    ({"schedule": "plateau"}, "data.val.path"), ({"schedule": "plateau"}, "train.eval_every"),
+    ({"schedule": "plateau"}, "train.keep_best"), ({"schedule": "plateau"}, "eval.crops"),
+    ({"warmup_until_error": 0.8}, "train.log_every")])
+def test_what_steers_the_schedule_is_not_changed(tmp_path, schedule, change):
+    values = {"data.val.path": "z", "train.eval_every": 7, "train.keep_best": "val/loss", "eval.crops": 10,
+              "train.log_every": 7}
+    before = config_in("a", train={"eval_every": 5, **schedule}, data={"train": "x", "val": "y"})
+    now = override(before, [f"{change}={values[change]}"], "the test")
+    with pytest.raises(ValueError, match=f"1 differences to .*\n  {change}: "):
+        check_same(json.loads(before.model_dump_json()), now, tmp_path)
+    free = override(before, ["train.schedule=multistep", "train.warmup_until_error=null"], "the test")
+    check_same(json.loads(free.model_dump_json()), override(free, [f"{change}={values[change]}"], "the test"), tmp_path)
+
+
 def test_a_mistake_does_not_occupy_the_folder(detector_config):
     config = detector_config()
     without_data = config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
@@ -338,6 +354,8 @@ def test_a_mistake_does_not_occupy_the_folder(detector_config):
                                             "train": config.train.model_copy(update={"eval_every": 5})})
     for wrong, message in ((without_data, "data.train must be given"), (without_val, "data.val must be given"),
                            (detector_config(patience=3), "eval_every must be given"),
+                           (detector_config(schedule="plateau"), "eval_every must be given for train.schedule=plateau"),
+                           (detector_config(warmup_until_error=0.8), "for a classifier.*got 0.8 for a mask_rcnn"),
                            (detector_config(keep_best="bbox/AP5O"), "keep_best must be one of auto.*segm/AP.*, got "
                             "'bbox/AP5O'[.] Did you mean bbox/AP"),
                            (detector_config(keep_best="val/loss_clss"), "auto, val/loss, val/loss_rpn_cls, .*val/loss_"
