@@ -6,6 +6,7 @@ VOC counts pixels from 1 and its box includes the last one, so (xmin, ymin, xmax
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from detres.data import voc_xml
 from detres.data.dataset import SPLITS, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES
 from detres.data.problems import OnInvalid, Problems
+
+log = logging.getLogger("detres")
 
 VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
                "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor")
@@ -37,6 +40,8 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
     order if all names are among them, else the names in all XML files, sorted: the same for every image set. Category
     ids are the labels.
     Difficult objects are kept for evaluation and do not train, as in py-faster-rcnn. Raises as `load_dataset`.
+    An image set `test` of which no image has an XML file is VOC 2012's, whose annotations are not public: unless it is
+    to be trained on, its images are there, without objects.
     """
     parts = _image_sets(roots, role, split)
     problems = Problems("+".join(f"{root.name} {file.stem}" for root, file in parts))
@@ -49,7 +54,11 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
     seen: set[str] = set()
     for root, file in parts:
         folder = Path(images).expanduser() if images else root / "JPEGImages"
-        readable += _readable(file, folder, root / "Annotations", trees[root], seen, problems)
+        own, image_ids = trees[root], list(_ids(file))
+        if role != "train" and file.stem == "test" and own.keys().isdisjoint(image_ids):
+            log.warning("%s test: without annotations, so detections can be saved but not measured", root.name)
+            own = {image_id: voc_xml.Tree(root / f"Annotations/{image_id}.xml") for image_id in image_ids}
+        readable += _readable(file, folder, root / "Annotations", own, seen, problems)
     label_of = {name: label for label, name in enumerate(classes)}
     records = voc_xml.records(readable, label_of, _continuous, problems)
     problems.close(on_invalid)

@@ -55,6 +55,24 @@ def test_image_sets(tmp_path, files):
         load(devkit / "VOC2007")
 
 
+def test_a_test_set_without_annotations(tmp_path, files, caplog):
+    """VOC 2012's: the XML files beside it are those of other image sets. With one of its own it is an ordinary set."""
+    files.voc(tmp_path, {"a": files.object(), "b": "", "c": files.object("person")}, {"test": "b\na\n", "val": "c"})
+    for image_id in "ab":
+        (tmp_path / "Annotations" / f"{image_id}.xml").unlink()
+    dataset = load(tmp_path, "val", "test")
+    assert dataset.classes == VOC_CLASSES and "test: without annotations" in caplog.text
+    assert [(record.id, record.height, record.width, record.annotations) for record in dataset.records] == [
+        ("b", 30, 40, ()), ("a", 30, 40, ())]
+    for role, split in (("train", "test"), ("val", "empty")):
+        (tmp_path / "ImageSets/Main/empty.txt").write_text("a\nb\n")
+        with pytest.raises(InvalidDataError, match="(?s)got 2 problems.*must be an XML file"):
+            load(tmp_path, role, split)
+    (tmp_path / "ImageSets/Main/test.txt").write_text("a\nc\n")
+    with pytest.raises(InvalidDataError, match="got 1 problem[.].*"):
+        load(tmp_path, "val", "test")
+
+
 def test_a_size_that_is_not_stated_is_read_from_the_file(tmp_path, files):
     files.voc(tmp_path, {"a": files.object()}, {"train": "a"}, size="")
     record = load(tmp_path).records[0]
