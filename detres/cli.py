@@ -43,6 +43,7 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres eval runs/bccd
   detres eval runs/bccd --split test --metrics voc
   detres eval best.safetensors --data datasets/coco --save results.json
+  detres eval runs/voc --data datasets/VOCdevkit --split 2012_test --save results/VOC2012/Main
   detres eval runs/bccd eval.batch_size=4 model.input.min_size=600 model.box_head.score_thresh=0.01
   detres eval runs/a runs/b 'eval.test_scales=[200,400,600,800,1000]'
   detres eval runs/classifier eval.crops=dense 'eval.test_scales=[224,256,384,480,640]'
@@ -173,7 +174,9 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
                              "model.box_head.score_thresh=0.1")
     parser.add_argument("--data", metavar="PATH", help="COCO, VOC, YOLO or ILSVRC data set; recognised from the path")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set, such as test")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write the detections as COCO results JSON")
+    parser.add_argument("--save", type=Path, metavar="FILE|DIR",
+                        help="write the detections: FILE.json as COCO results; DIR, of VOC data, as the text files "
+                             "that its evaluation server takes")
     parser.add_argument("--metrics", nargs="+", choices=("coco", "voc", "ilsvrc"),
                         help="protocols (default: of the config)")
     parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")

@@ -25,7 +25,7 @@ from detres.evaluation.coco_results import Compared
 from detres.evaluation.files import save_errors, save_numbers
 from detres.evaluation.ilsvrc import IlsvrcDetectionEvaluator
 from detres.evaluation.overlaps import box_overlaps
-from detres.evaluation.voc import VocEvaluator
+from detres.evaluation.voc import VocEvaluator, save_for_server
 from detres.inference.localize import refuse_localizers
 from detres.inference.predictor import load_model
 from detres.progress import track
@@ -108,9 +108,10 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
 
     `data` and `split` default to what the weights (of several, the first) were validated on in training, `metrics` and
     `batch_size` to their config, which `overrides` such as "model.box_head.score_thresh=0.1" change first
-    (`load_model`). The precision is that of training, so the numbers are those of the run. `save` is a file for the
-    detections as COCO results, which pycocotools' `loadRes` reads; `numbers` one for the metrics, as JSON; `errors` a
-    folder for an analysis of the errors of boxes; of these a classifier has only `numbers`.
+    (`load_model`). The precision is that of training, so the numbers are those of the run. `save` is a .json file for
+    the detections as COCO results, which pycocotools' `loadRes` reads, or, of VOC data, a folder for text files
+    (`voc.save_for_server`); `numbers` a file for the metrics, as JSON; `errors` a folder for an analysis of the errors
+    of boxes; of these a classifier has only `numbers`.
     """
     model, meta, config = load_model(path, device, overrides)
     refuse_localizers(config.model.name, path)
@@ -125,6 +126,9 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
         return result.metrics
     dataset = load_dataset(source, "val", config.data.on_invalid)
     dataset = align_classes(dataset, meta.classes, meta.category_ids)
+    if save is not None and Path(save).suffix != ".json" and dataset.format != "voc":
+        raise ValueError(f"save must be a .json file, or, for data in VOC's format alone, a folder, got {save}. "
+                         f"Say {save}.json.")
     with_masks = config.model.name == "mask_rcnn"
     evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks, save is not None)
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size,
@@ -163,8 +167,11 @@ def source_of(default: SourceConfig | None, data: str | SourceConfig | None, spl
 
 
 def save_results(evaluator: Evaluator, path: str | Path) -> None:
-    """Write COCO results JSON; folders are created."""
+    """Write COCO results JSON, or, if the path is no .json, VOC's text files into it; folders are created."""
     path = Path(path)
+    if path.suffix != ".json":
+        save_for_server(evaluator.results(), evaluator.dataset, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(evaluator.results()))
 

@@ -25,7 +25,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,6 +69,24 @@ class VocEvaluator(Evaluator):
         per_class = {name: dict(zip(self.metric_names, values))
                      for name, values in zip(self.dataset.classes, zip(*columns))}
         return EvalResult(dict(zip(self.metric_names, map(mean_of_measured, columns))), per_class)
+
+
+def save_for_server(results: Sequence[dict[str, Any]], dataset: Dataset, folder: str | Path) -> None:
+    """COCO results as the kit and the evaluation server read them: `comp4_det_test_dog.txt` and so on, a file for each
+    class, a line for each detection: image id, score, xmin, ymin, xmax, ymax.
+
+    The file's name has the image set, the last word of a VOC data set's name; comp4 is the kit's number for detectors
+    that saw other data than VOC's, such as ImageNet. Pixels count from 1, and boxes include the last: as in VOC's XML.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: dict[int, list[str]] = {category: [] for category in dataset.category_ids}
+    for result in results:
+        x, y, width, height = result["bbox"]
+        lines[result["category_id"]].append(f"{result['image_id']} {result['score']:.6f} {x + 1:.3f} {y + 1:.3f} "
+                                            f"{x + width:.3f} {y + height:.3f}\n")
+    for name, own in zip(dataset.classes, lines.values()):
+        (folder / f"comp4_det_{dataset.name.split()[-1]}_{name}.txt").write_text("".join(own), encoding="utf-8")
 
 
 def voc_ap(truths: Truths, found: Found, classes: int, threshold: float = 0.5, *, eleven_points: bool = False,

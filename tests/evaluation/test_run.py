@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing as mp
+import shutil
 import sys
 from dataclasses import replace
 
@@ -215,6 +216,27 @@ def test_other_data_can_be_named(weights):
     assert set(metrics) == {"voc/AP", "voc/AP50", "voc/AP50_11point"}
     with pytest.raises(FileNotFoundError, match="nowhere"):
         evaluate_weights(weights, data="nowhere", device="cpu")
+
+
+def test_files_for_vocs_server(weights, tmp_path, capsys):
+    """Of a test set without annotations nothing is measured, and all is written."""
+    voc, out = tmp_path / "VOC2012", tmp_path / "results" / "VOC2012" / "Main"
+    shutil.copytree(weights / "shapes" / "voc", voc)
+    test = (voc / "ImageSets/Main/val.txt").rename(voc / "ImageSets/Main/test.txt").read_text().split()
+    for image_id in test:
+        (voc / f"Annotations/{image_id}.xml").unlink()
+    options = {"split": "test", "metrics": ("voc",), "device": "cpu"}
+    assert set(evaluate_weights(weights, data=str(voc), save=out, **options).values()) == {-1.0}
+    assert "3 images" in capsys.readouterr().out
+    lines = {file.name: [line.split() for line in file.read_text().splitlines()] for file in out.iterdir()}
+    assert set(lines) == {f"comp4_det_test_{name}.txt" for name in load_weights(
+        weights / "checkpoints" / "best.safetensors")[1].classes}
+    found = [line for own in lines.values() for line in own]
+    assert {line[0] for line in found} == set(test) and all(len(line) == 6 for line in found)
+    corners = torch.tensor([[float(word) for word in line[2:]] for line in found])
+    assert corners[:, :2].min() >= 1 and corners[:, 2:].max() <= 64
+    with pytest.raises(ValueError, match="save must be a .json file, .* got .*Main. Say .*Main.json"):
+        evaluate_weights(weights, save=out, device="cpu")
 
 
 def test_weights_without_data_must_be_told_one(weights, tmp_path):

@@ -12,7 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from detres.config import SourceConfig
+from detres.data.dataset import load_dataset
 from detres.evaluation.coco_engine import Found, Truths
+from detres.evaluation.run import save_results
 from detres.evaluation.voc import (THRESHOLDS, VocEvaluator, area, eleven_point, judge, match, mean_of_measured,
                                    voc_ap)
 
@@ -203,6 +206,31 @@ def test_nothing_to_find_and_nothing_at_all(make_dataset, make_batch):
     evaluator = evaluated(make_dataset, make_batch, [], [(0, (0, 0, 20, 20), 0.9)])
     assert set(evaluator.compute().metrics.values()) == {-1.0}
     assert voc_ap(*flat([], []), 2) == [-1.0, -1.0]
+
+
+def test_files_for_the_server_have_the_corners_of_vocs_xml(tmp_path, make_batch):
+    """What was found are the objects as they were read; what is written are the numbers of the XML."""
+    root = tmp_path / "VOC2012"
+    corners = {"a": [("dog", 1, 1, 40, 30), ("cat", 11, 6, 20, 29)], "b": [("dog", 5, 7, 6, 8)]}
+    (root / "ImageSets/Main").mkdir(parents=True)
+    (root / "ImageSets/Main/test.txt").write_text("b\na\n")
+    for image_id, objects in corners.items():
+        boxes = "".join(f"<object><name>{name}</name><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin><xmax>{x2}</xmax>"
+                        f"<ymax>{y2}</ymax></bndbox></object>" for name, x1, y1, x2, y2 in objects)
+        for folder, name, text in (("JPEGImages", f"{image_id}.jpg", ""), ("Annotations", f"{image_id}.xml", (
+                f"<annotation><size><width>40</width><height>30</height></size>{boxes}</annotation>"))):
+            (root / folder).mkdir(exist_ok=True)
+            (root / folder / name).write_text(text)
+    dataset = load_dataset(SourceConfig(path=str(root), split="test"), "val")
+    evaluator = VocEvaluator(dataset)
+    evaluator.update(*make_batch(dataset, {record.id: [(item.label, item.box, 0.9 - 0.25 * i) for i, item in
+                                                       enumerate(record.annotations)] for record in dataset.records}))
+    out = tmp_path / "results/VOC2012/Main"
+    save_results(evaluator, out)
+    assert len(list(out.iterdir())) == 20 and (out / "comp4_det_test_person.txt").read_text() == ""
+    assert (out / "comp4_det_test_dog.txt").read_text() == (
+        "a 0.900000 1.000 1.000 40.000 30.000\nb 0.900000 5.000 7.000 6.000 8.000\n")
+    assert (out / "comp4_det_test_cat.txt").read_text() == "a 0.650000 11.000 6.000 20.000 29.000\n"
 
 
 @pytest.mark.parametrize("found, message", [
