@@ -4,8 +4,8 @@
     python benchmarks/paper_switches.py --data-root DIR --data bccd      a part: processes may share the parts
     python benchmarks/paper_switches.py --table                          the table of what there is
 
-DIR holds bccd/, voc_mini/ and cifar10_jpeg/; shapes are drawn. A seed of a data set takes five to fifteen minutes of one
-core. For each data set and seed one detector is trained without and one with global context: ResNet-18 of width 16 to
+DIR holds bccd/, voc_mini/ and cifar10_jpeg/; shapes are drawn. A seed of a data set takes five to fifteen minutes of
+one core. For each data set and seed one detector is trained without and one with global context: ResNet-18 of width 16 to
 stage 4, stage 5 for each region, some hundred steps. Each row changes how they are tested. Everything is scaled with the
 short side of the images as the paper's numbers are to 600 pixels: scales of 1/3 to 5/3 of it, regions that aim at
 224/600 of it. Training draws short sides from 2/3 to 4/3, as there is little pre-training to learn objects of several
@@ -13,8 +13,8 @@ sizes from; this range was chosen on bccd's val split (train split, seed 0: AP 3
 26.9). These are small networks on small data: the table shows that the switches work and what they cost, and is no
 estimate of what they bring to a ResNet-101 on COCO.
 
-voc_mini, 196 images of 20 classes, is too little to learn from nothing (AP 0.1 %): its backbone begins from a classifier
-of CIFAR-10 at twice its size.
+voc_mini, 196 images of 20 classes, is too little to learn from nothing (AP 0.1 %): there the backbone begins from a
+classifier of CIFAR-10 at twice its size.
 
 AP and AP50 are COCO's, of boxes, on images that did not train, in percent: mean and standard deviation over seeds, and
 the gain over the baseline of the same seed. Seconds an image are the model's, without loading: processor time on a CPU.
@@ -249,7 +249,8 @@ def main() -> None:
         run(args)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
     device = f"{cpu_name()}, {args.threads} threads" if args.device == "cpu" else torch.cuda.get_device_name()
-    print(f"\n{device}; trained in {args.precision}; Python {platform.python_version()}, torch {torch.__version__}; detres {commit}\n{table(args)}")
+    print(f"\n{device}; trained in {args.precision}; Python {platform.python_version()}, torch {torch.__version__}; "
+          f"detres {commit}\n{table(args)}")
 
 
 if __name__ == "__main__":
