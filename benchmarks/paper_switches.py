@@ -5,13 +5,13 @@
     python benchmarks/paper_switches.py --table                          the table of what there is
 
 DIR holds bccd/, voc_mini/ and cifar10_jpeg/; shapes are drawn. A seed of a data set takes five to fifteen minutes of
-one core. For each data set and seed one detector is trained without and one with global context: ResNet-18 of width 16 to
-stage 4, stage 5 for each region, some hundred steps. Each row changes how they are tested. Everything is scaled with the
-short side of the images as the paper's numbers are to 600 pixels: scales of 1/3 to 5/3 of it, regions that aim at
-224/600 of it. Training draws short sides from 2/3 to 4/3, as there is little pre-training to learn objects of several
-sizes from; this range was chosen on bccd's val split (train split, seed 0: AP 31.8, of one size 31.0, of 1/3 to 5/3
-26.9). These are small networks on small data: the table shows that the switches work and what they cost, and is no
-estimate of what they bring to a ResNet-101 on COCO.
+one core. For each data set and seed one detector is trained without and one with global context: ResNet-18 of width
+16 to stage 4, stage 5 for each region, some hundred steps. Each row changes how they are tested. Everything is scaled
+with the short side of the images as the paper's numbers are to 600 pixels: scales of 1/3 to 5/3 of it, regions that
+aim at 224/600 of it. Training draws short sides from 2/3 to 4/3, as there is little pre-training to learn objects of
+several sizes from; this range was chosen on bccd's val split (train split, seed 0: AP 31.8, of one size 31.0, of 1/3
+to 5/3 26.9). These are small networks on small data: the table shows that the switches work and what they cost, and
+is no estimate of what they bring to a ResNet-101 on COCO.
 
 voc_mini, 196 images of 20 classes, is too little to learn from nothing (AP 0.1 %): there the backbone begins from a
 classifier of CIFAR-10 at twice its size.
