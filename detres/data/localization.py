@@ -47,10 +47,16 @@ def as_class_dataset(dataset: Dataset) -> ClassDataset:
                         tuple(str(record.path) for record in dataset.records))
 
 
-def _continuous(corners: Sequence[float]) -> list[float] | None:
-    """None for a box that is a pixel wide or high by the files' count, in practice a stray click."""
+def _continuous(corners: Sequence[float]) -> list[float]:
     x1, y1, x2, y2 = corners
-    return None if x1 == x2 or y1 == y2 else [x1, y1, x2 + 1, y2 + 1]
+    return [x1, y1, x2 + 1, y2 + 1]
+
+
+def _without_clicks(corners: Sequence[float]) -> list[float] | None:
+    """None for a box that is a pixel wide or high by a table's count, in practice a stray click. (An object for the
+    challenge, as in `ilsvrc_det`.)"""
+    x1, y1, x2, y2 = corners
+    return None if x1 == x2 or y1 == y2 else _continuous(corners)
 
 
 # ILSVRC
@@ -144,8 +150,8 @@ def read_table(folder: Path, role: str, split: str | None = None, on_invalid: On
     with open(folder / "boxes.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if missing := [name for name in COLUMNS if rows and rows[0].get(name) is None]:
-        raise ValueError(f"boxes.csv must have the columns {', '.join(COLUMNS)}, got none named {missing[0]} ({folder}). "
-                         "Add it to the first line.")
+        raise ValueError(f"boxes.csv must have the columns {', '.join(COLUMNS)}, got none named {missing[0]} "
+                         f"({folder}). Add it to the first line.")
     names = [split] if split else SPLITS[role]
     there = sorted({row["split"] for row in rows})
     split = next((name for name in names if name in there), None)
@@ -155,7 +161,7 @@ def read_table(folder: Path, role: str, split: str | None = None, on_invalid: On
     classes = _class_names(folder / "classes.txt")
     readable = list(_images(folder, [row for row in rows if row["split"] == split], classes, problems))
     label_of = {name: label for label, name in enumerate(classes)}
-    records = voc_xml.records(readable, label_of, _continuous, problems)
+    records = voc_xml.records(readable, label_of, _without_clicks, problems)
     problems.close(on_invalid)
     return Dataset(problems.name, "table", classes, tuple(range(len(classes))), records)
 

@@ -17,7 +17,7 @@ from detres.config import Config, InputConfig
 from detres.data.class_loader import build_class_loader
 from detres.data.dataset import Dataset, load_dataset
 from detres.data.images import read_image
-from detres.data.loader import build_loader, trainable
+from detres.data.loader import build_loader
 from detres.data.localization import as_class_dataset
 from detres.data.transforms import scale_pyramid
 from detres.engine.distributed import gather
@@ -50,7 +50,7 @@ class LocTruths:
     @classmethod
     def of(cls, dataset: Dataset, device: torch.device) -> LocTruths:
         check_one_class(dataset)
-        boxes = [[item.box for item in trainable(record)] for record in dataset.records]
+        boxes = [[item.box for item in record.annotations] for record in dataset.records]  # difficult, too: the kit
         most = max(1, *map(len, boxes))
         padded = torch.tensor([[*own, *[(0.0,) * 4] * (most - len(own))] for own in boxes])
         valid = torch.arange(most) < torch.tensor([*map(len, boxes)])[:, None]
@@ -75,14 +75,14 @@ def evaluate_localizer(locate: Locate, loader: Iterable[Batch], truths: LocTruth
                        guesses: Tensor | None = None, *, precision: Literal["fp32", "bf16"] = "fp32",
                        losses: Callable[[Batch], dict[str, Tensor]] | None = None,
                        seen: Callable[[Batch, Tensor, Tensor], None] | None = None) -> EvalResult:
-    """Errors over all processes: that of the true class's box, and with `guesses` (n, Q), the classes that a classifier
-    names, best first, top-1 and top-5.
+    """Errors over all processes: that of the true class's box, and with `guesses` (n, Q), the at most five classes that
+    a classifier names, best first, top-1 and top-5.
 
-    `losses` adds its means, "val/loss_cls" .... `seen` is called with each batch, the labels (N, 1 + Q) asked about, the
-    true one first, and their boxes (N, 1 + Q, 4) in pixels of the original images.
+    `losses` adds its means, "val/loss_cls" .... `seen` is called with each batch, the labels (N, 1 + Q) asked about,
+    the true one first, and their boxes (N, 1 + Q, 4) in pixels of the original images.
     """
     evaluator, means, device = LocalizationEvaluator(classes), LossMeans(), truths.labels.device
-    guesses = truths.labels.new_zeros(len(truths.labels), 0) if guesses is None else guesses[:, :5]
+    guesses = truths.labels.new_zeros(len(truths.labels), 0) if guesses is None else guesses
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         for batch in loader:
             rows = torch.tensor([truths.place[image_id] for image_id in batch.image_ids]).to(device)

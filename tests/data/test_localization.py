@@ -27,7 +27,7 @@ def ilsvrc(tmp_path, files) -> Path:
     dogs = [(DOG, (3, 4, 20, 25)), ("Shetland sheepdog", (0, 0, 39, 29)), (CAT, (1, 1, 9, 9))]
     things = {f"train/{DOG}/{DOG}_1": dogs,
               f"train/{CAT}/{CAT}_7": [(CAT, (5, 5, 9, 9))], "val/ILSVRC2012_val_00000001": [(CAT, (0, 2, 10, 12))],
-              "val/ILSVRC2012_val_00000002": [(DOG, (1, 2, 3, 4)), (DOG, (5, 6, 7, 8))]}
+              "val/ILSVRC2012_val_00000002": [(DOG, (1, 2, 3, 4)), (DOG, (5, 6, 5, 8))]}
     for name, objects in things.items():
         files.image(root / "Data" / "CLS-LOC" / f"{name}.JPEG", 30, 40)
         xml = root / "Annotations" / "CLS-LOC" / f"{name}.xml"
@@ -56,9 +56,11 @@ def test_ilsvrc(ilsvrc, caplog):
 def test_ilsvrc_validation_and_blacklist(ilsvrc):
     kit = ilsvrc / "devkit" / "data"
     kit.mkdir(parents=True)
+    (kit / "ILSVRC2014_clsloc_validation_blacklist.txt").write_text("1\n")
     (kit / "ILSVRC2015_clsloc_validation_blacklist.txt").write_text("2\n36\n")
     dataset = load(ilsvrc, "val")
     assert [record.label for record in dataset.records] == [1, 0] and len(dataset.records[1].annotations) == 2
+    assert dataset.records[1].annotations[1].box == (5, 6, 6, 9), "a pixel wide: an object for the kit"
     assert dataset.blacklist == (("ILSVRC2012_val_00000002", DOG),)
     assert load(ilsvrc).blacklist == ()
 

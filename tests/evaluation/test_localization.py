@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import detres
 from detres.cli import main
 from detres.config import Config
-from detres.data.dataset import Annotation, Dataset, ImageRecord
+from detres.data.dataset import Annotation, Dataset, ImageRecord, load_dataset
 from detres.engine.interrupt import Interrupt
 from detres.engine.train import train
-from detres.evaluation.localization import LocTruths, evaluate_localizer
+from detres.evaluation.localization import LocTruths, Pictures, evaluate_localizer, first_boxes, guess_classes
 from detres.structures import Batch, ImageBatch, Proposals
 
 
@@ -23,7 +25,8 @@ def record(name: str, label: int | None, *boxes, other: int | None = None) -> Im
 
 
 def test_errors_by_hand():
-    """Images at a quarter of their width and half their height; c is on the blacklist, d has no box: both count for classification only."""
+    """Images at a quarter of their width and half their height; c is on the blacklist, d has no box: both count for
+    classification only."""
     dataset = Dataset("hand", "table", ("x", "y"), (0, 1), (
         record("a", 0, (0, 0, 100, 100)), record("b", 1, (10, 10, 50, 50), (100, 0, 200, 100)),
         record("c", 1, (0, 0, 10, 10)), record("d", 0)), blacklist=(("c", "y"),))
@@ -51,6 +54,22 @@ def test_errors_by_hand():
     assert seen[0][2][0].tolist() == [[100, 0, 200, 100], [10, 10, 50, 50], [100, 0, 200, 100]]
     alone = evaluate_localizer(locate, [batch], truths, dataset.classes)
     assert alone.metrics == {"loc/gt_class_error": 0.0} and alone.per_class["y"] == {"loc/gt_class_error": 0.0}
+
+
+def test_difficult_objects_count_as_in_the_kit():
+    easy, hard = record("a", 0, (0, 0, 9, 9)), record("b", 0, (0, 0, 9, 9), (50, 50, 90, 90))
+    hard = replace(hard, annotations=tuple(replace(item, difficult=True) for item in hard.annotations))
+    truths = LocTruths.of(Dataset("hand", "ilsvrc", ("x",), (0,), (easy, hard)), torch.device("cpu"))
+    assert truths.counted.all() and truths.valid.sum(1).tolist() == [1, 2]
+
+
+def test_without_a_candidate_the_box_is_all_of_the_image():
+    """The image of 100 x 200 pixels is seen at a quarter of its height and half its width."""
+    batch = Batch(ImageBatch(torch.zeros(1, 3, 32, 128), torch.tensor([[25, 100]])), None, ("a",), ("a",),
+                  torch.tensor([[100, 200]]))
+    found = Proposals(torch.tensor([[[[1.0, 2, 3, 4], [5, 6, 7, 8]], [[0, 0, 0, 0], [5, 6, 7, 8]]]]),
+                      torch.tensor([[[0.9, 0.8], [0.0, 0.0]]]), torch.tensor([[[True, True], [False, False]]]))
+    assert first_boxes(found, batch).tolist() == [[[2, 8, 6, 16], [0, 0, 200, 100]]]
 
 
 def test_images_must_be_of_one_class():
@@ -101,6 +120,29 @@ def test_command_line(configs, tmp_path, capsys, monkeypatch):
     assert metrics["loc/cls_top5_error"] == 0 and metrics["loc/top5_error"] == metrics["loc/gt_class_error"]
     assert "30 images, 30 with boxes that count, crops dense" in capsys.readouterr().out
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 20
+
+
+def test_guesses_are_what_the_classifier_predicts(configs):
+    """By another way: image by image, by the classes' names."""
+    config = configs["classifier"]
+    dataset = load_dataset(config.data.val, "val")
+    found = guess_classes([config.output], dataset, 7, "cpu", [])
+    model = detres.load(config.output, device="cpu")
+    for guesses, record in zip(found.tolist(), dataset.records, strict=True):
+        assert [dataset.classes[label] for label in guesses] == model.predict(record.path).names
+
+
+def test_ticks_are_for_guesses_with_class_and_place_right(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Pictures, "_save", lambda self, path, boxes, objects, names: drawn.append((boxes, names)))
+    dataset = Dataset("hand", "table", ("x", "y"), (0, 1), (record("a", 1, (0, 0, 100, 100)),))
+    pictures = Pictures(tmp_path, dataset, LocTruths.of(dataset, torch.device("cpu")))
+    batch = Batch(ImageBatch(torch.zeros(1, 3, 8, 8), torch.tensor([[8, 8]])), None, ("a",), ("a.jpg",),
+                  torch.tensor([[100, 200]]))
+    right, wrong = [0.0, 0, 100, 90], [150.0, 0, 200, 90]
+    pictures(batch, torch.tensor([[1, 0, 1, 1]]), torch.tensor([[wrong, right, right, wrong]]))
+    ((boxes, names),) = drawn
+    assert names == ["true: y", "1 x", "2 y ✓", "3 y"] and boxes.tolist() == [[0, 0, 100, 100], right, right, wrong]
 
 
 def test_region_training_resumes_to_the_same_bits(configs, tmp_path, monkeypatch):
