@@ -14,7 +14,7 @@ import torch
 from detres.config import Config
 from detres.data.cifar import MemoryLoader
 from detres.data.class_dataset import ClassDataset
-from detres.data.class_transforms import Views, build_test_views, build_train_view
+from detres.data.class_transforms import Views, build_test_views, build_train_view, mean_colour
 from detres.data.images import ImageError, read_image, read_size
 from detres.data.loader import Key, Loader, TrainingBatches, in_order, pad_images, sample_seed
 from detres.structures import Batch, ClassTargets, ImageBatch
@@ -36,7 +36,7 @@ def build_class_loader(dataset: ClassDataset, config: Config, device: torch.devi
     if dataset.pixels is not None:
         _check_in_memory(config, dataset)
         return MemoryLoader(dataset, device, batch_size=batch_size, training=training, size=model_input.min_size,
-                            pad=options.pad, fill=model_input.mean, flip=options.flip, seed=seed, start_step=start_step,
+                            pad=options.pad, fill=mean_colour(model_input), flip=options.flip, seed=seed, start_step=start_step,
                             **ranks)
     numbers = range(rank, len(dataset), world_size)
     if training:

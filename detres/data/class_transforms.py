@@ -32,7 +32,7 @@ def build_train_view(augment: ClassAugmentConfig, model_input: InputConfig) -> V
     """The training pipeline: one random crop, all of whose chance comes from the generator."""
     scales = augment.scales or (model_input.min_size, model_input.min_size)
     _check_crop(model_input, scales[0] + 2 * augment.pad)
-    return TrainView(scales, model_input.crop, augment.pad, model_input.mean, augment.flip, augment.pca_colour,
+    return TrainView(scales, model_input.crop, augment.pad, mean_colour(model_input), augment.flip, augment.pca_colour,
                      model_input.antialias)
 
 
@@ -117,6 +117,11 @@ class ShortSides:
 
 
 # Pure functions
+
+
+def mean_colour(model_input: InputConfig) -> tuple[float, ...]:
+    """RGB of what the model normalises to zero."""
+    return model_input.mean[::-1] if model_input.channel_order == "bgr" else model_input.mean
 
 
 def short_side_size(height: int, width: int, side: int) -> tuple[int, int]:

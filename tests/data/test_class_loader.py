@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from detres.build import build_normalize
 from detres.config import Config
 from detres.data.class_dataset import ClassDataset
 from detres.data.class_loader import build_class_loader
@@ -87,6 +88,25 @@ def test_workers_and_ranks_change_nothing(dataset):
     assert not torch.equal(batches(dataset, 1, config_of(seed=4))[0].images.pixels, whole[0].images.pixels)
     with pytest.raises(ValueError, match="multiple of the number of processes, got 4 for 3"):
         batches(dataset, 1, world_size=3)
+
+
+@pytest.mark.parametrize("order", ["rgb", "bgr"])
+@pytest.mark.parametrize("is_in_memory", [True, False])
+def test_padding_becomes_zero_in_the_model(dataset, order, is_in_memory):
+    """Of an image of the mean colour nothing is left, its padding included, in whatever order the mean is given."""
+    mean = (40.0, 80.0, 120.0)
+    grey = np.empty((2, 32, 32, 3), np.uint8)
+    grey[:] = mean if order == "rgb" else mean[::-1]
+    data = ClassDataset("mean", ("a",), np.zeros(2, np.int64), pixels=grey)
+    if not is_in_memory:
+        paths = [Path(dataset.paths[0]).with_name(f"mean_{order}_{k}.png") for k in range(2)]
+        for path, image in zip(paths, grey):
+            Image.fromarray(image).save(path)
+        data = ClassDataset("mean", ("a",), np.zeros(2, np.int64), tuple(map(str, paths)))
+    model = {"name": "classifier", "input": {"min_size": 32, "crop": 32, "mean": mean, "channel_order": order}}
+    config = Config.model_validate({"model": model, "data": {"workers": 0, "classification": {"pad": 9}}})
+    for batch in batches(data, 4, config, batch_size=2):
+        assert not build_normalize(config.model)(batch.images).any()
 
 
 @pytest.mark.parametrize(("crops", "views"), [(1, 1), (10, 5)])
