@@ -149,7 +149,8 @@ def test_every_field_is_read(tmp_path, monkeypatch):
                   "train.batch_size=2", "train.reference_batch_size=2"]
     located_images(tmp_path / "boxes")
     localizer = [*classifier, "model.name=localizer", "model.backbone.layout=c5", "model.anchors.sizes=[[16]]",
-                 f"data.train={tmp_path / 'boxes'}", f"data.val={tmp_path / 'boxes'}", f"output={tmp_path / 'localizer'}"]
+                 f"data.train={tmp_path / 'boxes'}", f"data.val={tmp_path / 'boxes'}",
+                 f"output={tmp_path / 'localizer'}"]
     regions = [*localizer, "model.name=region_classifier", f"data.proposals={tmp_path / 'localizer'}",
                "model.box_head.context=4", f"output={tmp_path / 'regions'}"]
     monkeypatch.setattr(Section, "__getattribute__", watched_get)

@@ -20,11 +20,11 @@ TRUTH = torch.tensor([[[12, 20, 40, 36]], [[8, 4, 28, 24]]])
 
 
 class Finder(nn.Module):
-    """Finds the white rectangle, with the label as its score in tenths."""
+    """Finds the white rectangle, with the label as its score in tenths, times `trust`."""
 
-    def __init__(self, offset: float = 0.0):
+    def __init__(self, offset: float = 0.0, trust: float = 1.0):
         super().__init__()
-        self.offset, self.seen = offset, []
+        self.offset, self.trust, self.seen = offset, trust, []
 
     def forward(self, images: ImageBatch, labels: Tensor) -> Proposals:
         self.seen.append(tuple(images.pixels.shape[-2:]))
@@ -33,7 +33,8 @@ class Finder(nn.Module):
             y, x = (pixels[0, :height, :width] == 255).nonzero().unbind(1)
             boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
         boxes = torch.tensor(boxes).float()[:, None, None].expand(-1, labels.shape[1], 1, 4) + self.offset
-        return Proposals(boxes, labels[..., None] / 10, torch.ones_like(labels[..., None], dtype=torch.bool))
+        scores = self.trust * labels[..., None] / 10
+        return Proposals(boxes, scores, torch.ones_like(scores, dtype=torch.bool))
 
 
 def draw(scale: int = 1) -> ImageBatch:
@@ -111,6 +112,9 @@ def test_regions_are_judged_in_parts(monkeypatch):
     model = LocalizerEnsemble([Finder(), Finder(offset=20.0)])
     box = locate(model, draw(), LABELS, regions=Mover(), **options).boxes
     assert box[0, 0].tolist() == [[33, 41, 61, 57]], "the one farthest right, moved"
+    unsure = LocalizerEnsemble([Finder(), Finder(offset=20.0, trust=0.5)])
+    box = locate(unsure, draw(), LABELS, regions=Mover(), **{**options, "count": 1}).boxes
+    assert box[0, 0].tolist() == [[13, 21, 41, 37]], "the one that the localizers trust most, moved"
     proposals = candidates(model, views_of(draw()), LABELS)
     whole = localize.judged(Mover(), draw(), proposals, LABELS)
     monkeypatch.setattr(localize, "REGIONS_AT_ONCE", 5)
@@ -136,3 +140,15 @@ def test_training_images_get_proposals_for_their_class():
     (out,) = with_proposals([batch], Finder(), RPNConfig(), torch.device("cpu"), TrainConfig(precision="fp32"))
     assert torch.equal(out.targets.proposals.boxes, TRUTH.float()) and out.targets.proposals.valid.all()
     assert torch.allclose(out.targets.proposals.scores, torch.tensor([[0.3], [0.5]]))
+
+
+def test_proposals_of_training_are_the_best_that_nms_leaves():
+    targets = Targets(TRUTH.float(), torch.tensor([[3], [5]]), torch.ones(2, 1, dtype=torch.bool), torch.arange(2))
+    batch = Batch(draw(), targets, (0, 1), ("a", "b"), torch.tensor([[48, 64], [40, 50]]))
+    model = LocalizerEnsemble([Finder(20.0, 0.8), Finder(1.0, 0.9), Finder(), Finder(-5.0, 0.5)])  # one overlaps by 0.8
+    for rpn, moved in ((RPNConfig(), (0, 20, -5)), (RPNConfig(nms_thresh=0.95), (0, 1, 20, -5)),
+                       (RPNConfig(post_nms_topk_test=2), (0, 20))):
+        (out,) = with_proposals([batch], model, rpn, torch.device("cpu"), TrainConfig(precision="fp32"))
+        found = out.targets.proposals
+        boxes = found.boxes[0, found.valid[0]]
+        assert torch.equal(boxes, torch.cat([TRUTH[0] + offset for offset in moved]).float())

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from detres.build import build_model
 from detres.config import Config, ModelConfig
@@ -53,8 +53,9 @@ def test_head_gives_what_the_convolutions_give():
 
 
 def test_candidates_are_the_best_anchors_decoded_and_clipped(model, batch):
-    images, labels = batch[0], torch.tensor([[0, 2], [1, 1], [2, 0]])
-    model.topk = 20
+    images, labels = replace(batch[0], sizes=torch.tensor([[64, 96], [64, 80], [64, 40]])), torch.tensor(
+        [[0, 2], [1, 1], [2, 0]])
+    model.topk = 200
     with torch.no_grad():
         torch.nn.init.normal_(model.head.box.weight, std=0.1)
         found = model(images, labels=labels)
@@ -66,7 +67,7 @@ def test_candidates_are_the_best_anchors_decoded_and_clipped(model, batch):
     for n in range(3):
         height, width = images.sizes[n].tolist()
         for q in range(2):
-            order = sorted(range(len(anchors)), key=lambda i: -float(logits[n, q, i]))[:20]
+            order = sorted(range(len(anchors)), key=lambda i: -float(logits[n, q, i]))[:200]
             assert torch.allclose(found.scores[n, q], logits[n, q, order].sigmoid())
             for place, i in enumerate(order):
                 x1, y1, x2, y2 = anchors[i]
@@ -75,6 +76,8 @@ def test_candidates_are_the_best_anchors_decoded_and_clipped(model, batch):
                 w, h = (x2 - x1) * math.exp(dw) / 2, (y2 - y1) * math.exp(dh) / 2
                 box = [min(max(v, 0), side) for v, side in zip((x - w, y - h, x + w, y + h), (width, height) * 2)]
                 assert found.boxes[n, q, place].tolist() == pytest.approx(box, abs=1e-3)
+                assert found.valid[n, q, place] == (box[0] < box[2] and box[1] < box[3])
+    assert found.valid.any() and not found.valid.all(), "a box beyond its image is none"
 
 
 def iou(a, b) -> float:

@@ -55,6 +55,12 @@ def test_outside_the_image_is_mean_colour():
     assert (region[..., 8:24, 8:24] == 1).all() and (region[..., :6, :] == 0).all() and (region[..., 26:] == 0).all()
 
 
+def test_judges_nothing_at_first():
+    model = build_model(ModelConfig.model_validate(MODEL), 3)
+    for layer, std in ((model.cls, 0.01), (model.box, 0.001)):  # arXiv 1504.08083, section 2.3
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.2) and not layer.bias.any()
+
+
 def test_judges_and_moves_each_proposal_for_its_class(model, images):
     labels = torch.tensor([[0, 2, 1], [2, 2, 0]])
     proposals = Proposals(boxes_of(2, 3, 5), torch.rand(2, 3, 5), torch.rand(2, 3, 5) > 0.2)
@@ -86,7 +92,7 @@ def iou(a, b) -> float:
 
 def test_samples_are_proposals_and_truth_by_overlap(model):
     truth = torch.tensor([[[10.0, 10, 40, 40]], [[0.0, 0, 0, 0]]])
-    boxes = torch.cat([truth[:1] + shift for shift in (1, 3, 25, 30, 35, 40)], 1).repeat(2, 1, 1)
+    boxes = torch.cat([truth[:1] + shift for shift in (1, 3, 10, 25, 30, 40)], 1).repeat(2, 1, 1)  # IoU 0.29 of 10
     valid = torch.tensor([[True] * 5 + [False]] * 2)
     targets = Targets(truth, torch.tensor([[2], [0]]), torch.tensor([[True], [False]]), torch.arange(2),
                       proposals=Proposals(boxes, torch.rand(2, 6), valid))
@@ -124,6 +130,9 @@ def test_losses_of_the_true_class_against_plain_python(model, images):
     assert count == 8 and int((match == 1).sum()) == 4, "of 5 regions 2 may be positive; there are 2 negative ones"
     assert found["loss_cls"].item() == pytest.approx(bce / count, rel=1e-4)
     assert found["loss_box"].item() == pytest.approx(box_loss / count, rel=1e-4)
+    model.box_loss["box_weight"] = 3.0
+    weighted = model(images, targets)
+    torch.testing.assert_close([weighted["loss_cls"], weighted["loss_box"]], [found["loss_cls"], 3 * found["loss_box"]])
     sum(found.values()).backward()
     assert (model.cls.weight.grad.abs().sum(1) > 0).tolist() == [False, True, True]
 

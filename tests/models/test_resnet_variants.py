@@ -82,6 +82,22 @@ def test_other_cifar_depths_are_refused(depth):
         cifar_resnet(depth)
 
 
+@pytest.mark.parametrize("make", [lambda: resnet(50, groups=2, group_width=32), lambda: cifar_resnet(20),
+                                  lambda: resnet(18, stem="deep", preact=True)])
+def test_weights_begin_as_in_arxiv_1502_01852(make):
+    """Normal with variance 2 / (k^2 d), its equation 14, d the filters of the layer; norms begin as the identity; no
+    dropout (section 3.4)."""
+    body = make()
+    for module in body.modules():
+        assert not isinstance(module, nn.Dropout)
+        if isinstance(module, nn.Conv2d):
+            expected = math.sqrt(2 / (module.kernel_size[0] ** 2 * module.out_channels))
+            assert module.bias is None and abs(module.weight.mean()) < 0.2 * expected
+            assert module.weight.std().item() == pytest.approx(expected, rel=4 / math.sqrt(2 * module.weight.numel()))
+        if isinstance(module, nn.BatchNorm2d):
+            assert (module.weight == 1).all() and not module.bias.any()
+
+
 # --- shortcuts ----------------------------------------------------------------------------------------------------
 
 
