@@ -52,9 +52,10 @@ def build_localizer(config: ModelConfig, num_classes: int) -> Localizer:
     backbone, _ = build_backbone(config)
     anchors = build_anchors(config, backbone.strides)
     head = PerClassHead(backbone.channels, anchors.per_cell, num_classes)
-    of_testing = {"pre_nms_topk_train", "pre_nms_topk_test", "post_nms_topk_train", "post_nms_topk_test", "nms_thresh"}
+    unused = {"pre_nms_topk_train", "pre_nms_topk_test", "post_nms_topk_train", "post_nms_topk_test", "nms_thresh",
+              "inside_only"}
     return Localizer(build_normalize(config), backbone, head, anchors, topk=config.rpn.pre_nms_topk_test,
-                     **config.rpn.model_dump(exclude=of_testing))
+                     **config.rpn.model_dump(exclude=unused))
 
 
 def build_region_classifier(config: ModelConfig, num_classes: int) -> RegionClassifier:

@@ -65,7 +65,7 @@ class RPNStep(Step):
         if targets is None:
             return super().forward(images)
         logits, deltas, anchors = self.rpn.predict(self.features(images), images.pixels.shape[-2:])
-        return self.rpn.losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets)
+        return self.rpn.losses(logits, deltas, anchors, images.sizes, targets)
 
 
 class FastRCNNStep(Step):

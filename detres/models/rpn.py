@@ -48,13 +48,14 @@ class RPN(nn.Module):
     def __init__(self, head: RPNHead, anchors: AnchorGenerator, *, pre_nms_topk: tuple[int, int] = (2000, 1000),
                  post_nms_topk: tuple[int, int] = (1000, 1000), nms_thresh: float = 0.7, min_size: float = 0.0,
                  batch_per_image: int = 256, positive_fraction: float = 0.5, fg_iou: float = 0.7, bg_iou: float = 0.3,
-                 box_loss: str = "l1", smooth_l1_beta: float = 1 / 9, box_loss_weight: float = 1.0):
+                 inside_only: bool = False, box_loss: str = "l1", smooth_l1_beta: float = 1 / 9,
+                 box_loss_weight: float = 1.0):
         super().__init__()
         self.head, self.anchors = head, anchors
         self.pre_nms_topk, self.post_nms_topk = pre_nms_topk, post_nms_topk
         self.nms_thresh, self.min_size = nms_thresh, min_size
         self.batch_per_image, self.positive_fraction = batch_per_image, positive_fraction
-        self.fg_iou, self.bg_iou = fg_iou, bg_iou
+        self.fg_iou, self.bg_iou, self.inside_only = fg_iou, bg_iou, inside_only
         self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
 
     def forward(self, features: list[Tensor], canvas: tuple[int, int], sizes: Tensor,
@@ -64,8 +65,7 @@ class RPN(nn.Module):
         training = targets is not None
         proposals = self.select(logits, deltas, anchors, sizes, self.pre_nms_topk[not training],
                                 self.post_nms_topk[not training])
-        found = self.losses(torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors), targets) if training else {}
-        return proposals, found
+        return proposals, self.losses(logits, deltas, anchors, sizes, targets) if training else {}
 
     def predict(self, features: list[Tensor], canvas: tuple[int, int]) -> tuple[list[Tensor], ...]:
         """Per level: logits (N, A_l), deltas (N, A_l, 4) and anchors (A_l, 4)."""
@@ -93,10 +93,17 @@ class RPN(nn.Module):
         box = take(box.flatten(1, 2), index)
         return Proposals(boxes=box, scores=score.sigmoid(), valid=score.isfinite())
 
-    def losses(self, logits: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """logits (N, A), deltas (N, A, 4), anchors (A, 4)."""
-        match, gt_index = match_boxes(anchors, targets.boxes, targets.valid, self.fg_iou, self.bg_iou,
+    def losses(self, logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], sizes: Tensor,
+               targets: Targets) -> dict[str, Tensor]:
+        """logits, deltas and anchors as `predict` gives them; sizes (N, 2): contents."""
+        logits, deltas, anchors = torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(anchors)
+        boxes, inside = anchors, None
+        if self.inside_only:
+            inside = (clip(anchors[None], sizes) == anchors).all(-1)  # (N, A)
+            boxes = torch.where(inside[..., None], anchors, 0.0)  # the others are no object's best
+        match, gt_index = match_boxes(boxes, targets.boxes, targets.valid, self.fg_iou, self.bg_iou,
                                       allow_low_quality=True)
+        match = match if inside is None else torch.where(inside, match, -1)
         index, match = sample_boxes(match, targets.seeds, self.batch_per_image, self.positive_fraction, salt=0)
         gt_boxes = take(targets.boxes, gt_index.gather(1, index))
         return losses.rpn_losses(logits.gather(1, index), take(deltas, index), anchors[index], gt_boxes, match,
