@@ -223,7 +223,7 @@ def test_the_rpns_steps_have_options_of_their_own(make_config, monkeypatch):
 
 def test_what_cannot_alternate(make_config):
     for changes, message in (({"name": "classifier"}, "faster_rcnn or mask_rcnn, got classifier"),
-                             ({"schedule": "plateau"}, "multistep or cosine, got plateau"),
+                             ({"schedule": "plateau", "eval_every": 1}, "multistep or cosine, got plateau"),
                              ({"rpn_steps": {"batch_size": 3}, "accumulate": 2}, "multiple of accumulate, got 3")):
         config = make_config(**changes)
         with pytest.raises(ValueError, match=message):
