@@ -127,7 +127,8 @@ class RPNConfig(Section):
     positive_fraction: Probability = 0.5
     fg_iou: Probability = 0.7
     bg_iou: Probability = 0.3
-    inside_only: bool = Field(False, description="of a detector: train on no anchor that reaches past its image (section 3.3)")
+    inside_only: bool = Field(
+        False, description="of a detector: train on no anchor that reaches past its image (section 3.3)")
     box_loss: BoxLoss = "l1"
     smooth_l1_beta: Positive = Field(1 / 9, description="used by smooth_l1 only")
     box_loss_weight: Positive = 1.0
