@@ -270,7 +270,7 @@ def _add_localize(commands: argparse._SubParsersAction, name: str) -> None:
     _add_weights(parser)
     parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
                         help="further localizers; fields of the config that they carry")
-    kinds = {"nargs": "+", "type": Path, "default": [], "metavar": "RUN"}
+    kinds = {"nargs": "+", "type": _run, "default": [], "metavar": "RUN"}
     parser.add_argument("--classifier", **kinds, help="classifiers whose five guesses are localized")
     parser.add_argument("--regions", **kinds, help="region classifiers that judge and move the localizer's boxes")
     parser.add_argument("--data", metavar="PATH", help="data set (default: what the localizer was validated on)")
@@ -426,6 +426,13 @@ def _number(kind: type, low: float, high: float, words: str) -> Callable[[str], 
         raise argparse.ArgumentTypeError(f"must be {words}, got '{text}'")
 
     return parse
+
+
+def _run(text: str) -> Path:
+    """One of several runs: fields of a config behind them would be taken for more."""
+    if "=" in text and not Path(text).exists():
+        raise argparse.ArgumentTypeError(f"must be a run or weights, got '{text}'; key=value goes before this option")
+    return Path(text)
 
 
 _count = _number(int, 0, float("inf"), "an integer >= 0")

@@ -116,6 +116,7 @@ def test_no_command_and_version(capsys):
     (["train", "a.yaml", "--num-gpu=2"], "unknown option --num-gpu=2. Did you mean --num-gpus?"),
     (["train"], "required: config\n"), (["eval", "a", "--metrics", "vco"], "Did you mean voc?"),
     (["demo", "train.lr=1"], "unexpected arguments: train.lr=1"),
+    (["localize", "a", "--regions", "b", "eval.crops=dense"], "got 'eval.crops=dense'; key=value goes before this option"),
     (["train", "a.yaml", "--num-gpus", "0"], "must be an integer >= 1, got '0'"),
     (["train", "a.yaml", "--num-gpus", "x"], "must be an integer >= 1, got 'x'"),
     (["predict", "a", "b.jpg", "--score-thresh", "1.5"], "must be a number from 0 to 1, got '1.5'"),
