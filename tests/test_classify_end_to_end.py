@@ -7,13 +7,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
+from torchvision.transforms import functional as TF
 
 import detres
 from detres.cli import main
 from detres.config_file import load_config
+from detres.engine.interrupt import Interrupt
+from detres.engine.tasks import classification
 from detres.engine.train import train
+from detres.evaluation.base import EvalResult
+from detres.evaluation.class_tests import predict_views
 from detres.evaluation.run import evaluate_weights
+from detres.structures import ImageBatch
 
 CLASSES = {"blue_disc": ("#3355cc", 1.0), "red_disc": ("#cc4433", 1.0), "red_bar": ("#cc4433", 0.25)}  # width : height
 OPTIONS = ["model.name=classifier", "model.input.min_size=36", "model.input.crop=32", "model.backbone.depth=8",
@@ -66,6 +73,33 @@ def test_tests_of_the_paper(run, tmp_path, capsys, overrides):
     if not overrides:
         assert numbers["cls/top1"] == json.loads((run / "results.json").read_text())["cls/top1"]
         assert evaluate_weights([run, run]) == pytest.approx(numbers)  # an ensemble of twins
+
+
+def test_ten_crops_by_torchvision(run):
+    """Five crops and their mirror images, one at a time through the network, whose probabilities are averaged."""
+    files = sorted((run.parent / "data" / "val").glob("*/*.png"))
+    model, losses = detres.load(run, overrides=["eval.crops=10"]), []
+    for file in files:
+        crops = TF.five_crop(TF.resize(Image.open(file), 36), 32)
+        views = [*crops, *map(TF.hflip, crops)]  # of a mirrored image its ten_crop takes another centre, a pixel away
+        pixels = [torch.from_numpy(np.array(view)).permute(2, 0, 1)[None] for view in views]
+        with torch.no_grad():
+            logits = [model.model(ImageBatch(view, torch.tensor([[32, 32]]))) for view in pixels]
+        mean = torch.cat(logits).softmax(1).mean(0)
+        losses.append(-mean[model.classes.index(file.parent.name)].log().item())
+        found = model.predict(file)
+        torch.testing.assert_close(found.probabilities, mean[found.labels], atol=1e-5, rtol=1e-4)
+    numbers = evaluate_weights(run, overrides=["eval.crops=10"])
+    assert numbers["val/loss_cls"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def test_training_validates_by_the_test_of_the_config(run, monkeypatch):
+    asked, data = [], run.parent / "data"
+    monkeypatch.setattr("detres.engine.tasks.evaluate_classifier", lambda *_, test, **__: asked.append(test) or
+                        EvalResult({}))
+    config = load_config(None, [*OPTIONS, f"data.train={data}", f"data.val={data}", "eval.crops=10"]).config
+    classification(config, torch.device("cpu"), Interrupt()).validate(torch.nn.Identity())
+    assert asked[0].func is predict_views
 
 
 def test_whole_images_do_not_depend_on_their_batch(run):
