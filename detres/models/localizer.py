@@ -82,24 +82,35 @@ class Localizer(nn.Module):
         """
         features = self.backbone(self.normalize(images))[-1]
         anchors = self.anchors([features.shape[-2:]], tuple(images.pixels.shape[-2:]), features.device)[0]
+        inside = centred_inside(anchors, images.sizes)
         if targets is not None:
             logits, deltas = self.head(features, targets.labels[:, :1])
-            return self.losses(logits[:, 0], deltas[:, 0], anchors, targets)
+            return self.losses(logits[:, 0], deltas[:, 0], anchors, inside, targets)
         logits, deltas = self.head(features, labels)
-        scores, index = logits.float().sigmoid().topk(min(self.topk, logits.shape[2]), dim=2)  # (N, Q, P)
+        scores = torch.where(inside[:, None], logits.float().sigmoid(), -1.0)
+        scores, index = scores.topk(min(self.topk, scores.shape[2]), dim=2)  # (N, Q, P)
         deltas = deltas.float().gather(2, index[..., None].expand(-1, -1, -1, 4))
         boxes = clip(decode(deltas, anchors[index]).flatten(1, 2), images.sizes).view(deltas.shape)
-        return Proposals(boxes, scores, larger_than(boxes, self.min_size))
+        return Proposals(boxes, scores, larger_than(boxes, self.min_size) & (scores >= 0))
 
-    def losses(self, logits: Tensor, deltas: Tensor, anchors: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """logits (N, M), deltas (N, M, 4) of the true class, anchors (M, 4). An image without a box trains nothing."""
+    def losses(self, logits: Tensor, deltas: Tensor, anchors: Tensor, inside: Tensor,
+               targets: Targets) -> dict[str, Tensor]:
+        """logits (N, M), deltas (N, M, 4) of the true class, anchors (M, 4), inside (N, M): which of them train. An
+        image without a box trains nothing."""
         match, gt_index = match_boxes(anchors, targets.boxes, targets.valid, self.fg_iou, self.bg_iou,
                                       allow_low_quality=True)
-        match = torch.where(targets.valid.any(1, keepdim=True), match, -1)
+        match = torch.where(inside & targets.valid.any(1, keepdim=True), match, -1)
         index, match = sample_boxes(match, targets.seeds, self.batch_per_image, self.positive_fraction, salt=0)
         gt_boxes = take(targets.boxes, gt_index.gather(1, index))
         return losses.rpn_losses(logits.gather(1, index), take(deltas, index), anchors[index], gt_boxes, match,
                                  **self.box_loss)
+
+
+def centred_inside(anchors: Tensor, sizes: Tensor) -> Tensor:
+    """Which anchors (M, 4) have their centre in images of `sizes` (N, 2): (N, M). The others look at padding, which
+    crops in training do not have, so what is said of it means nothing."""
+    centre = (anchors[:, :2] + anchors[:, 2:]) / 2
+    return (centre < sizes.flip(1)[:, None]).all(2)
 
 
 def best_boxes(found: Proposals, nms_thresh: float, count: int) -> Proposals:
