@@ -152,11 +152,6 @@ class Sums:
         self.count += count
         self.total += count * torch.stack([mean, variance + mean**2])
 
-    def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and variance (C,) float64 of all that was added."""
-        mean, square = self.total / self.count
-        return mean, (square - mean**2).clamp(min=0)
-
     def install(self, norm: nn.Module) -> None:
         """Makes mean and variance of all that was added the layer's own."""
         mean, square = self.total / self.count

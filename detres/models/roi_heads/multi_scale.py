@@ -18,6 +18,7 @@ from detres.models.roi_heads.standard import Pool, Regions, rows_of
 from detres.ops.roi_align import CANONICAL_SIDE
 from detres.structures import ImageBatch
 
+
 def lower_scale(areas: Tensor, growth: Tensor, canonical_side: float = CANONICAL_SIDE) -> Tensor:
     """The smaller of the two adjacent scales of each region, as int64 (M,) from 0 to max(0, S - 2).
 
