@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,6 +15,7 @@ from statistics import mean, stdev
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from detres.engine.checkpoint import atomic_write
 from detres.evaluation.run import eval_mode
@@ -165,6 +167,9 @@ def _band(ax, runs: list[Series], label: str | None = None, **style) -> None:
 def layer_responses(model: nn.Module, batches: Iterable[Batch], device: torch.device) -> dict[str, float]:
     """Standard deviation of the output of every 3x3 layer of a classifier's backbone, after BN and before the addition
     and ReLU, in the order of the layers (section 4.2, Figure 7). All images, positions and channels of a layer count.
+
+    Norms take the statistics of each batch, as in training: with the running ones, an image that is unlike those of
+    training can grow from block to block to a hundred times the response of others, and would be all that is measured.
     """
     sums: dict[str, Tensor] = {}
     layers = _three_by_three(model)
@@ -178,7 +183,7 @@ def layer_responses(model: nn.Module, batches: Iterable[Batch], device: torch.de
 
     handles = [module.register_forward_hook(note(name)) for name, module in layers.items()]
     try:
-        with eval_mode(model):
+        with eval_mode(model), _batch_statistics(model):
             for batch in batches:
                 model(batch.to(device, non_blocking=True).images)
     finally:
@@ -187,6 +192,20 @@ def layer_responses(model: nn.Module, batches: Iterable[Batch], device: torch.de
     count, total, squares = torch.stack([sums[name] for name in layers]).unbind(1)
     deviation = (squares / count - (total / count) ** 2).clamp(min=0).sqrt()
     return dict(zip(layers, deviation.tolist()))
+
+
+@contextmanager
+def _batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Batch norms without running statistics, which they neither use nor change."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    running = [(norm.running_mean, norm.running_var) for norm in norms]
+    try:
+        for norm in norms:
+            norm.running_mean = norm.running_var = None
+        yield
+    finally:
+        for norm, (mean_of, var_of) in zip(norms, running):
+            norm.running_mean, norm.running_var = mean_of, var_of
 
 
 def _three_by_three(model: nn.Module) -> dict[str, nn.Module]:

@@ -48,7 +48,7 @@ def test_a_folder_without_a_log_is_named(tmp_path):
 
 
 def test_responses_are_standard_deviations_after_bn():
-    """Against the layers called one by one: before the addition, before ReLU."""
+    """Against the layers called one by one, by the statistics of the batch: before the addition, before ReLU."""
     config = ModelConfig.model_validate({"name": "classifier", "backbone": {
         "depth": 8, "stem": "cifar", "shortcut": "A", "width": 8, "weights": None, "norm": "bn", "freeze_stages": 0}})
     model = build_model(config, 4)
@@ -56,18 +56,27 @@ def test_responses_are_standard_deviations_after_bn():
     sizes = torch.tensor([[16, 16]] * 3)
     batches = [Batch(ImageBatch(part, sizes), ClassTargets(torch.zeros(3, dtype=torch.int64)), (), (), sizes)
                for part in pixels.split(3)]
-    found = layer_responses(model, batches, torch.device("cpu"))
-    model.eval()
+    with torch.no_grad():
+        model.backbone.body.bn1.running_var.fill_(1e-4)  # an image unlike those of training would explode
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = layer_responses(model.eval(), batches, torch.device("cpu"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def norm(x, layer):
+        return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True)
+
     body, wanted = model.backbone.body, []
     with torch.no_grad():
-        x = body.bn1(body.conv1(model.normalize(ImageBatch(pixels, torch.tensor([[16, 16]] * 6)))))
-        wanted.append(x.std(correction=0))
-        x = F.relu(x)
-        for stage in (body.layer1, body.layer2, body.layer3):
-            first = stage[0].bn1(stage[0].conv1(x))
-            second = stage[0].bn2(stage[0].conv2(F.relu(first)))
-            wanted += [first.std(correction=0), second.std(correction=0)]
-            x = F.relu(second + (x if stage[0].downsample is None else stage[0].downsample(x)))
+        for batch in batches:
+            outputs = [norm(body.conv1(model.normalize(batch.images)), body.bn1)]
+            x = F.relu(outputs[0])
+            for stage in (body.layer1, body.layer2, body.layer3):
+                first = norm(stage[0].conv1(x), stage[0].bn1)
+                second = norm(stage[0].conv2(F.relu(first)), stage[0].bn2)
+                outputs += [first, second]
+                x = F.relu(second + (x if stage[0].downsample is None else stage[0].downsample(x)))
+            wanted.append(outputs)
+        wanted = [torch.cat(parts).std(correction=0) for parts in zip(*wanted)]
     assert list(found) == ["conv1", *(f"layer{i}.0.conv{k}" for i in (1, 2, 3) for k in (1, 2))]
     assert list(found.values()) == pytest.approx([float(value) for value in wanted], rel=1e-5)
     assert model.training is False
