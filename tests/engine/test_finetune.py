@@ -15,9 +15,15 @@ from .conftest import MODEL
 
 SHAPES = ("disc", "triangle", "cross")
 CLASSIFIER = {"name": "classifier", "backbone": {**MODEL["backbone"], "stem": "cifar", "depth": 8, "shortcut": "A"}}
+LOCALIZER = {"name": "localizer", "backbone": {**MODEL["backbone"], "layout": "c5"}, "anchors": {"sizes": [[32]]}}
+REGIONS = {**CLASSIFIER, "name": "region_classifier", "input": {"crop": 64}}
+OF_CLASSES = {"classifier": {"fc"}, "localizer": {"head.cls", "head.box"}, "region_classifier": {"cls", "box"},
+              "mask_rcnn": {f"roi_heads.{name}" for name in ("box_predictor.cls", "box_predictor.box",
+                                                             "mask_head.predict")}}
 
 
-@pytest.fixture(params=[{"name": "mask_rcnn", **MODEL}, CLASSIFIER], ids=lambda model: model["name"])
+@pytest.fixture(params=[{"name": "mask_rcnn", **MODEL}, CLASSIFIER, LOCALIZER, REGIONS],
+                ids=lambda model: model["name"])
 def model_config(request):
     return ModelConfig.model_validate(request.param)
 
@@ -33,14 +39,14 @@ def changed(state, before) -> set[str]:
             if tensor.shape != before[name].shape or not torch.equal(tensor, before[name])}
 
 
-def test_layers_of_other_classes_begin_anew(model_config, tmp_path):
+@pytest.mark.parametrize("classes", ["xy", "xyz"])
+def test_layers_of_other_classes_begin_anew(model_config, tmp_path, classes):
     before = saved(model_config, "abc", tmp_path / "w.safetensors")
-    model = build_model(model_config, 2)
+    model = build_model(model_config, len(classes))
     own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    load_start(model, str(tmp_path / "w.safetensors"), "xy")
+    load_start(model, str(tmp_path / "w.safetensors"), classes)
     new = changed(model.state_dict(), before)
-    heads = {"roi_heads.box_predictor.cls", "roi_heads.box_predictor.box", "roi_heads.mask_head.predict"}
-    assert {name.rsplit(".", 1)[0] for name in new} == ({"fc"} if model_config.name == "classifier" else heads)
+    assert {name.rsplit(".", 1)[0] for name in new} == OF_CLASSES[model_config.name]
     assert all(torch.equal(model.state_dict()[name], own[name]) for name in new)
 
 
@@ -54,7 +60,7 @@ def test_layers_of_the_same_classes_go_on(model_config, tmp_path):
 def test_another_network_is_named(tmp_path):
     saved(ModelConfig.model_validate(CLASSIFIER), "abc", tmp_path / "w.safetensors")
     wider = ModelConfig.model_validate({**CLASSIFIER, "backbone": {**CLASSIFIER["backbone"], "width": 16}})
-    with pytest.raises(ValueError, match=r"same kind.*w.safetensors.*body.conv1.weight: \(8, 3, 3, 3\) instead of \(16, 3"):
+    with pytest.raises(ValueError, match=r"same kind.*w.safetensors.*conv1.weight: \(8, 3, 3, 3\) instead of \(16, 3"):
         load_start(build_model(wider, 3), str(tmp_path / "w.safetensors"), "abc")
 
 

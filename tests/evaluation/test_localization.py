@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,12 @@ from detres.cli import main
 from detres.config import Config
 from detres.data.dataset import Annotation, Dataset, ImageRecord, load_dataset
 from detres.engine.interrupt import Interrupt
+from detres.engine.tasks import localization
 from detres.engine.train import train
-from detres.evaluation.localization import LocTruths, Pictures, evaluate_localizer, first_boxes, guess_classes
+from detres.evaluation.base import EvalResult
+from detres.evaluation.localization import (LocTruths, Pictures, evaluate_localizer, first_boxes, guess_classes,
+                                            localize_weights)
+from detres.models.localizer import Localizer
 from detres.structures import Batch, ImageBatch, Proposals
 
 
@@ -120,6 +125,42 @@ def test_command_line(configs, tmp_path, capsys, monkeypatch):
     assert metrics["loc/cls_top5_error"] == 0 and metrics["loc/top5_error"] == metrics["loc/gt_class_error"]
     assert "30 images, 30 with boxes that count, crops dense" in capsys.readouterr().out
     assert len(list((tmp_path / "pictures").glob("*.jpg"))) == 20
+
+
+def test_training_reports_what_the_command_measures(configs):
+    runs = {name: Path(config.output) for name, config in configs.items()}
+    told = {name: json.loads((run / "results.json").read_text()) for name, run in runs.items()}
+    for regions in ([], [runs["region_classifier"]]):
+        (error,) = localize_weights([runs["localizer"]], regions=regions, device="cpu").values()
+        assert error == told["region_classifier" if regions else "localizer"]["loc/gt_class_error"]
+
+
+def test_a_region_classifier_is_validated_on_its_localizers_boxes(configs, monkeypatch):
+    asked, model = [], torch.nn.Identity()
+    monkeypatch.setattr("detres.engine.tasks.evaluate_localizer", lambda locate, *_, **__: asked.append(locate) or
+                        EvalResult({}))
+    localization(configs["region_classifier"], torch.device("cpu"), Interrupt()).validate(model)
+    (locate,) = asked
+    assert isinstance(locate.args[0], Localizer) and locate.keywords["regions"] is model
+    assert locate.keywords["crop"] == 64, "the localizer's; the regions' is 32"
+
+
+def test_images_without_a_box_do_not_train(tmp_path, located_shapes):
+    """A quarter of the rows are boxes a pixel wide, which `on_invalid: drop` leaves out."""
+    lines = (located_shapes / "boxes.csv").read_text().splitlines()
+    rows = [line.rsplit(",", 2)[0] + f",{line.split(',')[4]},{line.split(',')[-1]}" if i % 4 == 1 else line
+            for i, line in enumerate(lines)]
+    (tmp_path / "boxes.csv").write_text("\n".join(rows))
+    (tmp_path / "classes.txt").write_text((located_shapes / "classes.txt").read_text())
+    (tmp_path / "images").symlink_to(located_shapes / "images")
+    config = Config.model_validate({
+        "model": {"name": "localizer", "backbone": {"layout": "c5"}, "anchors": {"sizes": [[32]]},
+                  "input": {"min_size": 64, "max_size": 64}},
+        "data": {"train": str(tmp_path), "workers": 0, "on_invalid": "drop"}, "train": {"batch_size": 60}})
+    task = localization(config, torch.device("cpu"), Interrupt())
+    batches = list(itertools.islice(task.loader(0), 3))
+    assert all(batch.targets.valid.any(1).all() for batch in batches)
+    assert len({name for batch in batches for name in batch.image_ids}) == 180
 
 
 def test_guesses_are_what_the_classifier_predicts(configs):
