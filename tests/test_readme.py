@@ -86,4 +86,4 @@ def test_degradation_table_is_the_one_printed():
     rows = re.findall(r"^\| ((?:plain|resnet)\d+) \| (.+) \| (.+) \|$", README, re.M)
     assert len(rows) == 4
     for network, training, test in rows:
-        assert f"| {network} | 2 | {training} | {test} |" in printed
+        assert f"| {network} | 3 | {training} | {test} |" in printed
