@@ -87,3 +87,16 @@ def test_degradation_table_is_the_one_printed():
     assert len(rows) == 4
     for network, training, test in rows:
         assert f"| {network} | 3 | {training} | {test} |" in printed
+
+
+def test_table_of_switches_is_the_one_printed():
+    printed = (ROOT / "results" / "appendix_b_switches.md").read_text()
+    parts = {name: re.findall(r"^\| (.+?) \| (.+?) \| .+? \| (.*?) \| .+ \|$", part, re.M) for name, part in
+             re.findall(r"^(\w+): short side.+?\n(.+?)(?=^\w+: short|^What)", printed, re.M | re.S)}
+    table = README.split("| AP | shapes | bccd | voc_mini |")[1].split("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert len(rows) == 9
+    for name, *cells, _ in rows:
+        for data, cell in zip(("shapes", "bccd", "voc_mini"), cells):
+            (wanted,) = [gain or ap for what, ap, gain in parts[data] if what == name]
+            assert cell.lstrip("+") == wanted, (name, data)
