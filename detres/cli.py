@@ -172,7 +172,8 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
                         help="further weights; fields of the config that they carry, such as "
                              "model.box_head.score_thresh=0.1")
-    parser.add_argument("--data", metavar="PATH", help="COCO, VOC, YOLO or ILSVRC data set; recognised from the path")
+    parser.add_argument("--data", metavar="PATH", help="COCO, VOC, YOLO or ILSVRC data set; for classifiers class folders "
+                                                       "or CIFAR; recognised from the path")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set, such as test")
     parser.add_argument("--save", type=Path, metavar="FILE|DIR",
                         help="write the detections: FILE.json as COCO results; DIR, of VOC data, as the text files "
@@ -377,7 +378,7 @@ def _paper(args: argparse.Namespace) -> None:
         paper.run(args.items[1], overrides=args.items[2:], **options)
         return
     if options or len(args.items) > (0 if args.markdown else 1):
-        args.parser.error("options and key=value must go with run, --markdown alone")
+        args.parser.error("options and key=value go behind run ROW; --markdown goes alone")
     print(paper.markdown() if args.markdown else paper.listing(*args.items))
 
 

@@ -202,11 +202,11 @@ def run(name: str, *, data: str | None = None, out: str = RUNS, overrides: Seque
     part, row = find(load_paper(), name)
     if row is None and not part.run:
         ids = ", ".join(row.id for row in part.rows if row.id)
-        raise ValueError(f"run must name a row, got '{name}', which has several. Take one of {ids}.")
+        raise ValueError(f"run must name a row, got '{name}', a table. Take one of {ids}.")
     chosen = {key: value for key, value in (("seeds", seeds), ("networks", networks)) if value}
     if chosen and (row is not None or part.run not in CIFAR_FIGURES):
-        raise ValueError(f"{' and '.join(chosen)} must go with {', '.join(CIFAR_FIGURES)}, got {name}. Of a row, set "
-                         "train.seed=1.")
+        hint = " Of a row, set train.seed=1." if row is not None and seeds else ""
+        raise ValueError(f"{' and '.join(chosen)} must go with {', '.join(CIFAR_FIGURES)}, got {name}.{hint}")
     if row is None:
         print(ANALYSES[part.run](data, Path(out), overrides, **chosen))
         return
@@ -215,7 +215,8 @@ def run(name: str, *, data: str | None = None, out: str = RUNS, overrides: Seque
     for words in commands:
         print(f"$ {shlex.join(words)}", flush=True)
         _call(words[1:])
-    print(f"{row.id}\n  published  {part.reference(row)}\n  here       {_measured(part, row, commands, out)}")
+    changed = f"\n  changed    {shlex.join(overrides)}: not what was published" if overrides else ""
+    print(f"{row.id}\n  published  {part.reference(row)}\n  here       {_measured(part, row, commands, out)}{changed}")
 
 
 def _adapted(words: Sequence[str], row: Row, data: str | None, out: str, overrides: Sequence[str],
@@ -332,10 +333,14 @@ def cifar_curves(figure: str, data: str | None, out: Path, overrides: Sequence[s
 
 
 def imagenet_curves(data: str | None, out: Path, overrides: Sequence[str]) -> str:
-    """Figure 4, from the logs of Table 2's runs."""
+    """Figure 4, from the logs of Table 2's runs. It trains nothing itself."""
     from detres.paper_figures import Network, error_table, plot_errors
 
     networks = [Network(name, (out / "table2" / name,)) for name in ("plain18", "plain34", "resnet18", "resnet34")]
+    for network in networks:
+        if not (network.runs[0] / "log.jsonl").is_file():
+            raise FileNotFoundError(f"runs of table2 must be there for figure4, got no {network.runs[0]}. Make them "
+                                    f"first: detres paper run table2/{network.name}")
     picture = out / "figure4" / "figure4.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     plot_errors(networks, picture)

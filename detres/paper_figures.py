@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detres.engine.bn_stats import normalising_by_batch
 from detres.engine.checkpoint import atomic_write
 from detres.evaluation.run import eval_mode
 from detres.structures import Batch
@@ -28,7 +28,7 @@ COLORS = ("#e6a000", "#c2185b", "#2e7d32", "#1565c0", "#6a1b9a")
 def run_figures(data: str, runs: Path, out: Path, networks: Sequence[str], seeds: int = 1,
                 overrides: Sequence[str] = ()) -> str:
     """Train each network ("plain20", "resnet56" ...) with seeds 0, 1 ... by its config, with `overrides`, then write
-    under `out`: figure6.png, figure7.png, table.md. Returns the table.
+    under `out`: figure6.png, figure7.png, table.md. Returns the table, and where they are.
 
     data: see `data.cifar`; images of `train45k` train, test images test. runs: the trainings go where the rows of these
     networks have theirs, `runs`/table6/resnet56, further seeds beside them (resnet56_1): what is finished is kept, what
@@ -44,7 +44,7 @@ def run_figures(data: str, runs: Path, out: Path, networks: Sequence[str], seeds
     plot_errors(found, out / "figure6.png")
     plot_responses({network.name: list(responses_of(network.runs[0]).values()) for network in found},
                    out / "figure7.png")
-    return table
+    return f"{table}\n\nThe table is {out}/table.md, errors are figure6.png, responses of layers figure7.png beside it."
 
 
 def _config(network: str) -> Path:
@@ -158,7 +158,8 @@ def _band(ax, runs: list[Series], label: str | None = None, **style) -> None:
     columns = list(zip(*runs))
     steps = [points[0][0] for points in columns]
     values = [[value for _, value in points] for points in columns]
-    ax.plot(steps, [mean(each) for each in values], label=label, **style)
+    marker = "o" if len(steps) == 1 else None
+    ax.plot(steps, [mean(each) for each in values], label=label, marker=marker, **style)
     ax.fill_between(steps, [min(each) for each in values], [max(each) for each in values], color=style["color"],
                     alpha=0.15, linewidth=0)
 
@@ -182,8 +183,9 @@ def layer_responses(model: nn.Module, batches: Iterable[Batch], device: torch.de
         return hook
 
     handles = [module.register_forward_hook(note(name)) for name, module in layers.items()]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     try:
-        with eval_mode(model), _batch_statistics(model):
+        with eval_mode(model), normalising_by_batch(norms):
             for batch in batches:
                 model(batch.to(device, non_blocking=True).images)
     finally:
@@ -192,20 +194,6 @@ def layer_responses(model: nn.Module, batches: Iterable[Batch], device: torch.de
     count, total, squares = torch.stack([sums[name] for name in layers]).unbind(1)
     deviation = (squares / count - (total / count) ** 2).clamp(min=0).sqrt()
     return dict(zip(layers, deviation.tolist()))
-
-
-@contextmanager
-def _batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch norms without running statistics, which they neither use nor change."""
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-    running = [(norm.running_mean, norm.running_var) for norm in norms]
-    try:
-        for norm in norms:
-            norm.running_mean = norm.running_var = None
-        yield
-    finally:
-        for norm, (mean_of, var_of) in zip(norms, running):
-            norm.running_mean, norm.running_var = mean_of, var_of
 
 
 def _three_by_three(model: nn.Module) -> dict[str, nn.Module]:

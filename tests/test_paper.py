@@ -191,7 +191,9 @@ def test_lists_all_one_table_one_row(capsys):
 @pytest.mark.parametrize("argv, expected", [
     (["tabel6"], "Did you mean table6?"), (["run", "table6"], "Take one of table6/resnet20"),
     (["run"], "followed by a row"),
-    (["table6", "train.steps=1"], "must go with run"), (["--data", "x"], "must go with run"),
+    (["table6", "train.steps=1"], "go behind run ROW"), (["--data", "x"], "go behind run ROW"),
+    (["run", "figure4", "--out", "/nowhere"], "no /nowhere/table2/plain18. Make them first: detres paper run table2/"),
+    (["run", "table6/resnet20", "--networks", "x"], "networks must go with figure1, figure6, figure7, got table6/resnet20.\n"),
     (["run", "table4/resnet50", "--out", "/nowhere"],
      "/nowhere/table3/resnet50/checkpoints/final.safetensors. Make them first: detres paper run table3/resnet50"),
     (["run", "table6/resnet20", "--seeds", "1"], "seeds must go with figure1, figure6, figure7, got table6/resnet20"),
@@ -270,7 +272,8 @@ def test_a_row_runs_small_and_goes_on(tmp_path, capsys):
         assert cli.main(["paper", "run", "table6/resnet20", *places, *small]) == 0
         text = capsys.readouterr().out
         assert "published  test error 8.75 %: Table 6" in text
-        assert re.search(r"here       test error \d+\.00 % \(.*/runs/table6/resnet20.json\)", text)
+        assert re.search(r"here       test error \d+\.00 % \(.*/runs/table6/resnet20.json\)\n  changed    train.steps=2 ",
+                         text)
     assert (tmp_path / "runs/table6/resnet20/results.json").is_file()
 
 

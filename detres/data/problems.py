@@ -103,7 +103,8 @@ class Problems:
         if self.found and on_invalid == "error":
             raise InvalidDataError(self.name, self.found)
         if self.found:
-            log.warning("%s: left out what %d problems concern: %s", self.name, len(self.found), _counts(self.found))
+            log.warning("%s: left out what is invalid (%d found): %s", self.name, len(self.found),
+                        _counts(self.found))
 
 
 def numbers(values: Any, count: int) -> list[float] | None:

@@ -45,8 +45,11 @@ def write_statistics(path: str | Path, out: str | Path, *, data: str | None = No
 
     Images are resized and cropped as for evaluation: each counts once, and nothing is left to chance. Of a detector
     the backbone is measured, with the padding of a batch to a common canvas, as in training.
-    Raises ValueError for a model without batch norms or with some outside its backbone.
+    Raises ValueError for a model without batch norms or with some outside its backbone, or another suffix of `out` than
+    .safetensors.
     """
+    if Path(out).suffix != ".safetensors":
+        raise ValueError(f"out must be a .safetensors file, got {out}.")
     model, meta, config = load_model(path, device)
     source = config.data.train if data is None else SourceConfig(path=data)
     if source is None:
@@ -80,7 +83,7 @@ def measure(model: nn.Module, batches: Iterable[Batch], images: int, sequential:
     for number, group in enumerate(groups, 1):
         sums = [Sums(norm.num_features, device) for norm in group]
         what = f"layer {number}/{len(groups)}" if sequential else "measure"
-        with eval_mode(model), nullcontext() if sequential else _normalising_by_batch(norms), _adding(group, sums):
+        with eval_mode(model), nullcontext() if sequential else normalising_by_batch(norms), _adding(group, sums):
             for batch in track(batches, images, what, lambda batch: len(batch.images.pixels)):
                 with suppress(_Added):
                     model.features(batch.images.to(device, non_blocking=True))
@@ -129,7 +132,8 @@ def _adding(norms: Sequence[nn.Module], sums: Sequence[Sums]) -> Iterator[None]:
 
 
 @contextmanager
-def _normalising_by_batch(norms: Sequence[nn.Module]) -> Iterator[None]:
+def normalising_by_batch(norms: Sequence[nn.Module]) -> Iterator[None]:
+    """Batch norms in an evaluation take the statistics of each batch, and leave the running ones as they are."""
     for norm in norms:
         norm.training, norm.track_running_stats = True, False
     try:

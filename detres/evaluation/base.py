@@ -54,7 +54,8 @@ def _grouped(metrics: dict[str, float]) -> dict[str, dict[str, float]]:
 
 
 def _table(title: str, rows: dict[str, dict[str, float]]) -> str:
-    columns = {name: max(6, len(name) + 1) for numbers in rows.values() for name in numbers}
+    columns = {name: 1 + max(5, len(name), *(len(_number(numbers.get(name, -1))) for numbers in rows.values()))
+               for row in rows.values() for name in row}
     first = max(map(len, [title, *rows]))
     lines = [title.ljust(first) + "".join(name.rjust(width) for name, width in columns.items())]
     lines.append("-" * len(lines[0]))

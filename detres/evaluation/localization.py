@@ -128,13 +128,20 @@ def load_proposer(config: Config, classes: Sequence[str], device: torch.device) 
 def check_fits(config: Config, classes: Sequence[str], name: str, model_input: InputConfig,
                other_classes: Sequence[str], path: str | Path | Sequence[Path]) -> None:
     """Raises ValueError if weights are no `name`, or not of the classes and the image size of those they work with."""
-    pairs = [("model.name", config.model.name, name), ("classes", tuple(classes), tuple(other_classes))]
+    shown = path if isinstance(path, (str, Path)) else ", ".join(map(str, path))
+    if config.model.name != name:
+        raise ValueError(f"weights must be of a {name}, got a {config.model.name} ({shown}).")
+    if tuple(classes) != tuple(other_classes):
+        differing = next((pair for pair in zip(classes, other_classes) if pair[0] != pair[1]), None)
+        example = f", of which '{differing[0]}' stands for '{differing[1]}'" if differing else ""
+        raise ValueError(f"weights must have the {len(other_classes)} classes of those they work with, in their order, "
+                         f"got {len(classes)}{example} ({shown}).")
     if name != "classifier":  # which sees the images in its own way
-        pairs += [(f"model.input.{field}", getattr(config.model.input, field), getattr(model_input, field))
-                  for field in ("min_size", "max_size")]
-    for field, value, wanted in pairs:
-        if value != wanted:
-            raise ValueError(f"weights must have {field} {wanted} to work with the others, got {value} ({path}).")
+        for field in ("min_size", "max_size"):
+            value, wanted = getattr(config.model.input, field), getattr(model_input, field)
+            if value != wanted:
+                raise ValueError(f"weights must have model.input.{field} {wanted} to work with the others, got {value} "
+                                 f"({shown}).")
 
 
 # From weights

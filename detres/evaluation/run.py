@@ -124,6 +124,9 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
         if numbers is not None:
             save_numbers(result.metrics, numbers)
         return result.metrics
+    if config.eval.crops != 1:
+        raise ValueError(f"eval.crops must be 1 but for classifiers and localizers, got {config.eval.crops} for a "
+                         f"{config.model.name}. Several sizes are eval.test_scales.")
     dataset = load_dataset(source, "val", config.data.on_invalid)
     dataset = align_classes(dataset, meta.classes, meta.category_ids)
     if save is not None and Path(save).suffix != ".json" and dataset.format != "voc":

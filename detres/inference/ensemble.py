@@ -35,9 +35,9 @@ def build_ensemble(models: Sequence[nn.Module], metas: Sequence[WeightsMeta], co
         for name in {**members[0], **member}:
             first, other = members[0].get(name, "none"), member.get(name, "none")
             if first != other:
+                is_size = name.startswith("model.input.")
                 raise ValueError(f"models of an ensemble must have the same {name}, got {first} ({paths[0]}) and "
-                                 f"{other} ({path}). Leave one out, or, if it is a size, set it for all: "
-                                 f"{name}={first}.")
+                                 f"{other} ({path}). Leave one out{f', or set it for all: {name}={first}' * is_size}.")
     return models[0] if len(models) == 1 else ENSEMBLES[configs[0].model.name](models)
 
 

@@ -56,5 +56,5 @@ def test_drop_says_how_many_of_what(coco, caplog):
     with caplog.at_level(logging.WARNING, "detres"):
         dataset = coco.load("drop")
     assert [[item.id for item in record.annotations] for record in dataset.records] == [[], [3]]
-    assert "2 problems" in caplog.text and "1 x bbox must have a width" in caplog.text
+    assert "(2 found)" in caplog.text and "1 x bbox must have a width" in caplog.text
     assert "1 x category_id must be the id of a category" in caplog.text

@@ -100,7 +100,7 @@ def test_all_problems_are_told_at_once(tmp_path, files, caplog):
     with caplog.at_level(logging.WARNING, "detres"):
         dataset = load(tmp_path, on_invalid="drop")
     assert [(record.id, len(record.annotations)) for record in dataset.records] == [("a", 1)]
-    assert "10 problems" in caplog.text
+    assert "(10 found)" in caplog.text
 
 
 @pytest.mark.data
@@ -121,4 +121,4 @@ def test_bccd_has_two_boxes_of_no_size(shared_data, caplog):
         assert dataset.classes == ("Platelets", "RBC", "WBC")
     test = load(shared_data / "bccd", "test")
     assert (len(test.records), sum(len(record.annotations) for record in test.records)) == (72, 945)
-    assert caplog.text.count("left out what 1 problems concern") == 2
+    assert caplog.text.count("left out what is invalid (1 found)") == 2

@@ -15,7 +15,7 @@ from detres.build import build_model
 from detres.cli import main
 from detres.config import Config, ModelConfig
 from detres.data.loader import pad_images
-from detres.engine.bn_stats import measure
+from detres.engine.bn_stats import measure, write_statistics
 from detres.engine.checkpoint import WeightsMeta, load_weights, save_weights
 from detres.structures import Batch, ImageBatch
 from detres.weights.torchvision import load_backbone
@@ -159,3 +159,5 @@ def test_what_cannot_be_measured(tmp_path):
         measure(build_model(config(norm="frozen_bn"), 3), images, 1)
     with pytest.raises(ValueError, match=r"got 5 elsewhere, such as roi_heads\.box_head"):
         measure(build_model(config("faster_rcnn", layout="c4"), 3), images, 1)
+    with pytest.raises(ValueError, match="must be a .safetensors file, got statistics.pth"):
+        write_statistics(tmp_path, "statistics.pth")

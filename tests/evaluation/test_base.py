@@ -54,6 +54,8 @@ def test_the_table_has_a_column_for_every_name():
     assert [line.split() for line in table.table().splitlines()[::2]] == [
         ["panoptic", "PQ", "PQ_th", "SQ"], ["all", "0.500", "0.250", "n/a"]]
     assert table.table().splitlines()[-1].split() == ["cat", "1.000", "n/a", "0.750"]
+    large = EvalResult({"val/loss": 14.706, "val/loss_cls": 1234.5678}).table()
+    assert large.splitlines()[-1].split() == ["all", "14.706", "1234.568"]
 
 
 def test_a_batch_has_an_image_once(make_dataset, make_batch):

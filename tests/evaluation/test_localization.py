@@ -208,9 +208,9 @@ def _raise() -> None:
 
 
 @pytest.mark.parametrize("command, told", [
-    (["localize", "{classifier}"], "must have model.name localizer"),
-    (["localize", "{localizer}", "--regions", "{localizer}"], "must have model.name region_classifier"),
-    (["localize", "{localizer}", "--classifier", "{localizer}"], "must have model.name classifier"),
+    (["localize", "{classifier}"], "must be of a localizer, got a classifier"),
+    (["localize", "{localizer}", "--regions", "{localizer}"], "must be of a region_classifier, got a localizer"),
+    (["localize", "{localizer}", "--classifier", "{localizer}"], "must be of a classifier, got a localizer"),
     (["eval", "{localizer}"], "got a localizer"),
     (["predict", "{region_classifier}", "{data}"], "got a region_classifier")])
 def test_weights_of_another_kind_are_refused(configs, located_shapes, capsys, command, told):

@@ -237,6 +237,8 @@ def test_files_for_vocs_server(weights, tmp_path, capsys):
     assert corners[:, :2].min() >= 1 and corners[:, 2:].max() <= 64
     with pytest.raises(ValueError, match="save must be a .json file, .* got .*Main. Say .*Main.json"):
         evaluate_weights(weights, save=out, device="cpu")
+    with pytest.raises(ValueError, match="eval.crops must be 1 but for classifiers and localizers, got 10"):
+        evaluate_weights(weights, device="cpu", overrides=["eval.crops=10"])
 
 
 def test_weights_without_data_must_be_told_one(weights, tmp_path):
