@@ -64,7 +64,7 @@ class Part:
     columns: dict[str, str] | None = None
     classes: tuple[str, ...] = ()
     published: str = ""  # of a part without rows, or whose result is a picture
-    here: str = ""
+    here: str = ""  # what was measured of it, other than its rows
     run: str = ""  # key of ANALYSES
 
     @property
@@ -143,7 +143,9 @@ def listing(name: str | None = None) -> str:
 def _table(part: Part) -> str:
     lines = [f"{part.heading}. {part.title} ({part.protocol})"]
     if part.published:
-        lines += [f"  published: {part.published}", f"  here: {part.here or 'not run here'}"]
+        lines.append(f"  published: {part.published}")
+    if part.published or part.here:
+        lines.append(f"  here: {part.here or 'not run here'}")
     if part.run:
         lines.append(f"  detres paper run {part.name}")
     cells = [(row.id, " / ".join(row.published), row.here or ("not run here" if row.id else ""), _what(row))
@@ -173,6 +175,8 @@ def _markdown(part: Part) -> Iterator[str]:
     yield f"### {part.heading}. {part.title}\n\n{part.protocol[0].upper()}{part.protocol[1:]}."
     if part.published:
         yield f"\nPublished: {part.published}. Here: {part.here or 'not run here'}."
+    elif part.here:
+        yield f"\nHere: {part.here}."
     if part.run:
         yield f"\n`detres paper run {part.name}`"
     if part.rows:
