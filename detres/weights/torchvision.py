@@ -71,8 +71,9 @@ def imagenet_file(config: BackboneConfig) -> str:
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """A plain state dict from .safetensors, or from a torch file without executing pickled code."""
     if not path.is_file():
+        run = f", or train the run {path.parents[1]} first" if path.parent.name == "checkpoints" else ""
         raise FileNotFoundError(f"weights file must exist, got '{path}' (model.backbone.weights). "
-                                "Give a path, 'imagenet', or null.")
+                                f"Give a path, 'imagenet', or null{run}.")
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
         return load_file(path)

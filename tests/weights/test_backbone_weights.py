@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torchvision
@@ -9,7 +11,7 @@ import torchvision
 from detres.build import build_model
 from detres.config import BackboneConfig, ModelConfig
 from detres.engine.checkpoint import WeightsMeta, save_weights
-from detres.weights.torchvision import imagenet_file, load_backbone
+from detres.weights.torchvision import imagenet_file, load_backbone, read_state_dict
 
 NETWORKS = {
     "resnet18": {"depth": 18}, "resnet34": {"depth": 34}, "resnet50": {"depth": 50}, "resnet101": {"depth": 101},
@@ -105,3 +107,10 @@ def test_offsets_in_the_file_need_a_deformable_network(tmp_path):
     plain = config(width=8, weights=str(path))
     with pytest.raises(ValueError, match="6 unexpected: layer4.0.conv2.offset.weight"):
         load_backbone(build_model(plain, 3), plain)
+
+
+@pytest.mark.parametrize("path, hint", [("r50.pth", "or null\\.$"),
+                                        ("runs/r50/checkpoints/best.safetensors", "or train the run runs/r50 first")])
+def test_missing_weights_of_a_run_ask_for_it(path, hint):
+    with pytest.raises(FileNotFoundError, match=hint):
+        read_state_dict(Path(path))
