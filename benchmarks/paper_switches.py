@@ -97,7 +97,7 @@ ROWS = (Row("baseline"),
 def settings(name: str, args: argparse.Namespace, context: bool, seed: int) -> Config:
     data, side = DATA[name], DATA[name].short_side
     root = args.out if name == "shapes" else args.data_root
-    start = json.dumps(str(pretrained(args))) if data.is_pretrained else "null"
+    start = json.dumps(str(classifier(args))) if data.is_pretrained else "null"
     output = args.out / name / f"{'context' if context else 'plain'}_{seed}"
     return load_config(ROOT / "configs" / "_base" / "scratch_r18.yaml", [
         "model.name=faster_rcnn", f"model.input={{min_size: {side}, max_size: {2 * side}}}",
@@ -112,18 +112,19 @@ def settings(name: str, args: argparse.Namespace, context: bool, seed: int) -> C
         f"output={json.dumps(str(output))}"]).config
 
 
-def pretrained(args: argparse.Namespace) -> Path:
-    """A classifier of the objects of CIFAR-10, enlarged to 64 pixels."""
-    output, data = args.out / "cifar10", json.dumps(str(args.data_root / "cifar10_jpeg"))
-    path = output / "checkpoints" / "final.safetensors"
-    if not path.is_file():
-        train(load_config(ROOT / "configs" / "paper" / "_base" / "cifar.yaml", [
-            "model.input={min_size: 64, max_size: 64, crop: 64}", "model.backbone.stem=imagenet",
-            "model.backbone.depth=18", "model.backbone.shortcut=B", f"data.train.path={data}", f"data.val.path={data}",
-            "data.classification.pad=8", "train.steps=2800", "train.milestones=[1600,2400]", "train.eval_every=700",
-            f"train.precision={args.precision}", f"device={args.device}", f"output={json.dumps(str(output))}"]).config,
-            resume=True)
-    return path
+def classifier(args: argparse.Namespace) -> Path:
+    """Where the weights are that `train_classifier` makes."""
+    return args.out / "cifar10" / "checkpoints" / "final.safetensors"
+
+
+def train_classifier(args: argparse.Namespace) -> None:
+    """Of the objects of CIFAR-10, enlarged to 64 pixels."""
+    data = json.dumps(str(args.data_root / "cifar10_jpeg"))
+    train(load_config(ROOT / "configs" / "paper" / "_base" / "cifar.yaml", [
+        "model.input={min_size: 64, max_size: 64, crop: 64}", "model.backbone.stem=imagenet", "model.backbone.depth=18",
+        "model.backbone.shortcut=B", f"data.train.path={data}", f"data.val.path={data}", "data.classification.pad=8",
+        "train.steps=2800", "train.milestones=[1600,2400]", "train.eval_every=700", f"train.precision={args.precision}",
+        f"device={args.device}", f"output={json.dumps(str(args.out / 'cifar10'))}"]).config, resume=True)
 
 
 def weights(name: str, args: argparse.Namespace, context: bool, seed: int) -> Path:
@@ -131,6 +132,8 @@ def weights(name: str, args: argparse.Namespace, context: bool, seed: int) -> Pa
     config = settings(name, args, context, seed)
     path = Path(config.output) / "checkpoints" / "final.safetensors"
     if not path.is_file():
+        if DATA[name].is_pretrained and not classifier(args).is_file():
+            train_classifier(args)
         train(config, resume=True)
     return path
 

@@ -16,9 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detres.config_file import load_config, shipped_configs
+from detres.data.class_dataset import align_labels, load_class_dataset
+from detres.data.class_loader import build_class_loader
 from detres.engine.bn_stats import normalising_by_batch
 from detres.engine.checkpoint import atomic_write
+from detres.engine.run_folder import open_run
+from detres.engine.train import train
 from detres.evaluation.run import eval_mode
+from detres.inference.predictor import load_model
 from detres.structures import Batch
 
 Series = list[tuple[float, float]]  # step, value
@@ -49,8 +55,6 @@ def run_figures(data: str, runs: Path, out: Path, networks: Sequence[str], seeds
 
 def _config(network: str) -> Path:
     """Plain networks are rows of figure 6, residual ones of table 6."""
-    from detres.config_file import shipped_configs
-
     folder = shipped_configs() / "paper"
     known = {file.stem: file for part in ("figure6", "table6") for file in sorted(folder.glob(f"{part}/*.yaml"))}
     if network not in known:
@@ -60,10 +64,6 @@ def _config(network: str) -> Path:
 
 def _trained(data: str, runs: Path, network: str, seed: int, overrides: Sequence[str]) -> Path:
     """The folder of a finished run."""
-    from detres.config_file import load_config
-    from detres.engine.run_folder import open_run
-    from detres.engine.train import train
-
     file = _config(network)
     run = runs / file.parent.name / (network if seed == 0 else f"{network}_{seed}")
     sources = [f"data.{role}={{path: {json.dumps(data)}, split: {split}}}"
@@ -201,7 +201,7 @@ def _three_by_three(model: nn.Module) -> dict[str, nn.Module]:
     modules = dict(model.backbone.body.named_modules())
     norms = {name: modules[re.sub(r"conv(\d)$", r"bn\1", name)] for name, module in modules.items()
              if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)}
-    if not any(isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) for norm in norms.values()):
+    if not any(isinstance(norm, _BatchNorm) for norm in norms.values()):
         raise ValueError("model must have batch norm behind its 3x3 convolutions to measure responses, got "
                          f"{', '.join(sorted({type(norm).__name__ for norm in norms.values()})) or 'none'}.")
     return norms
@@ -236,10 +236,6 @@ def plot_responses(responses: dict[str, list[float]], path: Path) -> None:
 
 def responses_of(run: Path, images: int = 1000) -> dict[str, float]:
     """`layer_responses` of the last weights of a run to the first test images."""
-    from detres.data.class_dataset import align_labels, load_class_dataset
-    from detres.data.class_loader import build_class_loader
-    from detres.inference.predictor import load_model
-
     model, meta, config = load_model(run / "checkpoints" / "final.safetensors")
     device = next(model.parameters()).device
     val = align_labels(load_class_dataset(config.data.val, "val"), meta.classes)

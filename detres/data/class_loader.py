@@ -36,8 +36,8 @@ def build_class_loader(dataset: ClassDataset, config: Config, device: torch.devi
     if dataset.pixels is not None:
         _check_in_memory(config, dataset)
         return MemoryLoader(dataset, device, batch_size=batch_size, training=training, size=model_input.min_size,
-                            pad=options.pad, fill=mean_colour(model_input), flip=options.flip, seed=seed, start_step=start_step,
-                            **ranks)
+                            pad=options.pad, fill=mean_colour(model_input), flip=options.flip, seed=seed,
+                            start_step=start_step, **ranks)
     numbers = range(rank, len(dataset), world_size)
     if training:
         views = build_train_view(options, model_input)

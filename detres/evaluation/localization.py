@@ -132,10 +132,9 @@ def check_fits(config: Config, classes: Sequence[str], name: str, model_input: I
     if config.model.name != name:
         raise ValueError(f"weights must be of a {name}, got a {config.model.name} ({shown}).")
     if tuple(classes) != tuple(other_classes):
-        differing = next((pair for pair in zip(classes, other_classes) if pair[0] != pair[1]), None)
-        example = f", of which '{differing[0]}' stands for '{differing[1]}'" if differing else ""
+        examples = [f", '{own}' in the place of '{other}'" for own, other in zip(classes, other_classes) if own != other]
         raise ValueError(f"weights must have the {len(other_classes)} classes of those they work with, in their order, "
-                         f"got {len(classes)}{example} ({shown}).")
+                         f"got {len(classes)}{''.join(examples[:1])} ({shown}).")
     if name != "classifier":  # which sees the images in its own way
         for field in ("min_size", "max_size"):
             value, wanted = getattr(config.model.input, field), getattr(model_input, field)
