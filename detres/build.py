@@ -107,7 +107,7 @@ def build_roi_heads(config: ModelConfig, num_classes: int, channels: int, conv5:
         box_head, dim = TwoFCHead(channels, config.box_head.resolution, fc_dim), fc_dim
         mask_in, mask_resolution = channels, config.mask_head.resolution
     mask_head = None
-    if config.name == "mask_rcnn":
+    if config.has_masks:
         mask_head = MaskHead(mask_in, num_classes, config.mask_head.channels, config.mask_head.convs)
     predictor = BoxPredictor(dim * (2 if config.box_head.global_context else 1), num_classes, class_agnostic)
     return RoIHeads(box_head, predictor, mask_head, num_classes=num_classes, mask_resolution=mask_resolution,

@@ -184,6 +184,11 @@ class MaskHeadConfig(Section):
     convs: Annotated[int, Field(ge=0)] = Field(4, description="3x3 convolutions before the upsampling (0 for c4)")
 
 
+# What kinds of models give, by name.
+MASKS = {"mask_rcnn"}
+KEYPOINTS: set[str] = set()
+
+
 class ModelConfig(Section):
     name: Literal["faster_rcnn", "mask_rcnn", "classifier", "localizer", "region_classifier"] = Field(
         "mask_rcnn", description="localizer and region_classifier: arXiv 1512.03385, appendix C")
@@ -198,6 +203,14 @@ class ModelConfig(Section):
     pool: PoolConfig = PoolConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+
+    @property
+    def has_masks(self) -> bool:
+        return self.name in MASKS
+
+    @property
+    def has_keypoints(self) -> bool:
+        return self.name in KEYPOINTS
 
     @model_validator(mode="after")
     def _detectors_have_four_stages(self):

@@ -42,7 +42,7 @@ class Task:
 
 
 def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
-    data, with_masks = config.data, config.model.name == "mask_rcnn"
+    data, with_masks = config.data, config.model.has_masks
     dataset = load_dataset(data.train, "train", data.on_invalid)
     options = {"with_masks": with_masks, "device_type": device.type, **_rank()}
     loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,

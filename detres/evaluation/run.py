@@ -132,7 +132,7 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
     if save is not None and Path(save).suffix != ".json" and dataset.format != "voc":
         raise ValueError(f"save must be a .json file, or, for data in VOC's format alone, a folder, got {save}. "
                          f"Say {save}.json.")
-    with_masks = config.model.name == "mask_rcnn"
+    with_masks = config.model.has_masks
     evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks, save is not None)
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size,
                           training=False, with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
