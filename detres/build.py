@@ -15,7 +15,7 @@ from detres.models.faster_rcnn import FasterRCNN, Normalize
 from detres.models.localizer import Localizer, PerClassHead
 from detres.models.region_classifier import RegionClassifier
 from detres.models.resnet import ResNet, cifar_resnet, resnet
-from detres.models.roi_heads.box_head import BoxPredictor, TwoFCHead
+from detres.models.roi_heads.box_head import BoxPredictor, ConvFCHead
 from detres.models.roi_heads.mask_head import MaskHead
 from detres.models.roi_heads.standard import Pool, RoIHeads
 from detres.models.rpn import RPN, RPNHead
@@ -38,8 +38,9 @@ def build_rcnn(config: ModelConfig, num_classes: int) -> FasterRCNN:
     anchors = build_anchors(config, backbone.strides)
     options = config.rpn.model_dump()
     stages = ("pre_nms_topk", "post_nms_topk")
+    head = RPNHead(backbone.channels, anchors.per_cell, options.pop("convs"))
     topk = {name: (options.pop(f"{name}_train"), options.pop(f"{name}_test")) for name in stages}
-    rpn = RPN(RPNHead(backbone.channels, anchors.per_cell), anchors, **topk, **options)
+    rpn = RPN(head, anchors, **topk, **options)
     return FasterRCNN(build_normalize(config), backbone, rpn, build_pool(config.pool, backbone.strides),
                       build_roi_heads(config, num_classes, backbone.channels, conv5), config.pool.canonical_side)
 
@@ -53,7 +54,7 @@ def build_localizer(config: ModelConfig, num_classes: int) -> Localizer:
     anchors = build_anchors(config, backbone.strides)
     head = PerClassHead(backbone.channels, anchors.per_cell, num_classes)
     unused = {"pre_nms_topk_train", "pre_nms_topk_test", "post_nms_topk_train", "post_nms_topk_test", "nms_thresh",
-              "inside_only"}
+              "inside_only", "convs"}
     return Localizer(build_normalize(config), backbone, head, anchors, topk=config.rpn.pre_nms_topk_test,
                      **config.rpn.model_dump(exclude=unused))
 
@@ -99,19 +100,21 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
 def build_roi_heads(config: ModelConfig, num_classes: int, channels: int, conv5: nn.Module | None) -> RoIHeads:
     """channels: of the feature maps; conv5: the per-region part of a C4 detector, else None."""
     options = config.box_head.model_dump(exclude={"context"})  # of region classifiers
-    fc_dim, class_agnostic = options.pop("fc_dim"), options.pop("class_agnostic")
+    dim, class_agnostic = options.pop("fc_dim"), options.pop("class_agnostic")
+    layers = {name: options.pop(name) for name in ("fcs", "convs", "norm")}
     if conv5 is not None:  # conv5 halves the grid; box and mask heads share its map, as the paper's C4 does
         box_head, dim = conv5, channels * 2
         mask_in, mask_resolution = dim, None
     else:
-        box_head, dim = TwoFCHead(channels, config.box_head.resolution, fc_dim), fc_dim
+        box_head = ConvFCHead(channels, config.box_head.resolution, dim, **layers)
         mask_in, mask_resolution = channels, config.mask_head.resolution
     mask_head = None
     if config.has_masks:
-        mask_head = MaskHead(mask_in, num_classes, config.mask_head.channels, config.mask_head.convs)
+        mask_head = MaskHead(mask_in, num_classes, config.mask_head.channels, config.mask_head.convs,
+                             config.mask_head.norm)
     predictor = BoxPredictor(dim * (2 if config.box_head.global_context else 1), num_classes, class_agnostic)
     return RoIHeads(box_head, predictor, mask_head, num_classes=num_classes, mask_resolution=mask_resolution,
-                    mask_aligned=config.pool.aligned, **options)
+                    mask_aligned=config.pool.aligned, mask_paste=config.mask_head.paste, **options)
 
 
 def build_pool(config: PoolConfig, strides: list[int]) -> Pool:

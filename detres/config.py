@@ -15,6 +15,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
+HeadNorm = Literal["none", "frozen_bn", "bn", "sync_bn", "gn"]
 BoxLoss = Literal["l1", "smooth_l1", "giou"]
 Protocol = Literal["coco", "voc", "ilsvrc"]
 
@@ -102,7 +103,7 @@ class BackboneConfig(Section):
 
 class FPNConfig(Section):
     channels: Count = 256
-    norm: Literal["none", "bn", "sync_bn", "gn"] = "none"
+    norm: HeadNorm = "none"
 
 
 class AnchorConfig(Section):
@@ -120,6 +121,7 @@ class RPNConfig(Section):
     pre_nms_topk_test: Count = Field(1000, description="per level")
     post_nms_topk_train: Count = Field(1000, description="per image")
     post_nms_topk_test: Count = Field(1000, description="per image")
+    convs: Count = Field(1, description="3x3 convolutions of the head; 2 in torchvision's second versions")
     nms_thresh: Probability = 0.7
     min_size: Annotated[float, Field(ge=0)] = Field(
         0.0, description="proposals with a smaller side in pixels are dropped")
@@ -154,7 +156,11 @@ class BoxHeadConfig(Section):
     positive_fraction: Probability = 0.25
     fg_iou: Probability = 0.5
     resolution: Count = Field(7, description="side of the pooled grid (14 for c4: conv5 halves it)")
-    fc_dim: Count = Field(1024, description="width of the two fc layers (unused by c4)")
+    convs: Annotated[int, Field(ge=0)] = Field(
+        0, description="3x3 convolutions (unused by c4): 4, with one fc layer, in arXiv 1803.08494, section 4.2")
+    fcs: Count = Field(2, description="fc layers after them (unused by c4)")
+    fc_dim: Count = Field(1024, description="width of the fc layers (unused by c4)")
+    norm: HeadNorm = Field("none", description="after each of the convolutions")
     class_agnostic: bool = Field(False, description="one box per RoI instead of one per class")
     context: Annotated[int, Field(ge=0)] = Field(
         16, description="region classifiers: pixels of model.input.crop, at each border, that show what surrounds the "
@@ -182,6 +188,9 @@ class MaskHeadConfig(Section):
     resolution: Count = Field(14, description="side of the pooled grid; masks are twice that")
     channels: Count = 256
     convs: Annotated[int, Field(ge=0)] = Field(4, description="3x3 convolutions before the upsampling (0 for c4)")
+    norm: HeadNorm = Field("none", description="after each of these")
+    paste: Literal["detectron2", "torchvision"] = Field(
+        "detectron2", description="how masks fill their boxes; torchvision grows and cuts boxes to whole pixels")
 
 
 # What kinds of models give, by name.

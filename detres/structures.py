@@ -11,7 +11,7 @@ padded canvas, float32, continuous coordinates (a box over the first pixel is 0,
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -104,6 +104,7 @@ class Detections(Movable):
     valid: Tensor  # (N, D) bool
     masks: Tensor | None = None  # (N, D, S, S) probabilities inside the box; `ops.paste_masks` makes bitmaps
     keypoints: Tensor | None = None  # (N, D, J, 3) x, y, score
+    paste: Literal["detectron2", "torchvision"] = "detectron2"  # how `masks` become bitmaps: `ops.paste_masks`
 
     def rescale(self, sizes: Tensor, original_sizes: Tensor) -> Detections:
         """Boxes and keypoints in pixels of the original images (N, 2), clipped to them.

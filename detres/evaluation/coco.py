@@ -69,11 +69,11 @@ class CocoEvaluator(Evaluator):
         labels = detections.labels.masked_fill(~detections.valid, -1)
         at_once = self._compares_at_once(detections.boxes.device)
         if at_once:
-            first, *others = [self._comparer.compare(image, *tensors) for image, *tensors in zip(
+            first, *others = [self._comparer.compare(image, *tensors, detections.paste) for image, *tensors in zip(
                 images, detections.masks, detections.boxes, labels)]
             extras["overlaps"] = first.joined(others)
         if self.keep_masks or not at_once:
-            codes = [encode(*tensors, self.records[image]) for image, *tensors in zip(
+            codes = [encode(*tensors, self.records[image], detections.paste) for image, *tensors in zip(
                 images, detections.masks, detections.boxes, detections.valid)]
             extras["codes"] = RunLengths([code for part in codes for code in part])
         return extras

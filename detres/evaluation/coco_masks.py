@@ -21,7 +21,7 @@ from detres.evaluation.flat import Truths
 from detres.evaluation.mask_overlaps import (Rle, bitmap_iou_pairs, decode_runs, rle_areas, rle_iou_pairs,
                                              runs_to_bitmaps)
 from detres.evaluation.overlaps import Overlaps
-from detres.ops.paste_masks import paste_masks
+from detres.ops.paste_masks import PasteConvention, paste_masks
 
 OF_BITMAPS = {"segm": bitmap_iou_pairs, "boundary": bitmap_boundary_iou_pairs}
 
@@ -78,11 +78,12 @@ class PairOverlaps:
         return lambda d, g: self.iou[iou_type][order[torch.searchsorted(key, d * truths + g)]]
 
 
-def encode(masks: Tensor, boxes: Tensor, valid: Tensor, record: ImageRecord) -> list[Rle | None]:
+def encode(masks: Tensor, boxes: Tensor, valid: Tensor, record: ImageRecord,
+           convention: PasteConvention) -> list[Rle | None]:
     """Codes of (D, S, S) masks predicted in boxes (D, 4) of an image; None where not valid (D,)."""
     rows = valid.nonzero()[:, 0]
     codes: list[Rle | None] = [None] * len(valid)
-    bitmaps = paste_masks(masks[rows], boxes[rows], (record.height, record.width))
+    bitmaps = paste_masks(masks[rows], boxes[rows], (record.height, record.width), convention=convention)
     for row, code in zip(rows.tolist(), encode_masks(bitmaps)):
         codes[row] = code
     return codes
@@ -118,7 +119,8 @@ class BitmapComparer:
         for record in records:
             self.first.append(self.first[-1] + len(record.annotations))
 
-    def compare(self, image: int, masks: Tensor, boxes: Tensor, labels: Tensor) -> PairOverlaps:
+    def compare(self, image: int, masks: Tensor, boxes: Tensor, labels: Tensor,
+                convention: PasteConvention) -> PairOverlaps:
         """Of the masks (D, S, S) predicted in boxes (D, 4) of an image; labels (D,) are -1 in rows that pad."""
         record, device = self.records[image], masks.device
         size = record.height, record.width
@@ -128,7 +130,7 @@ class BitmapComparer:
         gt_labels = torch.tensor([item.label for item in record.annotations], device=device)
         crowd = torch.tensor([item.crowd for item in record.annotations], dtype=torch.bool, device=device)
         d, g = (labels[:, None] == gt_labels).nonzero(as_tuple=True)
-        bitmaps = paste_masks(masks, boxes, size)
+        bitmaps = paste_masks(masks, boxes, size, convention=convention)
         results = {name: OF_BITMAPS[name](bitmaps, truth, crowd, d, g) for name in self.iou_types}
         area = next(iter(results.values()))[1]
         return PairOverlaps(area, d, g + self.first[image], {name: iou for name, (iou, _) in results.items()})

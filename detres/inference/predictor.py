@@ -143,7 +143,7 @@ class Predictor:
         boxes, labels = found.boxes[i, keep].float(), found.labels[i, keep].cpu()
         masks = None
         if found.masks is not None:
-            masks = paste_masks(found.masks[i, keep], boxes, image.shape[:2]).cpu()
+            masks = paste_masks(found.masks[i, keep], boxes, image.shape[:2], convention=found.paste).cpu()
         return Prediction(boxes.cpu(), found.scores[i, keep].float().cpu(), labels, [self.classes[k] for k in labels],
                           [self.category_ids[k] for k in labels], masks, image, path)
 

@@ -18,14 +18,14 @@ from detres.structures import Proposals, Targets
 
 
 class RPNHead(nn.Module):
-    """3x3 convolution, then objectness and deltas by 1x1; shared by the levels."""
+    """3x3 convolutions, one in the paper, then objectness and deltas by 1x1; shared by the levels."""
 
-    def __init__(self, channels: int, anchors_per_cell: int):
+    def __init__(self, channels: int, anchors_per_cell: int, convs: int = 1):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(convs))
         self.cls = nn.Conv2d(channels, anchors_per_cell, 1)
         self.box = nn.Conv2d(channels, anchors_per_cell * 4, 1)
-        for layer in (self.conv, self.cls, self.box):
+        for layer in (*self.convs, self.cls, self.box):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
 
@@ -33,7 +33,9 @@ class RPNHead(nn.Module):
         """Per level: logits (N, A_l) and deltas (N, A_l, 4), anchors in the order of `AnchorGenerator`."""
         logits, deltas = [], []
         for feature in features:
-            hidden = F.relu_(self.conv(feature))
+            hidden = feature
+            for conv in self.convs:
+                hidden = F.relu_(conv(hidden))
             logits.append(self.cls(hidden).permute(0, 2, 3, 1).flatten(1))
             deltas.append(self.box(hidden).permute(0, 2, 3, 1).reshape(*logits[-1].shape, 4))
         return logits, deltas

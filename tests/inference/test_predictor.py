@@ -47,7 +47,7 @@ def test_boxes_and_masks_are_in_pixels_of_the_image(predictor):
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_says_what_and_what_to_do(predictor, monkeypatch, tmp_path, cause):
-    def greedy(*_):
+    def greedy(*_, **options):
         raise cause
 
     Image.fromarray(picture()).save(tmp_path / "image.png")

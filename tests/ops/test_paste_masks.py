@@ -31,15 +31,30 @@ def odd_boxes(count: int, height: int, width: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", [1, 7, 28])
 @pytest.mark.parametrize("size", [(160, 208), (1, 300), (37, 1)])
-def test_inside_boxes_only_gives_the_same_bits(side, size):
+@pytest.mark.parametrize("convention", ["detectron2", "torchvision"])
+def test_inside_boxes_only_gives_the_same_bits(side, size, convention, monkeypatch):
     """What the CPU does, and what a GPU does."""
     boxes = odd_boxes(200, *size)
     shape = (len(boxes), side, side)
     for masks in (torch.rand(shape), torch.full(shape, 0.5), torch.randint(0, 3, shape) / 2):  # many at the threshold
-        grown, framed = module._grow(boxes, (side + 2) / side).long(), torch.nn.functional.pad(masks, (1, 1, 1, 1))
-        whole = module._paste_whole(framed, grown, size, 0.5)
-        assert torch.equal(module._paste_inside(framed, grown, size, 0.5), whole) and whole.any()
-        assert torch.equal(paste_masks(masks, boxes, size), whole)
+        expected = paste_masks(masks, boxes, size, convention=convention)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_paste_inside", module._paste_whole)
+            whole = paste_masks(masks, boxes, size, convention=convention)
+        assert torch.equal(whole, expected) and (whole.any() or side == 1)
+
+
+def test_equals_a_grid_sample_as_detectron2_pastes():
+    """Half a pixel from the corner of a box is half a pixel from that of its mask, whatever is left and right of it."""
+    masks, boxes, size = torch.rand(60, 28, 28), odd_boxes(51, 90, 120), (90, 120)
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+    masks = masks[:len(boxes)]
+    x = (torch.arange(size[1]) + 0.5 - boxes[:, :1]) / (boxes[:, 2:3] - boxes[:, :1]) * 2 - 1
+    y = (torch.arange(size[0]) + 0.5 - boxes[:, 1:2]) / (boxes[:, 3:] - boxes[:, 1:2]) * 2 - 1
+    grid = torch.stack([x[:, None].expand(-1, *size), y[..., None].expand(-1, *size)], -1)
+    expected = torch.nn.functional.grid_sample(masks[:, None], grid, align_corners=False)[:, 0]
+    differ = paste_masks(masks, boxes, size, convention="detectron2") ^ (expected >= 0.5)
+    assert not differ[(expected - 0.5).abs() > 1e-4].any() and (expected >= 0.5).any()
 
 
 def test_no_more_pixels_than_in_boxes_are_computed_on_the_cpu(monkeypatch):
@@ -56,4 +71,4 @@ def test_full_mask_fills_its_box_and_none_gives_none():
     assert found[0, 6:10, 4:12].all() and found.sum() <= 10 * 6  # torchvision's may reach one pixel further
     none = torch.ones(0, 28, 28), torch.zeros(0, 4)
     assert paste_masks(*none, (20, 30)).shape == (0, 20, 30)
-    assert module._paste_whole(torch.ones(0, 30, 30), none[1].long(), (20, 30), 0.5).shape == (0, 20, 30)
+    assert module._paste_whole(torch.ones(0, 30, 30), none[1], (20, 30), 0.5, True).shape == (0, 20, 30)

@@ -5,20 +5,33 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from detres.models.norms import conv_norm, make_conv, make_norm
 
-class TwoFCHead(nn.Module):
-    """Two fully connected layers (FPN, arXiv 1612.03144, section 4.2). (M, C, S, S) -> (M, dim)."""
 
-    def __init__(self, channels: int, resolution: int, dim: int = 1024):
+class ConvFCHead(nn.Module):
+    """3x3 convolutions, then fully connected layers. (M, C, S, S) -> (M, dim).
+
+    Two fully connected layers in FPN (arXiv 1612.03144, section 4.2); four convolutions with norms and one fully
+    connected layer in Group Normalization (arXiv 1803.08494, section 4.2).
+    """
+
+    def __init__(self, channels: int, resolution: int, dim: int = 1024, fcs: int = 2, convs: int = 0, norm: str = "none"):
         super().__init__()
-        self.fc1 = nn.Linear(channels * resolution**2, dim)
-        self.fc2 = nn.Linear(dim, dim)
-        for layer in (self.fc1, self.fc2):
+        self.convs = nn.ModuleList(make_conv(channels, channels, 3, bias=norm == "none") for _ in range(convs))
+        self.norms = nn.ModuleList(make_norm(norm, channels) for _ in range(convs))
+        widths = [channels * resolution**2] + [dim] * fcs
+        self.fcs = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, widths[1:]))
+        for layer in self.fcs:
             nn.init.kaiming_uniform_(layer.weight, a=1)
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return F.relu_(self.fc2(F.relu_(self.fc1(pooled.flatten(1)))))
+        for conv, norm in zip(self.convs, self.norms):
+            pooled = F.relu_(conv_norm(pooled, conv, norm))
+        hidden = pooled.flatten(1)
+        for layer in self.fcs:
+            hidden = F.relu_(layer(hidden))
+        return hidden
 
 
 class BoxPredictor(nn.Module):

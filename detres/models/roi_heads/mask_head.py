@@ -7,16 +7,18 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-from detres.models.norms import make_conv
+from detres.models.norms import conv_norm, make_conv, make_norm
 
 
 class MaskHead(nn.Module):
     """3x3 convolutions, one upsampling by two, one mask per class. (M, C, S, S) -> logits (M, K, 2S, 2S)."""
 
-    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, convs: int = 4):
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, convs: int = 4,
+                 norm: str = "none"):
         super().__init__()
         widths = [in_channels] + [channels] * convs
-        self.convs = nn.ModuleList(make_conv(a, b, 3, bias=True) for a, b in zip(widths, widths[1:]))
+        self.convs = nn.ModuleList(make_conv(a, b, 3, bias=norm == "none") for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(make_norm(norm, channels) for _ in range(convs))
         self.deconv = nn.ConvTranspose2d(widths[-1], channels, 2, stride=2)
         self.predict = nn.Conv2d(channels, num_classes, 1)
         nn.init.kaiming_normal_(self.deconv.weight, mode="fan_out", nonlinearity="relu")
@@ -25,8 +27,8 @@ class MaskHead(nn.Module):
         nn.init.zeros_(self.predict.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        for layer in self.convs:
-            pooled = F.relu_(layer(pooled))
+        for conv, norm in zip(self.convs, self.norms):
+            pooled = F.relu_(conv_norm(pooled, conv, norm))
         return self.predict(F.relu_(self.deconv(pooled)))
 
 

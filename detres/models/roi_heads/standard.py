@@ -21,6 +21,7 @@ from detres.models.matching import match_boxes, sample_boxes
 from detres.models.roi_heads.mask_head import crop_masks
 from detres.ops.box_voting import vote_boxes
 from detres.ops.nms import nms
+from detres.ops.paste_masks import PasteConvention
 from detres.structures import Detections, Proposals, Targets
 
 Regions = Callable[[Tensor, Tensor, int], Tensor]  # boxes (M, 4), image index (M,), S -> (M, C, S, S)
@@ -57,18 +58,19 @@ class RoIHeads(nn.Module):
     global_context: box_predictor reads 2 dim features, see `look`. refine: see `look_twice`; vote_thresh: least IoU of
     box voting, None for none, see `ops.box_voting`.
     mask_head: None for Faster R-CNN; mask_resolution None: it reads the map of box_head (C4).
-    mask_aligned: how targets are cropped, the same as features are pooled."""
+    mask_aligned: how targets are cropped, the same as features are pooled; mask_paste: see `ops.paste_masks`."""
 
     def __init__(self, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None, *,
                  num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, mask_aligned: bool = True,
-                 batch_per_image: int = 512, positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
+                 mask_paste: PasteConvention = "detectron2", batch_per_image: int = 512,
+                 positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
                  smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
                  nms_thresh: float = 0.5, detections_per_image: int = 100, global_context: bool = False,
                  refine: bool = False, vote_thresh: float | None = None):
         super().__init__()
         self.box_head, self.box_predictor, self.mask_head = box_head, box_predictor, mask_head
         self.num_classes, self.resolution, self.mask_resolution = num_classes, resolution, mask_resolution
-        self.mask_aligned = mask_aligned
+        self.mask_aligned, self.mask_paste = mask_aligned, mask_paste
         self.batch_per_image, self.positive_fraction, self.fg_iou = batch_per_image, positive_fraction, fg_iou
         self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
         self.score_thresh, self.nms_thresh, self.vote_thresh = score_thresh, nms_thresh, vote_thresh
@@ -176,7 +178,7 @@ class RoIHeads(nn.Module):
             found = vote_boxes(found, classes, boxes, labels, torch.where(valid, scores, 0.0), self.vote_thresh)
         valid = kept > 0
         return Detections(boxes=torch.where(valid[..., None], found, 0.0), scores=kept.clamp(min=0),
-                          labels=torch.where(valid, classes, 0), valid=valid)
+                          labels=torch.where(valid, classes, 0), valid=valid, paste=self.mask_paste)
 
     @torch.no_grad()
     def predict_masks(self, regions: Regions, found: Detections) -> Tensor:
