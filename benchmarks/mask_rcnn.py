@@ -24,7 +24,8 @@ from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
 
 from detres.build import build_model
 from detres.structures import ImageBatch, Targets
-from detres.weights.torchvision import convert_rcnn, torchvision_config
+from detres.weights.keymap import KeyMap
+from detres.weights.torchvision import RCNN, TWO_FCS, torchvision_config
 
 N, HEIGHT, WIDTH, G, CLASSES = 2, 480, 640, 8, 80
 CONTENDERS = ("torchvision fp32", "torchvision bf16", "detres fp32", "detres bf16")
@@ -66,7 +67,7 @@ def make(name: str, device: str):
     if library == "detres":
         config = torchvision_config(rpn={"post_nms_topk_train": 1000})
         ours = build_model(config, CLASSES)
-        ours.load_state_dict(convert_rcnn(model.state_dict()))
+        ours.load_state_dict(KeyMap([*RCNN, *TWO_FCS]).to_ours(model.state_dict())[0])
         model = ours.to(device, memory_format=torch.channels_last)
         images = ImageBatch(images.pixels.contiguous(memory_format=torch.channels_last), images.sizes)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9)

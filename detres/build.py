@@ -23,7 +23,7 @@ from detres.ops.roi_align import roi_align, roi_pool
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """A detector with random weights; `weights.torchvision.load_backbone` fills in those that
+    """A detector with random weights; `weights.backbone.load_backbone` fills in those that
     `config.backbone.weights` names.
 
     num_classes: K, without background.

@@ -37,7 +37,7 @@ from detres.engine.tasks import TASKS, Metrics
 from detres.evaluation.base import EvalResult
 from detres.structures import Batch
 from detres.weights.finetune import load_start
-from detres.weights.torchvision import load_backbone
+from detres.weights.backbone import load_backbone
 
 
 def train(config: Config, *, resume: bool = False) -> Metrics:

@@ -18,7 +18,7 @@ from detres.data.loader import pad_images
 from detres.engine.bn_stats import measure, write_statistics
 from detres.engine.checkpoint import WeightsMeta, load_weights, save_weights
 from detres.structures import Batch, ImageBatch
-from detres.weights.torchvision import load_backbone
+from detres.weights.backbone import load_backbone
 
 BACKBONE = {"depth": 18, "width": 8, "norm": "bn", "weights": None, "freeze_stages": 0}
 

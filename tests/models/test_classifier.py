@@ -19,7 +19,7 @@ from detres.engine.optim import Schedule, plateaus
 from detres.engine.step import split
 from detres.engine.train import train
 from detres.structures import Batch, ClassTargets, ImageBatch
-from detres.weights.torchvision import load_backbone
+from detres.weights.backbone import load_backbone
 
 MODEL = {"name": "classifier", "input": {"min_size": 16},
          "backbone": {"depth": 18, "width": 8, "weights": None, "norm": "bn", "freeze_stages": 0}}

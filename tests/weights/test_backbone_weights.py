@@ -11,7 +11,7 @@ import torchvision
 from detres.build import build_model
 from detres.config import BackboneConfig, ModelConfig
 from detres.engine.checkpoint import WeightsMeta, save_weights
-from detres.weights.torchvision import imagenet_file, load_backbone, read_state_dict
+from detres.weights.backbone import imagenet_file, load_backbone, read_state_dict
 
 NETWORKS = {
     "resnet18": {"depth": 18}, "resnet34": {"depth": 34}, "resnet50": {"depth": 50}, "resnet101": {"depth": 101},

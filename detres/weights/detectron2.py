@@ -1,0 +1,94 @@
+"""Detectron2's models (its model zoo, .pkl and .pth): names of weights, and what they do otherwise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from detres.weights.keymap import Change, KeyMap
+from detres.weights.source import Family, Sections, merged
+
+
+def _of_all_taps(fill: float) -> Change:
+    """Version 1 of deformable convolutions has no modulation: here it is 1, which is sigmoid(20) in float32."""
+    def to_ours(x: Tensor) -> Tensor:
+        return x if len(x) % 27 == 0 else torch.cat([x, x.new_full((len(x) // 2, *x.shape[1:]), fill)])
+
+    return Change(to_ours, lambda x: x)
+
+
+def stages(theirs: str, ours: str) -> list[tuple]:
+    """Blocks of stages that are called {theirs}.0, {theirs}.1 ... there."""
+    return [
+        (f"{theirs}.{{j}}.shortcut.norm.", f"{ours}.{{j}}.downsample.1."),
+        (f"{theirs}.{{j}}.shortcut.", f"{ours}.{{j}}.downsample.0."),
+        (f"{theirs}.{{j}}.conv2_offset.weight", f"{ours}.{{j}}.conv2.offset.weight", _of_all_taps(0.0)),
+        (f"{theirs}.{{j}}.conv2_offset.bias", f"{ours}.{{j}}.conv2.offset.bias", _of_all_taps(20.0)),
+        (f"{theirs}.{{j}}.conv{{k}}.norm.", f"{ours}.{{j}}.bn{{k}}."),
+        (f"{theirs}.{{j}}.conv{{k}}.", f"{ours}.{{j}}.conv{{k}}."),
+    ]
+
+
+def body(prefix: str) -> list[tuple]:
+    return [
+        (f"{prefix}stem.conv1.norm.", "backbone.body.bn1."),
+        (f"{prefix}stem.conv1.", "backbone.body.conv1."),
+        *stages(f"{prefix}res{{i+2}}", "backbone.body.layer{i+1}"),
+    ]
+
+
+def fpn(finest: int) -> list[tuple]:
+    """finest: the number of the finest level, 2 for P2."""
+    return [
+        *body("backbone.bottom_up."),
+        (f"backbone.fpn_lateral{{i+{finest}}}.norm.", "backbone.fpn.lateral_norm.{i}."),
+        (f"backbone.fpn_lateral{{i+{finest}}}.", "backbone.fpn.lateral.{i}."),
+        (f"backbone.fpn_output{{i+{finest}}}.norm.", "backbone.fpn.output_norm.{i}."),
+        (f"backbone.fpn_output{{i+{finest}}}.", "backbone.fpn.output.{i}."),
+    ]
+
+
+RPN = [
+    ("proposal_generator.rpn_head.conv.weight", "rpn.head.convs.0.weight"),
+    ("proposal_generator.rpn_head.conv.bias", "rpn.head.convs.0.bias"),
+    ("proposal_generator.rpn_head.objectness_logits.", "rpn.head.cls."),
+    ("proposal_generator.rpn_head.anchor_deltas.", "rpn.head.box."),
+]
+HEADS = [
+    *stages("roi_heads.res5", "roi_heads.box_head"),
+    ("roi_heads.box_head.conv{i+1}.norm.", "roi_heads.box_head.norms.{i}."),
+    ("roi_heads.box_head.conv{i+1}.", "roi_heads.box_head.convs.{i}."),
+    ("roi_heads.box_head.fc{i+1}.", "roi_heads.box_head.fcs.{i}."),
+    ("roi_heads.box_predictor.cls_score.", "roi_heads.box_predictor.cls."),
+    ("roi_heads.box_predictor.bbox_pred.", "roi_heads.box_predictor.box."),
+    ("roi_heads.mask_head.mask_fcn{i+1}.norm.", "roi_heads.mask_head.norms.{i}."),
+    ("roi_heads.mask_head.mask_fcn{i+1}.", "roi_heads.mask_head.convs.{i}."),
+    ("roi_heads.mask_head.deconv.", "roi_heads.mask_head.deconv."),
+    ("roi_heads.mask_head.predictor.", "roi_heads.mask_head.predict."),
+]
+IGNORED = r"pixel_mean|pixel_std|(proposal_generator\.)?anchor_generator\."
+BGR_MEAN = (103.53, 116.28, 123.675)
+
+
+def conventions(sections: Sections) -> Sections:
+    """Backbones of the zoo come from Caffe (stride in the first 1x1, no deviations), but for ResNeXts."""
+    backbone = sections["backbone"]
+    caffe = backbone.get("groups", 1) == 1
+    found = {
+        "input": {"channel_order": "bgr", "mean": BGR_MEAN, "std": (1.0, 1.0, 1.0) if caffe else (57.375, 57.12, 58.395)},
+        "backbone": {"stride_in_1x1": caffe, "freeze_stages": 0 if backbone["norm"] == "gn" else 2},
+        "pool": {"sampling_ratio": 0},
+    }
+    if backbone["layout"] != "fpn":
+        found["input"]["size_divisor"] = 1  # a canvas is as large as its largest image
+        found["anchors"] = {"sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),)}
+        found["rpn"] = {"pre_nms_topk_train": 12_000, "pre_nms_topk_test": 6000, "post_nms_topk_train": 2000}
+    return found
+
+
+FAMILIES = (
+    Family("Detectron2", "R-CNN with FPN", ("proposal_generator.rpn_head.conv.weight", "backbone.fpn_lateral2.weight"),
+           KeyMap([*fpn(2), *RPN, *HEADS], IGNORED), conventions),
+    Family("Detectron2", "R-CNN without FPN", ("proposal_generator.rpn_head.conv.weight", "backbone.stem.conv1.weight"),
+           KeyMap([*body("backbone."), *RPN, *HEADS], IGNORED), conventions),
+)

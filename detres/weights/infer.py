@@ -1,0 +1,100 @@
+"""The network that tensors under our names are of: the fields of `ModelConfig` that their shapes show.
+
+What shapes do not show (preprocessing, anchors, thresholds, which convolution strides) each toolkit's importer adds.
+"""
+
+from __future__ import annotations
+
+import re
+
+from detres.models.resnet import DEPTHS
+from detres.weights.source import Sections, State
+
+BODY = "backbone.body."
+CONV5 = "roi_heads.box_head."  # of a C4 detector
+
+
+def infer(state: State) -> tuple[Sections, int]:
+    """Sections of the model's config, and its number of classes.
+
+    Raises ValueError for a body that is no ResNet of `DEPTHS`.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    backbone = _backbone(shapes)
+    if "fc.weight" in shapes:
+        return {"name": "classifier", "backbone": {**backbone, "layout": "c5"}, "anchors": {"sizes": [[32]]}}, \
+            shapes["fc.weight"][0]
+    sections: Sections = {"backbone": backbone}
+    if "backbone.fpn.lateral.0.weight" in shapes:
+        backbone["layout"] = "fpn"
+        sections["fpn"] = {"channels": shapes["backbone.fpn.lateral.0.weight"][0],
+                           "norm": _norm(shapes, "backbone.fpn.lateral_norm.0.")}
+    elif CONV5 + "0.conv1.weight" in shapes:
+        backbone["layout"] = "c4"
+    else:
+        backbone["layout"] = "dc5"
+    return _rcnn(shapes, sections)
+
+
+def _rcnn(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Sections, int]:
+    name = "faster_rcnn"
+    sections["rpn"] = {"convs": _count(shapes, r"rpn\.head\.convs\.(\d+)\.weight")}
+    num_classes = shapes["roi_heads.box_predictor.cls.weight"][0] - 1
+    boxes = shapes["roi_heads.box_predictor.box.weight"][0] // 4
+    sections["box_head"] = {"class_agnostic": boxes == 1 < num_classes, **_box_head(shapes, sections)}
+    if "roi_heads.mask_head.predict.weight" in shapes:
+        name = "mask_rcnn"
+        sections["mask_head"] = {"convs": _count(shapes, r"roi_heads\.mask_head\.convs\.(\d+)\.weight"),
+                                 "channels": shapes["roi_heads.mask_head.deconv.weight"][1],
+                                 "norm": _norm(shapes, "roi_heads.mask_head.norms.0.")}
+    return {"name": name, **sections}, num_classes
+
+
+def _box_head(shapes: dict[str, tuple[int, ...]], sections: Sections, prefix: str = "roi_heads.box_head.") -> Sections:
+    if sections["backbone"]["layout"] == "c4":
+        return {"resolution": 14}
+    channels = sections["fpn"]["channels"] if "fpn" in sections else _last_channels(shapes)
+    dim, inputs = shapes[prefix + "fcs.0.weight"]
+    return {"fc_dim": dim, "resolution": round((inputs / channels)**0.5), "norm": _norm(shapes, prefix + "norms.0."),
+            "fcs": _count(shapes, re.escape(prefix) + r"fcs\.(\d+)\.weight"),
+            "convs": _count(shapes, re.escape(prefix) + r"convs\.(\d+)\.weight")}
+
+
+def _backbone(shapes: dict[str, tuple[int, ...]]) -> Sections:
+    """Of the ResNet, whose last stage may be the box head of a C4 detector."""
+    moved = {name.replace(CONV5, BODY + "layer4.", 1): shape for name, shape in shapes.items()
+             if name.startswith(BODY) or re.match(r"roi_heads\.box_head\.\d+\.(conv|bn|downsample)", name)}
+    blocks = tuple(_count(moved, rf"{re.escape(BODY)}layer{i}\.(\d+)\.conv1\.weight") for i in (1, 2, 3, 4))
+    bottleneck = BODY + "layer1.0.conv3.weight" in moved
+    depth = next((depth for depth, network in DEPTHS.items() if network == (bottleneck, blocks)), None)
+    if depth is None:
+        raise ValueError(f"weights must be of a ResNet of {', '.join(map(str, DEPTHS))} layers, got stages of {blocks} "
+                         f"{'bottleneck' if bottleneck else 'basic'} blocks. Other networks cannot be imported.")
+    deep = BODY + "conv1.0.weight" in moved
+    width = moved[BODY + ("conv1.6.weight" if deep else "conv1.weight")][0]
+    found = {"depth": depth, "width": width, "weights": None, "stem": "deep" if deep else "imagenet",
+             "avg_down": BODY + "layer2.0.downsample.2.weight" in moved, "norm": _norm(moved, BODY + "bn1.")}
+    if bottleneck:
+        inner, per_group = moved[BODY + "layer1.0.conv2.weight"][:2]
+        found["groups"] = inner // per_group
+        found["group_width"] = per_group * 64 // width
+        found["deform_stages"] = sum(BODY + f"layer{i}.0.conv2.offset.weight" in moved for i in (1, 2, 3, 4))
+    return found
+
+
+def _last_channels(shapes: dict[str, tuple[int, ...]]) -> int:
+    last = max(int(match[1]) for name in shapes if (match := re.match(r"backbone\.body\.layer4\.(\d+)\.", name)))
+    names = (f"{BODY}layer4.{last}.conv{k}.weight" for k in (3, 2))
+    return next(shapes[name][0] for name in names if name in shapes)
+
+
+def _count(shapes: dict[str, tuple[int, ...]], pattern: str) -> int:
+    """How many layers there are: one more than the highest number."""
+    return max((int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))), default=-1) + 1
+
+
+def _norm(shapes: dict[str, tuple[int, ...]], prefix: str) -> str:
+    """frozen_bn stands for all batch norms: which of them trains is not in the tensors."""
+    if prefix + "weight" not in shapes:
+        return "none"
+    return "frozen_bn" if prefix + "running_mean" in shapes else "gn"

@@ -1,0 +1,43 @@
+"""Models of other toolkits, as their weights show them.
+
+Each toolkit has a list of families. A family is known by names that only its weights have; it says how its names read
+here (`KeyMap`), and what its toolkit does otherwise than the defaults of `ModelConfig`. What the network looks like (depth,
+heads, classes) is read from the tensors, under our names (`infer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from detres.weights.keymap import KeyMap
+
+State = Mapping[str, Tensor]
+Sections = dict[str, Any]  # of ModelConfig
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one toolkit that share names and conventions."""
+
+    toolkit: str  # 'torchvision', 'Detectron2' ...
+    name: str  # for people: 'Faster and Mask R-CNN'
+    has: tuple[str, ...]  # names that only their weights have, all of them
+    keymap: KeyMap
+    conventions: Callable[[Sections], Sections]  # sections of the network as read from its tensors -> what to add
+
+    def fits(self, names: Mapping[str, Any]) -> bool:
+        return all(name in names for name in self.has)
+
+
+def merged(*layers: Mapping[str, Any]) -> Sections:
+    """Sections of a config, later layers over earlier ones, field by field."""
+    result: Sections = {}
+    for layer in layers:
+        for name, value in layer.items():
+            inner = result.get(name)
+            result[name] = merged(inner, value) if isinstance(value, Mapping) and isinstance(inner, Mapping) else value
+    return result
