@@ -28,6 +28,7 @@ class Family:
     has: tuple[str, ...]  # names that only their weights have, all of them
     keymap: KeyMap
     conventions: Callable[[Sections], Sections]  # sections of the network as read from its tensors -> what to add
+    assumed: tuple[str, ...] = ()  # for people: what of that may differ in models that are not the published ones
 
     def fits(self, names: Mapping[str, Any]) -> bool:
         return all(name in names for name in self.has)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
+
+from torchvision import models
+from torchvision.models import WeightsEnum
+
 from detres.config import ModelConfig
 from detres.weights.keymap import BACKGROUND_LAST, KeyMap, without_background
 from detres.weights.source import Family, Sections, merged
@@ -65,9 +71,37 @@ def torchvision_config(name: str = "mask_rcnn", **changes) -> ModelConfig:
     return ModelConfig.model_validate(merged({"name": name, "backbone": {"weights": None}}, rcnn_conventions(), changes))
 
 
+def classifier_conventions(sections: Sections) -> Sections:
+    return {"input": {"min_size": 256, "crop": 224}, "backbone": {"freeze_stages": 0}}
+
+
+# Weights whose models torchvision builds with batch norms without epsilon.
+WITHOUT_EPS = {"FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "MaskRCNN_ResNet50_FPN_Weights.COCO_V1",
+               "KeypointRCNN_ResNet50_FPN_Weights.COCO_V1", "RetinaNet_ResNet50_FPN_Weights.COCO_V1"}
+
+
+def published(file: Path) -> Sections:
+    """What torchvision does otherwise with a file that it publishes than with any other of the model; by its name."""
+    weights = _by_file().get(file.name)
+    if str(weights) in WITHOUT_EPS:
+        return {"backbone": {"norm_eps": 0.0}}
+    options = getattr(weights and weights.transforms, "keywords", {})
+    if "crop_size" in options:
+        return {"input": {"min_size": options.get("resize_size", 256), "crop": options["crop_size"]}}
+    return {}
+
+
+@lru_cache
+def _by_file() -> dict[str, WeightsEnum]:
+    names = [name for module in (models, models.detection, models.segmentation) for name in models.list_models(module)]
+    return {weights.url.rpartition("/")[2]: weights for name in names for weights in models.get_model_weights(name)}
+
+
 FAMILIES = (
     Family("torchvision", "R-CNN, version 2", ("rpn.head.conv.1.0.weight", "roi_heads.box_head.5.weight"),
            KeyMap([*RCNN, *CONVS_AND_FC]), rcnn_conventions),
     Family("torchvision", "R-CNN", ("rpn.head.cls_logits.weight", "roi_heads.box_head.fc6.weight"),
            KeyMap([*RCNN, *TWO_FCS]), rcnn_conventions),
+    Family("torchvision", "classifier", ("conv1.weight", "bn1.running_mean", "layer4.0.conv1.weight", "fc.weight"),
+           KeyMap(CLASSIFIER), classifier_conventions),
 )
