@@ -12,7 +12,8 @@ import hashlib
 import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
 
 import torch
 from torchvision import models
@@ -112,16 +113,13 @@ def resolve(name: str) -> Source:
     or a URL. Raises ValueError for any other, with names that are near."""
     if name in BACKBONES:
         return _source(name, BACKBONES[name])
-    if name.startswith("detectron2://"):
-        return _source(name, DETECTRON2 + name.removeprefix("detectron2://"))
-    if re.match(r"(https?|file)://", name):
-        return _source(name, name)
-    config = name.removesuffix(".yaml").removesuffix(".pkl")
-    full = next((known for known in MODELS if config in (known, known.rpartition("/")[2])), None)
-    if full is None:
-        full = next((known for known in MODELS if config.endswith(_file(known).removesuffix(".pkl"))), None)
+    url = re.sub("^detectron2://", DETECTRON2, name)
+    config = url.removeprefix(DETECTRON2).removesuffix(".yaml")
+    full = next((known for known in MODELS if config in (known, known.rpartition("/")[2], _file(known))), None)
     if full is not None:
         return _source(full, DETECTRON2 + _file(full))
+    if re.match(r"(https?|file)://", url):
+        return _source(url, url)
     model, _, version = name.partition(".")
     if model in _torchvision():
         members = models.get_model_weights(model).__members__
@@ -143,18 +141,20 @@ def _torchvision() -> list[str]:
 
 
 def _source(name: str, url: str) -> Source:
+    path = PurePosixPath(unquote(urlsplit(url).path))
+    if not path.name or ".." in path.parts:  # it becomes a path in the cache
+        raise ValueError(f"URL of weights must end in the name of a file, got '{url}'. Give that of the file itself.")
     if url.startswith((DETECTRON2, CAFFE2)):  # several files there are called R-50.pkl
-        md5 = re.search(r"/model_\w+_([0-9a-f]{6})\.pkl$", url)
-        return Source(name, url, url.split("/", 3)[3], ("md5", md5[1]) if md5 else None)
-    sha256 = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)  # torch hub's convention, which MMDetection follows
-    return Source(name, url, url.rpartition("/")[2], ("sha256", sha256[1]) if sha256 else None)
+        md5 = re.search(r"model_\w+_([0-9a-f]{6})\.pkl$", path.name)
+        return Source(name, url, str(path).lstrip("/"), ("md5", md5[1]) if md5 else None)
+    sha256 = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)  # torch hub's convention, which MMDetection follows
+    return Source(name, url, path.name, ("sha256", sha256[1]) if sha256 else None)
 
 
 def _unknown(name: str) -> ValueError:
     known = [*MODELS, *(known.rpartition("/")[2] for known in MODELS), *BACKBONES, *_torchvision()]
-    for model in _torchvision():
-        if name.partition(".")[0] == model:
-            known = [f"{model}.{version}" for version in models.get_model_weights(model).__members__]
+    if (model := name.partition(".")[0]) in _torchvision():
+        known = [f"{model}.{version}" for version in models.get_model_weights(model).__members__]
     near = difflib.get_close_matches(name, known, 3, 0.6) or [k for k in known if name.lower() in k.lower()][:3]
     hint = f"Did you mean {' or '.join(map(repr, dict.fromkeys(near)))}?" if near else \
         "Give a name of Detectron2's model zoo or of torchvision's models on ResNets, a URL, or the path of a file."
@@ -197,6 +197,9 @@ def _wrong(path: Path, source: Source) -> str | None:
     if source.checksum is None:
         return None
     algorithm, prefix = source.checksum
+    hashed = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, algorithm).hexdigest()
+        while chunk := file.read(1 << 20):
+            hashed.update(chunk)
+    digest = hashed.hexdigest()
     return None if digest.startswith(prefix) else f"{algorithm} {digest[:len(prefix)]}, not {prefix}"
