@@ -1,7 +1,7 @@
 """A YAML config of Detectron2 as a config of detres: the model, how images are resized, the schedule.
 
-What it says and detres cannot do is named, each with its value and the reason. Every setting is read through `_Settings`,
-which remembers: what a file sets and nobody has read is named, too, so that nothing gets lost.
+What it says and detres cannot do is named, each with its value and the reason. Every setting is read through
+`_Settings`, which remembers: what a file sets and nobody has read is named, too, so that nothing gets lost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from detres.config import Config
-from detres.weights.detectron2_defaults import BASES, DEFAULTS
+from detres.weights.detectron2_defaults import BASES, DEFAULTS, SECTIONS
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Untranslated:
 def translate(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], list[Untranslated]]:
     """The fields of `Config` that a Detectron2 config decides, nested as in YAML, and what could not be translated.
 
-    source: a file, whose `_BASE_` files are read from where they are, or are Detectron2's own where they are not; or the
-    mapping of one. Settings that it lacks are Detectron2's defaults. Pretrained weights keep the name that they have
-    there (`weights.zoo`). Raises FileNotFoundError, or ValueError for a file that is none and for a model that detres
-    does not have.
+    source: a file, or the mapping of one. Its `_BASE_` is read from where it says, or is Detectron2's own of that name
+    where there is none. Settings that it lacks are Detectron2's defaults. Pretrained weights keep the name that they
+    have there (`weights.zoo`). Raises FileNotFoundError, or ValueError for a file that is no such config and for a
+    model that detres does not have.
     """
     notes: list[Untranslated] = []
     if isinstance(source, Mapping):
@@ -107,18 +107,22 @@ def _read(path: Path, notes: list[Untranslated], chain: tuple[Path, ...]) -> dic
     if path.resolve() in chain:
         raise ValueError(f"_BASE_ must not lead back to its own chain, got {path} ({chain[-1]}).")
     if not path.is_file():
-        raise FileNotFoundError(f"config of Detectron2 must exist, got '{path}'. Check the path.")
+        named_by = f" (_BASE_ of {chain[-1]})" if chain else ""
+        raise FileNotFoundError(f"config of Detectron2 must exist, got '{path}'{named_by}. Check the path.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"config of Detectron2 must be YAML without Python objects, got {' '.join(str(error).split())} "
-                         f"({path}). Write what these make as plain values.") from None
+        told = " ".join(str(error).split())
+        raise ValueError(f"config of Detectron2 must be YAML without Python objects, got {told} ({path}). Write what "
+                         "these make as plain values.") from None
     if not isinstance(content, Mapping):
-        raise ValueError(f"config of Detectron2 must be a mapping of sections, got a {type(content).__name__} ({path}).")
+        kind = type(content).__name__
+        raise ValueError(f"config of Detectron2 must be a mapping of sections, got a {kind} ({path}).")
     return _merged(content, path, notes, (*chain, path.resolve()))
 
 
-def _merged(content: Mapping[str, Any], path: Path, notes: list[Untranslated], chain: tuple[Path, ...]) -> dict[str, Any]:
+def _merged(content: Mapping[str, Any], path: Path, notes: list[Untranslated],
+            chain: tuple[Path, ...]) -> dict[str, Any]:
     """`content` over its base. path: of the file that it is of."""
     content = dict(content)
     base = content.pop("_BASE_", None)
@@ -147,9 +151,11 @@ def _flat(tree: Mapping[str, Any], where: str, prefix: str = "", depth: int = 0)
         if depth > 6 or not isinstance(key, str):
             raise ValueError(f"config of Detectron2 must have sections of named settings, got {key!r:.60} in "
                              f"{prefix[:-1]!r:.60} ({where}).")
+        if isinstance(value, Mapping) and f"{prefix}{key}" in DEFAULTS:
+            raise ValueError(f"{prefix}{key} must be a setting, got a section ({where}).")
+        if not isinstance(value, Mapping) and f"{prefix}{key}" in SECTIONS:
+            raise ValueError(f"{prefix}{key} must be a section, got {value!r:.60} ({where}).")
         if isinstance(value, Mapping):
-            if f"{prefix}{key}" in DEFAULTS:
-                raise ValueError(f"{prefix}{key} must be a setting, got a section ({where}).")
             yield from _flat(value, where, f"{prefix}{key}.", depth + 1)
         else:
             yield f"{prefix}{key}", _plain(value)
@@ -193,8 +199,9 @@ class _Settings:
     def __init__(self, given: dict[str, Any], where: str, notes: list[Untranslated]):
         self.given, self.where, self.notes, self.read = given, where, notes, {"VERSION"}
         if given.get("VERSION", 2) != 2 or "MODEL.WEIGHT" in given or "TEST.AUG_ON" in given:
-            raise ValueError(f"VERSION must be 2, got {given.get('VERSION', 'none, and names of version 1')} ({where}). "
-                             "Let Detectron2 upgrade the file: config.upgrade_config.")
+            got = given.get("VERSION", "none, and names of version 1")
+            raise ValueError(f"VERSION must be 2, got {got} ({where}). Let Detectron2 upgrade the file: "
+                             "config.upgrade_config.")
         for key, value in given.items():
             if key in DEFAULTS and not _alike(value, DEFAULTS[key]):
                 kind = type(DEFAULTS[key]).__name__
@@ -223,8 +230,9 @@ class _Settings:
         try:
             return choices[value]
         except (KeyError, TypeError):
-            raise ValueError(f"{key} must be one of {', '.join(map(repr, choices))} to be translated, got {value!r:.80} "
-                             f"({self.where}). detres has nothing like it.") from None
+            known = ", ".join(map(repr, choices))
+            raise ValueError(f"{key} must be one of {known} to be translated, got {value!r:.80} ({self.where}). detres "
+                             "has nothing like it.") from None
 
     def name_unread(self) -> None:
         """Name what is set, differs from the default, and was not read."""
@@ -296,7 +304,8 @@ def _name(s: _Settings) -> str:
                                                 "ProposalNetwork": "rpn", "PanopticFPN": "panoptic_fpn",
                                                 "SemanticSegmentor": "semantic_fpn"})
     if kind == "rcnn":
-        heads = s.choose("MODEL.ROI_HEADS.NAME", {"Res5ROIHeads": "", "StandardROIHeads": "", "CascadeROIHeads": "cascade_"})
+        heads = s.choose("MODEL.ROI_HEADS.NAME", {"Res5ROIHeads": "", "StandardROIHeads": "",
+                                                  "CascadeROIHeads": "cascade_"})
         masks, keypoints = s("MODEL.MASK_ON"), s("MODEL.KEYPOINT_ON")
         if keypoints and (masks or heads):
             s.name("MODEL.KEYPOINT_ON", "keypoints come without masks and without a cascade")
@@ -334,14 +343,14 @@ def _backbone(s: _Settings) -> dict[str, Any]:
     if any(stages[:4 - deform]):
         s.name(f"{part}.DEFORM_ON_PER_STAGE", "deformable stages are the last ones, without gaps")
     if any(stages):
-        s.expect(f"{part}.DEFORM_MODULATED", True, "deformable convolutions are modulated here (DCNv2); weights of plain "
-                                                   "ones have other shapes")
+        s.expect(f"{part}.DEFORM_MODULATED", True, "deformable convolutions are modulated (DCNv2)")
     s.expect(f"{part}.DEFORM_NUM_GROUPS", 1, "one group of offsets")
     width, depth = s(f"{part}.STEM_OUT_CHANNELS"), s(f"{part}.DEPTH")
-    s.expect(f"{part}.RES2_OUT_CHANNELS", width * (4 if depth >= 50 else 1), "stage 2 has the channels of the stem, four "
-                                                                             "times as many with bottlenecks")
-    return {"depth": depth, "width": width, "groups": s(f"{part}.NUM_GROUPS"), "group_width": s(f"{part}.WIDTH_PER_GROUP"),
-            "norm": s.choose(f"{part}.NORM", NORMS), "stride_in_1x1": s(f"{part}.STRIDE_IN_1X1"), "deform_stages": deform,
+    s.expect(f"{part}.RES2_OUT_CHANNELS", width * (4 if depth >= 50 else 1),
+             "stage 2 has the channels of the stem, four times as many with bottlenecks")
+    return {"depth": depth, "width": width, "groups": s(f"{part}.NUM_GROUPS"),
+            "group_width": s(f"{part}.WIDTH_PER_GROUP"), "norm": s.choose(f"{part}.NORM", NORMS),
+            "stride_in_1x1": s(f"{part}.STRIDE_IN_1X1"), "deform_stages": deform,
             "freeze_stages": s("MODEL.BACKBONE.FREEZE_AT"), "layout": _layout(s)}
 
 
@@ -353,13 +362,13 @@ def _layout(s: _Settings) -> str:
             s.expect(key, PYRAMID[name], f"the pyramid reads {', '.join(PYRAMID[name])}")
         return "fpn"
     s.choose("MODEL.BACKBONE.NAME", {"build_resnet_backbone": "", **dict.fromkeys(PYRAMID, "")})
-    conv5_is_head = s("MODEL.ROI_HEADS.NAME") == "Res5ROIHeads" or s("MODEL.META_ARCHITECTURE") == "ProposalNetwork"
-    layouts = {("res4", 1): "c4", ("res5", 1): "c5", ("res5", 2): "dc5"}
-    layout = layouts.get((" ".join(s(f"{part}.OUT_FEATURES")), s(f"{part}.RES5_DILATION")))
-    if layout is None or (layout == "c4") != conv5_is_head and s("MODEL.META_ARCHITECTURE") == "GeneralizedRCNN":
-        raise ValueError(f"{part}.OUT_FEATURES must be res4 with Res5ROIHeads or res5 with others, to be translated, got "
-                         f"{s(f'{part}.OUT_FEATURES')}, RES5_DILATION = {s(f'{part}.RES5_DILATION')} and "
-                         f"{s('MODEL.ROI_HEADS.NAME')} ({s.where}). detres has nothing like it.")
+    features, dilation = s(f"{part}.OUT_FEATURES"), s(f"{part}.RES5_DILATION")
+    layout = {("res4", 1): "c4", ("res5", 1): "c5", ("res5", 2): "dc5"}.get((" ".join(features), dilation))
+    regions = s("MODEL.META_ARCHITECTURE") == "GeneralizedRCNN"
+    if layout is None or regions and (layout == "c4") != (s("MODEL.ROI_HEADS.NAME") == "Res5ROIHeads"):
+        heads = f" and {s('MODEL.ROI_HEADS.NAME')}" if regions else ""
+        raise ValueError(f"{part}.OUT_FEATURES must be res4 with Res5ROIHeads, or res5 with others, to be translated, "
+                         f"got {features}, RES5_DILATION = {dilation}{heads} ({s.where}). detres has nothing like it.")
     return layout
 
 
@@ -608,7 +617,7 @@ def _clip(s: _Settings) -> dict[str, Any]:
     kind, value, norm = (s(f"{part}.{name}") for name in ("CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE"))
     if kind == "full_model" and norm == 2.0:
         return {"grad_clip": value}
-    s.name(f"{part}.CLIP_TYPE", "train.grad_clip bounds the L2 norm of the whole gradient, not of each parameter; not set")
+    s.name(f"{part}.CLIP_TYPE", "train.grad_clip, which is not set, bounds the L2 norm of the whole gradient")
     return {}
 
 

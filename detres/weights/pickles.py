@@ -61,7 +61,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_torch(path: str | Path) -> dict[str, Any]:
-    """What `torch.save` wrote, through `torch.load(weights_only=True)`. Raises ValueError that names what was refused."""
+    """What `torch.save` wrote, through `torch.load(weights_only=True)`. Raises ValueError with what it refused."""
     path = Path(path)
     _check_zip(path)
     try:
@@ -140,7 +140,8 @@ def read_pickle(path: str | Path) -> dict[Any, Any]:
     except _Refusal as refusal:
         raise _refused(path, str(refusal), "arrays, numbers, strings and containers alone") from None
     except Exception as error:  # a damaged pickle: no bytes left, an empty stack, arguments of other types
-        raise _refused(path, f"a damaged pickle: {type(error).__name__}: {str(error)[:200]}", "a whole pickle") from None
+        what = f"a damaged pickle: {type(error).__name__}: {str(error)[:200]}"
+        raise _refused(path, what, "a whole pickle") from None
     if not isinstance(found, dict):
         raise _refused(path, f"a {type(found).__name__}", "a dict of arrays")
     return found

@@ -95,7 +95,7 @@ BACKBONES = {
 @dataclass(frozen=True)
 class Source:
     """name: in full, such as 'COCO-Detection/faster_rcnn_R_50_FPN_1x' or 'resnet50.IMAGENET1K_V2'; a URL is its own.
-    file: its place under torch hub's `checkpoints`. checksum: algorithm and first hex digits; None where nobody says."""
+    file: its place under torch hub's `checkpoints`. checksum: algorithm and first hex digits, None if unknown."""
 
     name: str
     url: str

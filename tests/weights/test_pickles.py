@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import io
 import os
@@ -51,9 +52,9 @@ def python2(arrays) -> bytes:
     out = b"\x80\x02}" + string(b"blobs") + b"}("
     for name, array in arrays.items():
         shape = b"(" + b"".join(b"J" + struct.pack("<i", side) for side in array.shape) + b"t"
-        out += string(name.encode()) + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01"
-        out += shape + b"cnumpy\ndtype\n" + string(array.dtype.str[1:].encode()) + b"K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff"
-        out += b"\xff\xffJ\xff\xff\xff\xffK\x00tb\x89" + string(array.tobytes()) + b"tb"
+        out += string(name.encode()) + b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        out += b"(K\x01" + shape + b"cnumpy\ndtype\n" + string(array.dtype.str[1:].encode()) + b"K\x00K\x01\x87R"
+        out += b"(K\x03U\x01<NNN" + 2 * b"J\xff\xff\xff\xff" + b"K\x00tb\x89" + string(array.tobytes()) + b"tb"
     return out + b"us."
 
 
@@ -117,7 +118,8 @@ def stack_global(module: str, name: str) -> bytes:
 
 TOUCH = f"touch {MARKER}"
 SHELL = b"X" + struct.pack("<I", len(TOUCH)) + TOUCH.encode()
-F4 = b"cnumpy\ndtype\nX\x02\x00\x00\x00f4K\x00K\x01\x87R(K\x03X\x01\x00\x00\x00<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+F4 = b"cnumpy\ndtype\nX\x02\x00\x00\x00f4K\x00K\x01\x87R(K\x03X\x01\x00\x00\x00<NNN" + 2 * b"J\xff\xff\xff\xff" + \
+    b"K\x00tb"
 EMPTY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tX\x01\x00\x00\x00btR"
 HOSTILE = {
     "os.system": (pickle.dumps({"model": Calls(os.system, TOUCH)}), "the global posix.system"),
@@ -138,7 +140,8 @@ HOSTILE = {
     "OBJ of allowed": (make(b"(ccollections\nOrderedDict\no."), "instruction OBJ"),
     "NEWOBJ": (make(b"ccollections\nOrderedDict\n)\x81."), "instruction NEWOBJ"),
     "EXT1": (make(b"\x82\x01."), "instruction EXT1"), "EXT4": (make(b"\x84\x01\x00\x00\x00."), "instruction EXT4"),
-    "PERSID": (make(b"Pos.system\n."), "instruction PERSID"), "BINPERSID": (make(SHELL + b"Q."), "instruction BINPERSID"),
+    "PERSID": (make(b"Pos.system\n."), "instruction PERSID"),
+    "BINPERSID": (make(SHELL + b"Q."), "instruction BINPERSID"),
     "NEXT_BUFFER": (make(b"\x97."), "instruction NEXT_BUFFER"),
     "BUILD on a class": (make(b"ccollections\nOrderedDict\nN}X\x04\x00\x00\x00itemK\x01s\x86b."),
                          "an instruction on 'collections.OrderedDict'"),
@@ -152,16 +155,19 @@ HOSTILE = {
     "objects as numbers": (make(EMPTY + b"(K\x01(K\x01t" + F4 + b"\x89]tb."), "an array of list in place of numbers"),
     "records": (pickle.dumps({"a": np.zeros(2, [("x", "f4"), ("y", "O")])}), "dtype V"),
     "dates": (pickle.dumps({"a": np.zeros(2, "M8[s]")}), "dtype M8"),
-    "matrix": (make(b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(K\x00tX\x01\x00\x00\x00btR."), "numpy.dtype"),
+    "matrix": (make(b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\ndtype\n(K\x00tX\x01\x00\x00\x00btR."),
+               "an array of type numpy.dtype"),
     "encode to a file": (make(b"c_codecs\nencode\n" + SHELL + b"\x8c\x03zip\x86R."), "_codecs.encode with zip"),
     "decode": (make(b"c_codecs\ndecode\n" + SHELL + b"\x85R."), "_codecs.decode"),
     "huge array": (make(EMPTY + b"(K\x01(\x8a\x06\x00\x00\x00\x00\x00\x7ft" + F4 + b"\x89C\x00tb."), "with 0 bytes"),
-    "negative": (make(EMPTY + b"(K\x01(J\xff\xff\xff\xffJ\xff\xff\xff\xfft" + F4 + b"\x89C\x04abcdtb."), "of shape (-1, -1)"),
+    "negative": (make(EMPTY + b"(K\x01(J\xff\xff\xff\xffJ\xff\xff\xff\xfft" + F4 + b"\x89C\x04abcdtb."),
+                 "of shape (-1, -1)"),
     "never built": (make(b"}X\x01\x00\x00\x00a" + EMPTY + b"s."), "an array without numbers"),
     "deep key": (make(b"})" + b"\x85" * 100_000 + b"K\x01s."), "a tuple as key"),
     "unknown": (make(b"\xff."), "a damaged pickle"), "no stack": (make(b"R."), "a damaged pickle"),
     "huge string": (make(b"\x8d" + struct.pack("<Q", 1 << 60) + b"a."), "a damaged pickle"),
-    "huge bytes": (make(b"B\xff\xff\xff\xffa."), "a damaged pickle"), "huge memo": (make(b"j\xff\xff\xff\x7f."), "damaged"),
+    "huge bytes": (make(b"B\xff\xff\xff\xffa."), "a damaged pickle"),
+    "huge memo": (make(b"j\xff\xff\xff\x7f."), "a damaged pickle"),
     "no end": (make(b"}"), "a damaged pickle"), "a list": (pickle.dumps([np.ones(2)]), "got a list"),
     "a number": (pickle.dumps(1), "got a int"), "no tensor": (pickle.dumps({"lr": 0.1}), "none in its keys ['lr']"),
 }
@@ -241,7 +247,7 @@ HOSTILE_TORCH = {
     "zip": (archive(pickle.dumps({"a": Calls(os.system, TOUCH)}, 2)), "the global posix.system"),
     "legacy": (legacy(pickle.dumps({"a": Calls(os.system, TOUCH)}, 2)), "the global posix.system"),
     "eval": (archive(pickle.dumps(Calls(eval, f"open('{MARKER}', 'w')"), 2)), "the global eval"),
-    "namespace": (bytes_of({"model": STATE, "args": __import__("argparse").Namespace(lr=1)}), "global argparse.Namespace"),
+    "namespace": (bytes_of({"model": STATE, "args": argparse.Namespace(lr=1)}), "the global argparse.Namespace"),
     "compressed": (archive(bytes(10_000_000), zipfile.ZIP_DEFLATED), "compressed or overlapping"),
     "expanded": (bytes_of({"model": {"a": torch.ones(1).expand(1 << 40)}}), "a (1099511627776,)"),
     "sparse": (bytes_of({"a": torch.ones(2, 2).to_sparse()}), "torch.sparse_coo"),
@@ -253,8 +259,8 @@ HOSTILE_TORCH = {
         STATE, _use_new_zipfile_serialization=False)[:-20], "model.pth"),
     "huge safetensors": (struct.pack("<Q", 1 << 60) + b"{}", "safetensors"),
     "short safetensors": (struct.pack("<Q", 90) + b'{"a": {"dtype": "F32"', "safetensors"),
-    "safetensors past its end": (struct.pack("<Q", 62) + b'{"a":{"dtype":"F32","shape":[999],"data_offsets":[0,3996]}}   ',
-                                 "safetensors"),
+    "safetensors past its end": (
+        struct.pack("<Q", 62) + b'{"a":{"dtype":"F32","shape":[999],"data_offsets":[0,3996]}}   ', "safetensors"),
 }
 
 

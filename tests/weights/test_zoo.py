@@ -60,7 +60,8 @@ def test_backbones(name, file):
 
 
 @pytest.mark.parametrize("name, full, digits", [
-    ("resnet50", "resnet50.IMAGENET1K_V2", "11ad3fa6"), ("resnet50.IMAGENET1K_V1", "resnet50.IMAGENET1K_V1", "0676ba61"),
+    ("resnet50", "resnet50.IMAGENET1K_V2", "11ad3fa6"),
+    ("resnet50.IMAGENET1K_V1", "resnet50.IMAGENET1K_V1", "0676ba61"),
     ("maskrcnn_resnet50_fpn", "maskrcnn_resnet50_fpn.COCO_V1", "bf2d0c1e"),
     ("fcn_resnet50.DEFAULT", "fcn_resnet50.COCO_WITH_VOC_LABELS_V1", "1167a1af"),
 ])
@@ -84,8 +85,8 @@ def test_urls(url, file, checksum):
     assert (source.file, source.checksum) == (file, checksum)
 
 
-@pytest.mark.parametrize("url", ["detectron2://../../../etc/passwd", "https://example.org/", "https://example.org/%2e%2e",
-                                 "detectron2://a/%2e%2e/%2e%2e/%2e%2e/b.pkl"])
+@pytest.mark.parametrize("url", ["detectron2://../../../etc/passwd", "https://example.org/",
+                                 "https://example.org/%2e%2e", "detectron2://a/%2e%2e/%2e%2e/%2e%2e/b.pkl"])
 def test_a_url_stays_within_the_cache(url):
     with pytest.raises(ValueError, match="must end in the name of a file"):
         resolve(url)
@@ -93,7 +94,8 @@ def test_a_url_stays_within_the_cache(url):
 
 @pytest.mark.parametrize("name, hint", [
     ("mask_rcnn_R50_FPN_3x", "Did you mean 'mask_rcnn_R_50_FPN_3x'"), ("resnet_50", "Did you mean 'resnet50'"),
-    ("resnet50.V1", "'resnet50.IMAGENET1K_V1'"), ("detectron://ImageNetPretrained/MSRA/R-50", "'detectron2://ImageNetPretr"),
+    ("resnet50.V1", "'resnet50.IMAGENET1K_V1'"),
+    ("detectron://ImageNetPretrained/MSRA/R-50", "'detectron2://ImageNetPretr"),
     ("zzz", "Give a name of Detectron2's model zoo"), ("runs/mine/weights.pth", "or the path of a file"),
 ])
 def test_unknown_names(name, hint):
@@ -134,7 +136,7 @@ def test_a_file_put_there_by_hand_is_used(cache):
 
 def test_a_corrupt_download_leaves_nothing(served, cache):
     served.write_bytes(b"other")
-    with pytest.raises(ValueError, match=rf"must have the checksum .* got sha256 {hashlib.sha256(b'other').hexdigest()[:8]}"):
+    with pytest.raises(ValueError, match=f"got sha256 {hashlib.sha256(b'other').hexdigest()[:8]}, not"):
         fetch(served.as_uri())
     assert not list(cache.iterdir())
 
