@@ -183,6 +183,7 @@ WHY = {  # of settings that nothing below reads, by the beginning of their names
     "MODEL.ROI_BOX_HEAD.FED_LOSS": "no federated loss", "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": "no federated loss",
     "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": "classes compete in a softmax",
     "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS": "images without keypoints train boxes",
+    "SOLVER.WEIGHT_DECAY_NORM": "no norm trains",
     "SOLVER.REFERENCE_WORLD_SIZE": "train.batch_size is over all processes",
     "SOLVER.RESCALE_INTERVAL": "one schedule that multiplies by 0.1 at milestones",
     "SOLVER.NUM_DECAYS": "one schedule that multiplies by 0.1 at milestones",
@@ -395,9 +396,10 @@ def _anchors(s: _Settings, features: str, layout: str) -> dict[str, Any]:
 
 def _box_loss(s: _Settings, kind: str, beta: str) -> dict[str, Any]:
     loss = s.choose(kind, {name: name for name in ("smooth_l1", "giou", "diou", "ciou")})
+    if loss != "smooth_l1":
+        return {"box_loss": loss}
     corner = s(beta)
-    return {"box_loss": loss} if loss != "smooth_l1" else \
-        {"box_loss": loss, "smooth_l1_beta": corner} if corner else {"box_loss": "l1"}
+    return {"box_loss": loss, "smooth_l1_beta": corner} if corner else {"box_loss": "l1"}
 
 
 def _rpn(s: _Settings) -> dict[str, Any]:
@@ -599,14 +601,13 @@ def _decay(s: _Settings) -> dict[str, Any]:
     """Weight decay. Detectron2 has one for norms and one for biases; here both have that of weights, or none."""
     decay = s("SOLVER.WEIGHT_DECAY")
     biases = s("SOLVER.WEIGHT_DECAY_BIAS")
-    norms = s("SOLVER.WEIGHT_DECAY_NORM")
-    norm_keys = [key for key in DEFAULTS if key.endswith(".NORM") and key in s.read]
-    train_norms = any(s(key) not in ("", "FrozenBN") for key in norm_keys)
     of_all = biases is None or biases != 0
     if biases not in (None, 0, decay):
         s.name("SOLVER.WEIGHT_DECAY_BIAS", "biases have the weight decay of weights, or none")
-    if train_norms and norms != (decay if of_all else 0):
-        s.name("SOLVER.WEIGHT_DECAY_NORM", "norms have the same weight decay as biases (train.decay_norm_and_bias)")
+    norms = [s(key) for key in DEFAULTS if key.endswith(".NORM") and key in s.read]
+    if set(norms) - {"", "FrozenBN"}:  # else none trains
+        s.expect("SOLVER.WEIGHT_DECAY_NORM", decay if of_all else 0,
+                 "norms have the same weight decay as biases (train.decay_norm_and_bias)")
     return {"weight_decay": decay, "decay_norm_and_bias": of_all}
 
 
