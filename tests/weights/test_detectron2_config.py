@@ -67,10 +67,11 @@ def test_families(family):
         build_model(config.model, num_classes=3)
 
 
-CHANGED = {  # settings whose other values are few
-    "INPUT.FORMAT": "RGB", "MODEL.META_ARCHITECTURE": "RetinaNet", "INPUT.MIN_SIZE_TRAIN_SAMPLING": "range",
-    "INPUT.RANDOM_FLIP": "none", "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR", "MODEL.DEVICE": "cpu",
-    "SEED": 3, "MODEL.RESNETS.DEPTH": 101, "MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 1,
+EMPTY = "DATALOADER.FILTER_EMPTY_ANNOTATIONS"  # what panoptic models change already
+CHANGED = {  # settings of which no sum or other name is a value
+    "INPUT.FORMAT": "RGB", "INPUT.RANDOM_FLIP": "none", "MODEL.META_ARCHITECTURE": "RetinaNet", "MODEL.DEVICE": "cpu",
+    "MODEL.RESNETS.DEPTH": 101, "MODEL.RESNETS.NORM": "BN", "MODEL.BACKBONE.FREEZE_AT": 1, "SEED": 3,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
 }
 
 
@@ -90,7 +91,8 @@ def test_no_setting_is_dropped(family):
     """Changed alone, each setting changes the translation, or is named, or refused."""
     before, notes = translate(FAMILIES[family])
     for key in sorted(set(DEFAULTS) - {"VERSION"}):
-        changed = put(FAMILIES[family], key, CHANGED.get(key, other(DEFAULTS[key])))
+        value = CHANGED.get(key, other(DEFAULTS[key]))
+        changed = put(FAMILIES[family], key, DEFAULTS[key] if (family, key) == ("panoptic_fpn", EMPTY) else value)
         try:
             after, told = translate(changed)
         except ValueError as error:
