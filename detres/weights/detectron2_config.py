@@ -410,7 +410,7 @@ def _rpn(s: _Settings) -> dict[str, Any]:
     s.expect(f"{part}.IOU_LABELS", [0, -1, 1], "below both thresholds background, above both an object")
     s.expect(f"{part}.LOSS_WEIGHT", 1.0, "the loss of objectness has weight 1; that of boxes is rpn.box_loss_weight")
     convs = s(f"{part}.CONV_DIMS")
-    if set(convs) - {-1, s("MODEL.FPN.OUT_CHANNELS")}:
+    if set(convs) != {-1} and set(convs) != {s("MODEL.FPN.OUT_CHANNELS")}:
         s.name(f"{part}.CONV_DIMS", "convolutions of the RPN keep the channels of the features")
     edge = s(f"{part}.BOUNDARY_THRESH")
     if edge > 0:
@@ -618,7 +618,7 @@ def _clip(s: _Settings) -> dict[str, Any]:
     kind, value, norm = (s(f"{part}.{name}") for name in ("CLIP_TYPE", "CLIP_VALUE", "NORM_TYPE"))
     if kind == "full_model" and norm == 2.0:
         return {"grad_clip": value}
-    s.name(f"{part}.CLIP_TYPE", "train.grad_clip, which is not set, bounds the L2 norm of the whole gradient")
+    s.name(f"{part}.ENABLED", f"train.grad_clip bounds the L2 norm of the whole gradient; CLIP_TYPE {kind} is another")
     return {}
 
 
