@@ -464,6 +464,7 @@ def _cascade(s: _Settings, box_head: dict[str, Any]) -> dict[str, Any]:
     part = "MODEL.ROI_BOX_CASCADE_HEAD"
     first, *others = s(f"{part}.IOUS")
     box_head["fg_iou"] = first
+    s.expect("MODEL.ROI_HEADS.IOU_THRESHOLDS", [first], "that of the first stage is in ROI_BOX_CASCADE_HEAD.IOUS")
     weights = [[stage * weight for weight in (10.0, 10.0, 5.0, 5.0)] for stage in range(1, len(others) + 2)]
     s.expect(f"{part}.BBOX_REG_WEIGHTS", weights, "deltas of stage k are scaled by k times 10, 10, 5, 5")
     s.expect("MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", True, "boxes of a cascade are class-agnostic")
