@@ -541,6 +541,8 @@ def _data(s: _Settings) -> dict[str, Any]:
             s.name(key, f"not among the data sets that datasets/README.md lays out; give data.{role}=PATH")
         elif joined is not None:
             data[role] = joined
+            if "panoptic" in joined["path"]:
+                s.name(key, "masks are those of the panoptic PNGs, which do not overlap, not those of the instances file")
     return data
 
 
@@ -552,7 +554,7 @@ def _source(name: str) -> dict[str, str] | None:
         return {"path": "datasets/coco", "split": f"{match[2]}{match[1]}"}
     if match := re.fullmatch(r"keypoints_coco_(2014|2017)_(train|val)", name):
         return {"path": f"datasets/coco/annotations/person_keypoints_{match[2]}{match[1]}.json"}
-    if match := re.fullmatch(r"coco_2017_(train|val)_panoptic_\w+", name):
+    if match := re.fullmatch(r"coco_2017_(train|val)_panoptic_separated", name):
         return {"path": f"datasets/coco/annotations/panoptic_{match[1]}2017.json"}
     return None
 
