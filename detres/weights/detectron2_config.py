@@ -344,7 +344,8 @@ def _backbone(s: _Settings) -> dict[str, Any]:
     if any(stages[:4 - deform]):
         s.name(f"{part}.DEFORM_ON_PER_STAGE", "deformable stages are the last ones, without gaps")
     if any(stages):
-        s.expect(f"{part}.DEFORM_MODULATED", True, "deformable convolutions are modulated (DCNv2); imported plain ones by 1")
+        s.expect(f"{part}.DEFORM_MODULATED", True,
+                 "deformable convolutions are modulated (DCNv2); weights of plain ones are imported with a modulation of 1")
     s.expect(f"{part}.DEFORM_NUM_GROUPS", 1, "one group of offsets")
     width, depth = s(f"{part}.STEM_OUT_CHANNELS"), s(f"{part}.DEPTH")
     s.expect(f"{part}.RES2_OUT_CHANNELS", width * (4 if depth >= 50 else 1),
