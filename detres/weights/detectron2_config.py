@@ -1,36 +1,20 @@
 """A YAML config of Detectron2 as a config of detres: the model, how images are resized, the schedule.
 
-What it says and detres cannot do is named, each with its value and the reason. Every setting is read through
-`_Settings`, which remembers: what a file sets and nobody has read is named, too, so that nothing gets lost.
+What it says and detres cannot do is named, each with its value and the reason (`detectron2_yaml.Settings`).
 """
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from detres.config import Config
-from detres.weights.detectron2_defaults import BASES, DEFAULTS, SECTIONS
-
-
-@dataclass(frozen=True)
-class Untranslated:
-    """A setting that is not in the translation, or not as it was."""
-
-    key: str
-    value: Any
-    why: str
-
-    def __str__(self) -> str:
-        return f"{self.key} = {self.value!r}: {self.why}"
+from detres.weights.detectron2_defaults import DEFAULTS
+from detres.weights.detectron2_yaml import Settings, Untranslated, read
 
 
 def translate(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], list[Untranslated]]:
@@ -42,11 +26,7 @@ def translate(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], l
     model that detres does not have.
     """
     notes: list[Untranslated] = []
-    if isinstance(source, Mapping):
-        given, where = _merged(source, Path(), notes, ()), "config"
-    else:
-        given, where = _read(Path(source), notes, ()), str(source)
-    settings = _Settings(dict(_flat(given, where)), where, notes)
+    settings = read(source, notes)
     found = {"model": _model(settings), "data": _data(settings), "train": _train(settings), **_run(settings, source)}
     found["eval"] = {"metrics": ["voc"] if "VOC" in str(found["data"].get("val")) else ["coco"]}
     settings.name_unread()
@@ -55,209 +35,8 @@ def translate(source: str | Path | Mapping[str, Any]) -> tuple[dict[str, Any], l
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"config of Detectron2 must have values that detres can use, got {first['input']!r:.80} for "
-                         f"{'.'.join(map(str, first['loc']))}: {first['msg']} ({where}).") from None
+                         f"{'.'.join(map(str, first['loc']))}: {first['msg']} ({settings.where}).") from None
     return found, notes
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without objects. Of Python's tags it knows the two that Detectron2's configs use: tuples, and arithmetic."""
-
-
-def _tuple(loader: _Loader, node: yaml.Node) -> list[Any]:
-    return loader.construct_sequence(node, deep=True)
-
-
-def _arithmetic(loader: _Loader, node: yaml.Node) -> Any:
-    try:
-        (text,) = loader.construct_sequence(node, deep=True)
-        return _value(ast.parse(text, mode="eval").body, {})
-    except (ArithmeticError, KeyError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
-        raise yaml.constructor.ConstructorError(problem="only arithmetic is computed, such as [[x, x * 2 ** (1.0 / 3)] "
-                                                "for x in [32, 64]]", problem_mark=node.start_mark) from None
-
-
-_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _tuple)
-_Loader.add_constructor("tag:yaml.org,2002:python/object/apply:eval", _arithmetic)
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-             ast.Pow: operator.pow}
-
-
-def _value(node: ast.expr, names: dict[str, float]) -> Any:
-    """Numbers, lists, + - * / **, and [... for x in ...]. Raises KeyError, TypeError or ValueError for all else."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return node.value
-    if isinstance(node, ast.Name):
-        return names[node.id]
-    if isinstance(node, (ast.List, ast.Tuple)):
-        return [_value(item, names) for item in node.elts]
-    if isinstance(node, ast.BinOp):
-        left, right = (float(_value(side, names)) for side in (node.left, node.right))  # floats cannot grow for long
-        return OPERATORS[type(node.op)](left, right)
-    if isinstance(node, ast.ListComp) and len(node.generators) == 1 and not node.generators[0].ifs:
-        (each,) = node.generators
-        return [_value(node.elt, {**names, each.target.id: item}) for item in _value(each.iter, names)]
-    raise TypeError(type(node).__name__)
-
-
-def _read(path: Path, notes: list[Untranslated], chain: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping of a file and of its bases."""
-    if path.resolve() in chain:
-        raise ValueError(f"_BASE_ must not lead back to its own chain, got {path} ({chain[-1]}).")
-    if not path.is_file():
-        named_by = f" (_BASE_ of {chain[-1]})" if chain else ""
-        raise FileNotFoundError(f"config of Detectron2 must exist, got '{path}'{named_by}. Check the path.")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        told = " ".join(str(error).split())
-        raise ValueError(f"config of Detectron2 must be YAML without Python objects, got {told} ({path}). Write what "
-                         "these make as plain values.") from None
-    if not isinstance(content, Mapping):
-        kind = type(content).__name__
-        raise ValueError(f"config of Detectron2 must be a mapping of sections, got a {kind} ({path}).")
-    return _merged(content, path, notes, (*chain, path.resolve()))
-
-
-def _merged(content: Mapping[str, Any], path: Path, notes: list[Untranslated],
-            chain: tuple[Path, ...]) -> dict[str, Any]:
-    """`content` over its base. path: of the file that it is of."""
-    content = dict(content)
-    base = content.pop("_BASE_", None)
-    if base is None:
-        return content
-    if not isinstance(base, str) or "://" in base:
-        raise ValueError(f"_BASE_ must be one path, got {base!r} ({path}). Put the file beside this one.")
-    file = path.parent / Path(base).expanduser()
-    if file.is_file() or file.name not in BASES:
-        below = _read(file, notes, chain)
-    else:
-        below = _merged(BASES[file.name], file, [], chain)
-        notes.append(Untranslated("_BASE_", base, f"no such file; taken for Detectron2's own {file.name}"))
-    return _over(content, below)
-
-
-def _over(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-    both = {key: _over(value, old[key]) for key, value in new.items()
-            if isinstance(value, Mapping) and isinstance(old.get(key), Mapping)}
-    return {**old, **new, **both}
-
-
-def _flat(tree: Mapping[str, Any], where: str, prefix: str = "", depth: int = 0):
-    """(dotted key, value) of all settings; strings that hold Python literals become these, as in yacs."""
-    for key, value in tree.items():
-        if depth > 6 or not isinstance(key, str):
-            raise ValueError(f"config of Detectron2 must have sections of named settings, got {key!r:.60} in "
-                             f"{prefix[:-1]!r:.60} ({where}).")
-        if isinstance(value, Mapping) and f"{prefix}{key}" in DEFAULTS:
-            raise ValueError(f"{prefix}{key} must be a setting, got a section ({where}).")
-        if not isinstance(value, Mapping) and f"{prefix}{key}" in SECTIONS:
-            raise ValueError(f"{prefix}{key} must be a section, got {value!r:.60} ({where}).")
-        if isinstance(value, Mapping):
-            yield from _flat(value, where, f"{prefix}{key}.", depth + 1)
-        else:
-            yield f"{prefix}{key}", _plain(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return value
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-# ---- settings that remember who was asked --------------------------------------------------------------------------
-
-WHY = {  # of settings that nothing below reads, by the beginning of their names
-    "CUDNN_BENCHMARK": "left to torch", "FLOAT32_PRECISION": "left to torch", "GLOBAL.": "nothing reads it",
-    "VIS_PERIOD": "training draws no pictures",
-    "DATALOADER.REPEAT": "images are drawn evenly", "DATALOADER.SAMPLER_TRAIN": "images are drawn evenly",
-    "DATASETS.PR": "proposals are computed, not read from files",
-    "INPUT.CROP.": "no crops of relative size; data.augment.crop_size and jitter are others",
-    "INPUT.MASK_FORMAT": "polygons and bitmaps are both read",
-    "MODEL.LOAD_PROPOSALS": "proposals are computed, not read from files",
-    "MODEL.ROI_BOX_HEAD.FED_LOSS": "no federated loss", "MODEL.ROI_BOX_HEAD.USE_FED_LOSS": "no federated loss",
-    "MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE": "classes compete in a softmax",
-    "MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS": "images without keypoints train boxes",
-    "SOLVER.WEIGHT_DECAY_NORM": "no norm trains",
-    "SOLVER.REFERENCE_WORLD_SIZE": "train.batch_size is over all processes",
-    "SOLVER.RESCALE_INTERVAL": "one schedule that multiplies by 0.1 at milestones",
-    "SOLVER.NUM_DECAYS": "one schedule that multiplies by 0.1 at milestones",
-    "TEST.AUG.": "test-time augmentation is not in a translation; see eval.test_scales",
-    "TEST.EXPECTED_RESULTS": "for Detectron2's own tests",
-    "TEST.KEYPOINT_OKS_SIGMAS": "keypoints are judged by the constants of COCO",
-    "TEST.PRECISE_BN.": "run `detres bn-stats` after training",
-}
-
-
-class _Settings:
-    """What the files set, over Detectron2's defaults. Reading marks a setting as translated."""
-
-    def __init__(self, given: dict[str, Any], where: str, notes: list[Untranslated]):
-        self.given, self.where, self.notes, self.read = given, where, notes, {"VERSION"}
-        if given.get("VERSION", 2) != 2 or "MODEL.WEIGHT" in given or "TEST.AUG_ON" in given:
-            got = given.get("VERSION", "none, and names of version 1")
-            raise ValueError(f"VERSION must be 2, got {got} ({where}). Let Detectron2 upgrade the file: "
-                             "config.upgrade_config.")
-        for key, value in given.items():
-            if key in DEFAULTS and not _alike(value, DEFAULTS[key]):
-                kind = type(DEFAULTS[key]).__name__
-                raise ValueError(f"{key} must be a {kind}, as in Detectron2, got {value!r:.80} ({where}).")
-
-    def __call__(self, key: str, length: int | None = None) -> Any:
-        """The setting; a list of `length` if given."""
-        self.read.add(key)
-        value = self.given.get(key, DEFAULTS[key])
-        if length is not None and len(value) != length:
-            raise ValueError(f"{key} must have {length} entries, got {value!r:.80} ({self.where}).")
-        return value
-
-    def name(self, key: str, why: str) -> None:
-        """Read the setting, and name it as not translated."""
-        self.notes.append(Untranslated(key, self(key), why))
-
-    def expect(self, key: str, accepted: Any, why: str) -> None:
-        """Name the setting as not translated, unless it has the value that detres stands for."""
-        if self(key) != accepted:
-            self.name(key, why)
-
-    def choose(self, key: str, choices: Mapping[Any, Any]) -> Any:
-        """What stands for the setting here. Raises ValueError for a value without a counterpart."""
-        value = self(key)
-        try:
-            return choices[value]
-        except (KeyError, TypeError):
-            known = ", ".join(map(repr, choices))
-            raise ValueError(f"{key} must be one of {known} to be translated, got {value!r:.80} ({self.where}). detres "
-                             "has nothing like it.") from None
-
-    def name_unread(self) -> None:
-        """Name what is set, differs from the default, and was not read."""
-        sections = {key.rpartition(".")[0] for key in self.read}
-        for key, value in self.given.items():
-            if key in self.read or (key in DEFAULTS and value == DEFAULTS[key]):
-                continue
-            reasons = [why for start, why in WHY.items() if key.startswith(start)]
-            if key not in DEFAULTS:
-                reasons = ["no setting of Detectron2 itself"]
-            elif not any(section.startswith(key.rpartition(".")[0]) for section in sections):
-                reasons = reasons or ["of a part that this model does not have"]
-            self.notes.append(Untranslated(key, value, (reasons or ["nothing here corresponds to it"])[0]))
-
-
-def _alike(value: Any, default: Any) -> bool:
-    """Whether a value is of the kind that a default has, as yacs asks it."""
-    if isinstance(default, bool) or isinstance(value, bool):
-        return isinstance(value, bool) and isinstance(default, bool)
-    if isinstance(default, float) or default is None:  # the only default that is None is a number otherwise
-        return isinstance(value, (int, float)) or (value is None and default is None)
-    if isinstance(default, list) and isinstance(value, list) and default and value:
-        return all(_alike(item, default[0]) for item in value)
-    return isinstance(value, (int, float) if isinstance(default, int) else type(default))
 
 
 # ---- the model -----------------------------------------------------------------------------------------------------
@@ -271,7 +50,7 @@ PYRAMID = {"build_resnet_fpn_backbone": ["res2", "res3", "res4", "res5"],
 CLASSES = "classes are those of the data set or of the weights"
 
 
-def _model(s: _Settings) -> dict[str, Any]:
+def _model(s: Settings) -> dict[str, Any]:
     name = _name(s)
     model = {"name": name, **_weights(s), "input": _input(s)}
     model["backbone"].update(_backbone(s))
@@ -300,7 +79,7 @@ def _model(s: _Settings) -> dict[str, Any]:
     return model
 
 
-def _name(s: _Settings) -> str:
+def _name(s: Settings) -> str:
     kind = s.choose("MODEL.META_ARCHITECTURE", {"GeneralizedRCNN": "rcnn", "RetinaNet": "retinanet",
                                                 "ProposalNetwork": "rpn", "PanopticFPN": "panoptic_fpn",
                                                 "SemanticSegmentor": "semantic_fpn"})
@@ -319,14 +98,14 @@ def _name(s: _Settings) -> str:
     return kind
 
 
-def _weights(s: _Settings) -> dict[str, Any]:
+def _weights(s: Settings) -> dict[str, Any]:
     """Of a backbone, or of a whole model to begin from."""
     weights = s("MODEL.WEIGHTS") or None
     whole = weights is not None and not re.search(r"ImageNet|(^|/)[RX]-?\d+[^/]*$", weights)
     return {"weights": weights if whole else None, "backbone": {"weights": None if whole else weights}}
 
 
-def _input(s: _Settings) -> dict[str, Any]:
+def _input(s: Settings) -> dict[str, Any]:
     s.expect("INPUT.MAX_SIZE_TRAIN", s("INPUT.MAX_SIZE_TEST"), "one bound on the long side, model.input.max_size")
     min_size = s("INPUT.MIN_SIZE_TEST")
     if min_size == 0:
@@ -337,7 +116,7 @@ def _input(s: _Settings) -> dict[str, Any]:
             "mean": s("MODEL.PIXEL_MEAN", 3), "std": s("MODEL.PIXEL_STD", 3), "size_divisor": 1, "antialias": True}
 
 
-def _backbone(s: _Settings) -> dict[str, Any]:
+def _backbone(s: Settings) -> dict[str, Any]:
     part = "MODEL.RESNETS"
     stages = s(f"{part}.DEFORM_ON_PER_STAGE", 4)
     deform = stages[::-1].index(False) if False in stages else 4
@@ -345,7 +124,7 @@ def _backbone(s: _Settings) -> dict[str, Any]:
         s.name(f"{part}.DEFORM_ON_PER_STAGE", "deformable stages are the last ones, without gaps")
     if any(stages):
         s.expect(f"{part}.DEFORM_MODULATED", True,
-                 "deformable convolutions are modulated (DCNv2); weights of plain ones are imported with a modulation of 1")
+                 "deformable convolutions are modulated (DCNv2); weights of plain ones come with a modulation of 1")
     s.expect(f"{part}.DEFORM_NUM_GROUPS", 1, "one group of offsets")
     width, depth = s(f"{part}.STEM_OUT_CHANNELS"), s(f"{part}.DEPTH")
     s.expect(f"{part}.RES2_OUT_CHANNELS", width * (4 if depth >= 50 else 1),
@@ -356,7 +135,7 @@ def _backbone(s: _Settings) -> dict[str, Any]:
             "freeze_stages": s("MODEL.BACKBONE.FREEZE_AT"), "layout": _layout(s)}
 
 
-def _layout(s: _Settings) -> str:
+def _layout(s: Settings) -> str:
     name, part = s("MODEL.BACKBONE.NAME"), "MODEL.RESNETS"
     if name in PYRAMID:
         s.expect(f"{part}.RES5_DILATION", 1, "a pyramid has no dilation")
@@ -374,13 +153,13 @@ def _layout(s: _Settings) -> str:
     return layout
 
 
-def _fpn(s: _Settings) -> dict[str, Any]:
+def _fpn(s: Settings) -> dict[str, Any]:
     s.expect("MODEL.FPN.FUSE_TYPE", "sum", "levels are added")
     top = {"top": "c5"} if s("MODEL.BACKBONE.NAME") == "build_retinanet_resnet_fpn_backbone" else {}
     return {"channels": s("MODEL.FPN.OUT_CHANNELS"), "norm": s.choose("MODEL.FPN.NORM", LAYER_NORMS), **top}
 
 
-def _anchors(s: _Settings, features: str, layout: str) -> dict[str, Any]:
+def _anchors(s: Settings, features: str, layout: str) -> dict[str, Any]:
     """features: the setting that names the maps that they are on."""
     part = "MODEL.ANCHOR_GENERATOR"
     s.choose(f"{part}.NAME", {"DefaultAnchorGenerator": ""})
@@ -395,7 +174,7 @@ def _anchors(s: _Settings, features: str, layout: str) -> dict[str, Any]:
             "convention": "detectron2"}
 
 
-def _box_loss(s: _Settings, kind: str, beta: str) -> dict[str, Any]:
+def _box_loss(s: Settings, kind: str, beta: str) -> dict[str, Any]:
     loss = s.choose(kind, {name: name for name in ("smooth_l1", "giou", "diou", "ciou")})
     if loss != "smooth_l1":
         return {"box_loss": loss}
@@ -403,7 +182,7 @@ def _box_loss(s: _Settings, kind: str, beta: str) -> dict[str, Any]:
     return {"box_loss": loss, "smooth_l1_beta": corner} if corner else {"box_loss": "l1"}
 
 
-def _rpn(s: _Settings) -> dict[str, Any]:
+def _rpn(s: Settings) -> dict[str, Any]:
     part = "MODEL.RPN"
     s.choose("MODEL.PROPOSAL_GENERATOR.NAME", {"RPN": ""})
     s.choose(f"{part}.HEAD_NAME", {"StandardRPNHead": ""})
@@ -426,17 +205,17 @@ def _rpn(s: _Settings) -> dict[str, Any]:
             "box_loss_weight": s(f"{part}.BBOX_REG_LOSS_WEIGHT") * s(f"{part}.LOSS_WEIGHT")}
 
 
-def _pool(s: _Settings) -> dict[str, Any]:
+def _pool(s: Settings) -> dict[str, Any]:
     part = "MODEL.ROI_BOX_HEAD"
     return {**s.choose(f"{part}.POOLER_TYPE", POOLERS), "sampling_ratio": s(f"{part}.POOLER_SAMPLING_RATIO")}
 
 
-def _same_pool(s: _Settings, part: str) -> None:
+def _same_pool(s: Settings, part: str) -> None:
     for name in ("POOLER_TYPE", "POOLER_SAMPLING_RATIO"):
         s.expect(f"{part}.{name}", s(f"MODEL.ROI_BOX_HEAD.{name}"), "all heads pool alike, model.pool")
 
 
-def _box_head(s: _Settings, layout: str) -> dict[str, Any]:
+def _box_head(s: Settings, layout: str) -> dict[str, Any]:
     part, heads = "MODEL.ROI_BOX_HEAD", "MODEL.ROI_HEADS"
     levels = {"fpn": ["p2", "p3", "p4", "p5"], "c4": ["res4"]}.get(layout, ["res5"])
     s.expect(f"{heads}.IN_FEATURES", levels, f"regions are pooled from {', '.join(levels)}")
@@ -461,7 +240,7 @@ def _box_head(s: _Settings, layout: str) -> dict[str, Any]:
             "nms_thresh": s(f"{heads}.NMS_THRESH_TEST"), "detections_per_image": s("TEST.DETECTIONS_PER_IMAGE")}
 
 
-def _cascade(s: _Settings, box_head: dict[str, Any]) -> dict[str, Any]:
+def _cascade(s: Settings, box_head: dict[str, Any]) -> dict[str, Any]:
     part = "MODEL.ROI_BOX_CASCADE_HEAD"
     first, *others = s(f"{part}.IOUS")
     box_head["fg_iou"] = first
@@ -472,7 +251,7 @@ def _cascade(s: _Settings, box_head: dict[str, Any]) -> dict[str, Any]:
     return {"ious": others}
 
 
-def _mask_head(s: _Settings, layout: str) -> dict[str, Any]:
+def _mask_head(s: Settings, layout: str) -> dict[str, Any]:
     part = "MODEL.ROI_MASK_HEAD"
     s.choose(f"{part}.NAME", {"MaskRCNNConvUpsampleHead": ""})
     s.expect(f"{part}.CLS_AGNOSTIC_MASK", False, "a mask for each class")
@@ -484,7 +263,7 @@ def _mask_head(s: _Settings, layout: str) -> dict[str, Any]:
             "norm": s.choose(f"{part}.NORM", LAYER_NORMS), "paste": "detectron2"}
 
 
-def _keypoint_head(s: _Settings) -> dict[str, Any]:
+def _keypoint_head(s: Settings) -> dict[str, Any]:
     part = "MODEL.ROI_KEYPOINT_HEAD"
     s.choose(f"{part}.NAME", {"KRCNNConvDeconvUpsampleHead": ""})
     _same_pool(s, part)
@@ -497,7 +276,7 @@ def _keypoint_head(s: _Settings) -> dict[str, Any]:
             "convs": len(channels), **({"channels": channels[0]} if channels else {}), "score": "probability"}
 
 
-def _dense_head(s: _Settings) -> dict[str, Any]:
+def _dense_head(s: Settings) -> dict[str, Any]:
     part = "MODEL.RETINANET"
     s.expect(f"{part}.BBOX_REG_WEIGHTS", [1.0] * 4, "deltas of RetinaNet are not scaled")
     s.expect(f"{part}.IOU_LABELS", [0, -1, 1], "below both thresholds background, above both an object")
@@ -511,7 +290,7 @@ def _dense_head(s: _Settings) -> dict[str, Any]:
             "nms_thresh": s(f"{part}.NMS_THRESH_TEST"), "detections_per_image": s("TEST.DETECTIONS_PER_IMAGE")}
 
 
-def _semantic_head(s: _Settings) -> dict[str, Any]:
+def _semantic_head(s: Settings) -> dict[str, Any]:
     part = "MODEL.SEM_SEG_HEAD"
     s.choose(f"{part}.NAME", {"SemSegFPNHead": ""})
     s.expect(f"{part}.IN_FEATURES", ["p2", "p3", "p4", "p5"], "the semantic head reads p2, p3, p4, p5")
@@ -522,7 +301,7 @@ def _semantic_head(s: _Settings) -> dict[str, Any]:
             "loss_weight": s(f"{part}.LOSS_WEIGHT")}
 
 
-def _panoptic(s: _Settings) -> dict[str, Any]:
+def _panoptic(s: Settings) -> dict[str, Any]:
     part = "MODEL.PANOPTIC_FPN"
     s.expect(f"{part}.INSTANCE_LOSS_WEIGHT", 1.0, "losses of instances have weight 1; see semantic_head.loss_weight")
     return {"score_thresh": s(f"{part}.COMBINE.INSTANCES_CONFIDENCE_THRESH"),
@@ -532,7 +311,7 @@ def _panoptic(s: _Settings) -> dict[str, Any]:
 # ---- data, schedule, run -------------------------------------------------------------------------------------------
 
 
-def _data(s: _Settings) -> dict[str, Any]:
+def _data(s: Settings) -> dict[str, Any]:
     data = {"skip_empty": s("DATALOADER.FILTER_EMPTY_ANNOTATIONS"), "workers": s("DATALOADER.NUM_WORKERS"),
             "aspect_ratio_grouping": s("DATALOADER.ASPECT_RATIO_GROUPING"), "augment": _augment(s)}
     for role, key in (("train", "DATASETS.TRAIN"), ("val", "DATASETS.TEST")):
@@ -543,7 +322,7 @@ def _data(s: _Settings) -> dict[str, Any]:
         elif joined is not None:
             data[role] = joined
             if "panoptic" in joined["path"]:
-                s.name(key, "masks are those of the panoptic PNGs, which do not overlap, not those of the instances file")
+                s.name(key, "masks are those of the panoptic PNGs, which do not overlap, not of the instances file")
     return data
 
 
@@ -569,7 +348,7 @@ def _joined(sources: Sequence[dict[str, str] | None]) -> dict[str, str] | None:
     return {"path": sources[0]["path"], "split": "+".join(source["split"] for source in sources)}
 
 
-def _augment(s: _Settings) -> dict[str, Any]:
+def _augment(s: Settings) -> dict[str, Any]:
     sizes = s("INPUT.MIN_SIZE_TRAIN")
     if s.choose("INPUT.MIN_SIZE_TRAIN_SAMPLING", {"choice": False, "range": True}):
         low, high = s("INPUT.MIN_SIZE_TRAIN", 2)
@@ -579,7 +358,7 @@ def _augment(s: _Settings) -> dict[str, Any]:
     return {"min_sizes": sizes, "flip": flip, **vertical}
 
 
-def _train(s: _Settings) -> dict[str, Any]:
+def _train(s: Settings) -> dict[str, Any]:
     s.expect("SOLVER.NESTEROV", False, "momentum is not Nesterov's")
     s.expect("SOLVER.BIAS_LR_FACTOR", 1.0, "biases learn at the same rate")
     s.expect("SOLVER.WARMUP_METHOD", "linear", "the warm-up is linear")
@@ -601,7 +380,7 @@ def _train(s: _Settings) -> dict[str, Any]:
     return found
 
 
-def _decay(s: _Settings) -> dict[str, Any]:
+def _decay(s: Settings) -> dict[str, Any]:
     """Weight decay. Detectron2 has one for norms and one for biases; here both have that of weights, or none."""
     decay = s("SOLVER.WEIGHT_DECAY")
     biases = s("SOLVER.WEIGHT_DECAY_BIAS")
@@ -615,7 +394,7 @@ def _decay(s: _Settings) -> dict[str, Any]:
     return {"weight_decay": decay, "decay_norm_and_bias": of_all}
 
 
-def _clip(s: _Settings) -> dict[str, Any]:
+def _clip(s: Settings) -> dict[str, Any]:
     part = "SOLVER.CLIP_GRADIENTS"
     if not s(f"{part}.ENABLED"):
         return {}
@@ -626,7 +405,7 @@ def _clip(s: _Settings) -> dict[str, Any]:
     return {}
 
 
-def _run(s: _Settings, source: Any) -> dict[str, Any]:
+def _run(s: Settings, source: Any) -> dict[str, Any]:
     output = s("OUTPUT_DIR")
     if output == DEFAULTS["OUTPUT_DIR"]:
         output = "runs/default" if isinstance(source, Mapping) else f"runs/{Path(source).name.split('.')[0]}"
