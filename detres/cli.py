@@ -57,6 +57,14 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres localize runs/localizer --classifier runs/classifier --crops dense
   detres localize runs/a runs/b --classifier runs/c runs/d --regions runs/r runs/s --draw pictures
   detres localize runs/localizer --crops dense 'eval.test_scales=[224,320,448]' --data datasets/ILSVRC""",
+    "import": """
+  detres import maskrcnn_resnet50_fpn_v2 mask_rcnn.safetensors
+  detres import COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x mask_rcnn.safetensors
+  detres import model_final.pth mine.safetensors --config config.yaml --classes cat,dog
+  detres import --config configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml faster_rcnn.yaml""",
+    "export": """
+  detres export runs/mine mine.pth --format torchvision
+  detres export runs/mine mine.pth --format detectron2""",
     "bn-stats": """
   detres bn-stats runs/resnet101 --out resnet101.safetensors
   detres train CONFIG model.backbone.weights=resnet101.safetensors model.backbone.norm=frozen_bn""",
@@ -241,6 +249,49 @@ def _predict(args: argparse.Namespace) -> None:
                   score_thresh=args.score_thresh, device=args.device, batch_size=args.batch_size, overrides=overrides)
 
 
+def _add_import(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _import, "take over weights of torchvision, Detectron2, timm or MMDetection",
+                      "Recognises them by their content and writes a weights file that carries model, classes and "
+                      "preprocessing. Without SOURCE, a YAML config of Detectron2 becomes a config of detres, and what "
+                      "of it cannot be translated is named.", rest="items")
+    parser.add_argument("items", nargs="*", default=[], metavar="[SOURCE] OUT key=value",
+                        help="a file, a URL, or a published name; what to write: .safetensors, or .yaml without SOURCE; "
+                             "fields of the model's config")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="Detectron2's YAML config of the model")
+    parser.add_argument("--classes", metavar="A,B|FILE", help="names of the classes, or a file with one a line "
+                                                              "(default: of the published data sets, by their number)")
+
+
+def _import(args: argparse.Namespace) -> None:
+    from detres.weights.run import import_config, import_weights
+
+    files, overrides = _without_overrides(args.items)
+    if len(files) == 1 and args.config and not overrides and not args.classes:
+        import_config(args.config, files[0])
+        return
+    if len(files) != 2:
+        args.parser.error("give SOURCE and OUT, or --config FILE and OUT")
+    classes = args.classes
+    if classes is not None:
+        is_file = Path(classes).is_file()
+        classes = Path(classes).read_text(encoding="utf-8").splitlines() if is_file else classes.split(",")
+    import_weights(*files, config=args.config, classes=classes, overrides=overrides)
+
+
+def _add_export(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = _command(commands, name, _export, "write weights for another toolkit",
+                      "Writes a state dict under its names, and says what it computes otherwise.")
+    _add_weights(parser)
+    parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
+    parser.add_argument("--format", required=True, choices=("torchvision", "detectron2", "safetensors"))
+
+
+def _export(args: argparse.Namespace) -> None:
+    from detres.weights.run import export_weights
+
+    export_weights(args.weights, args.out, args.format)
+
+
 def _add_bn_stats(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _bn_stats, "measure batch norms over the training set",
                       "Writes the weights with the mean and variance of each layer over all images, in place of moving "
@@ -395,6 +446,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "localize": _add_localize,
+            "import": _add_import, "export": _add_export,
             "bn-stats": _add_bn_stats, "config": _add_config, "data": _add_data, "paper": _add_paper, "demo": _add_demo}
 
 

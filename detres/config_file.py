@@ -1,7 +1,8 @@
 """YAML files and `key=value` overrides into a `Config`, and back.
 
 A file may name one parent, `base: _base/coco.yaml`, relative to itself; mappings merge key by key, everything else is
-replaced. Overrides come last: `train.lr=0.02 model.backbone.depth=101 train.milestones=[6000,8000]`. Values follow the
+replaced. `weights: NAME` begins with the model of these weights, of any toolkit (`weights.importers`): its section
+`model` is theirs but for what the config itself says, and training begins from them. Overrides come last: `train.lr=0.02 model.backbone.depth=101 train.milestones=[6000,8000]`. Values follow the
 core schema of YAML 1.2: `1e-3` is a number, `off` and `2024-01-01` are strings. Relative paths inside a config (data,
 weights, output) start at the working directory.
 
@@ -27,6 +28,7 @@ from .config import Config, SourceConfig
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+WEIGHTS = "weights"  # a key of files and overrides that is no field: it stands for a section `model`
 _MAP = "tag:yaml.org,2002:map"
 
 
@@ -98,6 +100,8 @@ def json_schema() -> dict[str, Any]:
     """JSON schema of a config file, for editors."""
     schema = Config.model_json_schema()
     schema["properties"] = {"base": {"type": "string", "description": "parent file, relative to this one"},
+                            "weights": {"type": "string", "description": "whose model to train, beginning from them: a "
+                                                                         "run, a file, or a published name"},
                             **schema["properties"]}
     source = schema["$defs"]["SourceConfig"]
     schema["$defs"]["SourceConfig"] = {"anyOf": [{"type": "string"}, source]}  # a path alone will do
@@ -108,12 +112,40 @@ def _resolve(layers: Sequence[_Tree], overrides: Sequence[str], problems: list[s
     tree: _Tree = {}
     for layer in (*layers, *_overrides(overrides, problems)):
         tree = _merge(tree, layer)
+    tree = _with_weights(tree, problems)
     leaves = dict(_leaves(tree))
     config = _validate(tree, leaves, problems)
     if config is None or problems:
         raise ConfigError(problems)
     origins = {".".join(p): leaf.origin for p, leaf in leaves.items()}
     return ResolvedConfig(config, {name: origins.get(name, DEFAULT) for name, _ in _fields(config)})
+
+
+def _with_weights(tree: _Tree, problems: list[str]) -> _Tree:
+    """`weights: NAME` as sections of the model that they are of, below all that the config says itself."""
+    start = tree.pop(WEIGHTS, None)
+    if start is None or start.value is None:
+        return tree
+    from detres.weights.importers import read_weights  # it imports this module
+
+    if not isinstance(start.value, str):
+        problems.append(f"weights must be a run, a file or a published name, got {_flow(start.value)} ({start.origin}).")
+        return tree
+    meta = read_weights(start.value).meta
+    origin = f"weights {start.value}"
+    theirs = _tree_of(Config.model_validate(meta.config).model, origin)
+    wanted = tree.get("model", {}).get("name")
+    if wanted is not None and wanted.value != theirs["name"].value:
+        problems.append(f"weights must be of a {wanted.value}, which model.name asks for ({wanted.origin}), got those of a "
+                        f"{theirs['name'].value} ({start.origin}). Leave model.name out; weights of a backbone belong in "
+                        "model.backbone.weights.")
+    return _merge(_merge({"model": theirs}, tree), {"model": {"weights": start}})
+
+
+def _tree_of(section: BaseModel, origin: str) -> _Tree:
+    values = ((name, getattr(section, name)) for name in type(section).model_fields)
+    return {name: _tree_of(value, origin) if isinstance(value, BaseModel) else _Leaf(value, origin)
+            for name, value in values}
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -234,6 +266,9 @@ def _layer(node: yaml.MappingNode, loader: _Loader, section: type[BaseModel], pr
     """The tree of a mapping node that stands for `section`; unknown keys go to `problems`."""
     tree: _Tree = {}
     for key, value in node.value:
+        if key.value == WEIGHTS and section is Config:
+            tree[WEIGHTS] = _Leaf(loader.construct_object(value, deep=True), origin(key))
+            continue
         field = section.model_fields.get(key.value) if isinstance(key, yaml.ScalarNode) else None
         if field is None:
             problems.append(_unknown(str(key.value), section, prefix, origin(key)))

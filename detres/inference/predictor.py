@@ -28,7 +28,7 @@ from detres.data.images import to_rgb_array
 from detres.data.loader import pad_images
 from detres.data.masks import encode_masks
 from detres.data.transforms import resize_for_eval, scale_pyramid
-from detres.engine.checkpoint import WeightsMeta, find_weights, load_weights
+from detres.engine.checkpoint import WeightsMeta
 from detres.engine.distributed import pick_device
 from detres.engine.failures import explain_out_of_memory, of_prediction
 from detres.inference.batches import ImageLike, in_batches
@@ -38,6 +38,7 @@ from detres.inference.ensemble import build_ensemble
 from detres.inference.localize import refuse_localizers
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Detections
+from detres.weights.importers import read_weights
 
 
 @dataclass(frozen=True, repr=False)
@@ -176,8 +177,8 @@ def load_model(path: str | Path | Sequence[str | Path], device: str = "auto",
 
 
 def _load_one(path: str | Path, device: str, overrides: Sequence[str]) -> tuple[nn.Module, WeightsMeta, Config]:
-    file = find_weights(path)
-    tensors, meta = load_weights(file)
+    weights = read_weights(path)
+    file, tensors, meta = weights.file, weights.tensors, weights.meta
     try:
         own = Config.model_validate({**meta.config, "device": device})
         model = build_model(own.model, len(meta.classes))

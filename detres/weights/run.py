@@ -1,0 +1,92 @@
+"""`detres import` and `detres export`: files in, files out, and in words what was found and what had to be assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from detres.config import Config, ModelConfig
+from detres.config_file import dump_yaml
+from detres.engine.checkpoint import WeightsMeta, atomic_write, save_weights
+from detres.weights.detectron2_config import translate
+from detres.weights.export import FORMATS, export
+from detres.weights.importers import Weights, read_weights
+
+
+def import_weights(source: str | Path, out: str | Path, *, config: str | Path | None = None,
+                   classes: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> Weights:
+    """Write weights of any toolkit as a weights file of detres, and print what they are.
+
+    config: Detectron2's YAML of the model, for what its tensors do not show. Raises as `read_weights`.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"imported weights must be written to a .safetensors file, got {out}. Say {out}.safetensors.")
+    sections = None
+    if config is not None:
+        fields, notes = translate(config)
+        sections = {name: value for name, value in fields["model"].items() if name != "name"}
+        sections["backbone"] = {**sections["backbone"], "weights": None}
+        _print_notes([note for note in notes if note.key.startswith(("MODEL.", "INPUT.FORMAT", "INPUT.M"))])
+    weights = read_weights(source, model=sections, classes=classes, overrides=overrides)
+    save_weights(out, weights.tensors, weights.meta)
+    print(f"{weights.file}\n{describe(weights)}\nWrote {out}: detres predict {out} IMAGES, detres eval {out} --data DATA")
+    return weights
+
+
+def import_config(source: str | Path, out: str | Path) -> None:
+    """Write a Detectron2 YAML config as one of detres, and print what could not be translated."""
+    fields, notes = translate(source)
+    config = Config.model_validate(fields)
+    with atomic_write(Path(out)) as path:
+        path.write_text(f"# From {Path(source).name}, a config of Detectron2.\n{dump_yaml(config)}", encoding="utf-8")
+    _print_notes(notes)
+    print(f"Wrote {out}: detres train {out}")
+
+
+def export_weights(source: str | Path, out: str | Path, format: str) -> None:
+    """Write weights in the layout of another toolkit, and print how to load them there and what it does otherwise.
+
+    format: a key of `export.FORMATS`, or safetensors. Raises ValueError for a model that it does not have.
+    """
+    weights = read_weights(source)
+    if format == "safetensors":
+        save_weights(out, weights.tensors, weights.meta)
+        print(f"Wrote {out}.")
+        return
+    exported = export(weights.tensors, _model(weights.meta), len(weights.meta.classes), FORMATS[format])
+    with atomic_write(Path(out)) as path:
+        torch.save(exported.content, path)
+    print(f"Wrote {out}.\n{exported.usage}")
+    for line in exported.differences:
+        print(f"  {line}")
+
+
+def describe(weights: Weights) -> str:
+    """What the weights are of, in lines."""
+    model, classes = _model(weights.meta), weights.meta.classes
+    own, body = model.input, model.backbone
+    origin = "detres" if weights.family is None else f"{weights.family.toolkit}, {weights.family.name}"
+    few = ", ".join(classes[:4]) + (" ..." if len(classes) > 4 else "")
+    size = f"short side {own.min_size}, " + (f"crop {own.crop}" if own.crop else f"long side at most {own.max_size}")
+    lines = [f"recognised  {origin}",
+             f"model       {model.name}, ResNet-{body.depth}, layout {body.layout}, norm {body.norm}",
+             f"classes     {len(classes)}: {few}",
+             f"input       {own.channel_order.upper()}, {size}, {'antialiased' if own.antialias else 'plain'} bilinear, "
+             f"mean {_numbers(own.mean)}, std {_numbers(own.std)}"]
+    return "\n".join([*lines, *(f"assumed     {note}" for note in weights.notes)])
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return " ".join(f"{value:g}" for value in values)
+
+
+def _model(meta: WeightsMeta) -> ModelConfig:
+    return Config.model_validate(meta.config).model
+
+
+def _print_notes(notes: Sequence[object]) -> None:
+    for note in notes:
+        print(f"not translated: {note}")
