@@ -280,6 +280,9 @@ class SourceConfig(Section):
     images: str | None = Field(None, description="image folder; null: found beside the annotations")
     split: str | None = Field(None, description="image set within the folder, such as 'train', or a union, "
                                                 "'train+val'; null: by role")
+    keypoint_offset: float = Field(
+        0.0, description="added to x and y of keypoints, in pixels: 0.5 where a file names the pixel that a keypoint is "
+                         "in, counted from 0, as COCO's do for Detectron2; results are in the coordinates of the file")
 
 
 Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
@@ -332,7 +335,8 @@ class DataConfig(Section):
         None, description="run or weights of the localizer whose boxes train a region classifier")
     on_invalid: Literal["error", "drop"] = Field(
         "error", description="what invalid annotations do: stop, or be dropped and counted")
-    skip_empty: bool = Field(False, description="train without the images that have no box, as the COCO baselines do")
+    skip_empty: bool = Field(False, description="train without the images that have no box, or, for keypoints, none that "
+                                                "is labelled, as the COCO baselines do")
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
     augment: AugmentConfig = AugmentConfig()

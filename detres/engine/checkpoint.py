@@ -38,6 +38,7 @@ class WeightsMeta:
     category_ids: tuple[int, ...]  # original ids of the data set, in the order of `classes`
     step: int
     metrics: dict[str, float]
+    keypoints: dict[str, list] = field(default_factory=dict)  # "names", "skeleton", "classes", as in `data.Dataset`
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def _read_meta(path: Path, text: str) -> WeightsMeta:
         values = json.loads(text)
         return WeightsMeta(config=dict(values["config"]), classes=tuple(values["classes"]),
                            category_ids=tuple(values["category_ids"]), step=int(values["step"]),
-                           metrics=dict(values["metrics"]))
+                           metrics=dict(values["metrics"]), keypoints=dict(values.get("keypoints", {})))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the header of {path} must describe a model, got {text[:80]!r} ({error!r}). "
                          "The file is damaged or from another version; write it again.") from None
