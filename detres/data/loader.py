@@ -111,7 +111,9 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool) -> Non
     if not dataset.records:
         raise ValueError(f"data set must have images, got none ({dataset.name}). Check its path and split.")
     if with_keypoints and not dataset.keypoint_names:
-        raise ValueError(f"data set must have keypoints for a model with keypoints, got none ({dataset.name}).")
+        raise ValueError(f"data set must have keypoints for a model with keypoints, got none ({dataset.name}). Give a file "
+                         "that names them in its categories, of COCO person_keypoints_*.json, or use "
+                         "model.name=faster_rcnn.")
     if with_masks:
         bare = [(record, item) for record in dataset.records for item in trainable(record) if not item.segmentation]
         if bare:
