@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import nn
 
-from detres.config import ModelConfig, PoolConfig
+from detres.config import CASCADES, RCNNS, ModelConfig, PoolConfig
 from detres.models.anchors import AnchorGenerator
 from detres.models.backbone import FPNBackbone, LastStageBackbone
 from detres.models.classifier import Classifier
@@ -16,6 +16,8 @@ from detres.models.localizer import Localizer, PerClassHead
 from detres.models.region_classifier import RegionClassifier
 from detres.models.resnet import ResNet, cifar_resnet, resnet
 from detres.models.roi_heads.box_head import BoxPredictor, ConvFCHead
+from detres.models.roi_heads.cascade import CascadeRoIHeads
+from detres.models.roi_heads.keypoint_head import KeypointHead
 from detres.models.roi_heads.mask_head import MaskHead
 from detres.models.roi_heads.standard import Pool, RoIHeads
 from detres.models.rpn import RPN, RPNHead
@@ -103,18 +105,28 @@ def build_roi_heads(config: ModelConfig, num_classes: int, channels: int, conv5:
     dim, class_agnostic = options.pop("fc_dim"), options.pop("class_agnostic")
     layers = {name: options.pop(name) for name in ("fcs", "convs", "norm")}
     if conv5 is not None:  # conv5 halves the grid; box and mask heads share its map, as the paper's C4 does
-        box_head, dim = conv5, channels * 2
-        mask_in, mask_resolution = dim, None
+        dim = channels * 2
+        make_box_head, mask_in, mask_resolution = (lambda: conv5), dim, None
     else:
-        box_head = ConvFCHead(channels, config.box_head.resolution, dim, **layers)
+        make_box_head = partial(ConvFCHead, channels, config.box_head.resolution, dim, **layers)
         mask_in, mask_resolution = channels, config.mask_head.resolution
-    mask_head = None
+    mask_head = keypoint_head = None
     if config.has_masks:
         mask_head = MaskHead(mask_in, num_classes, config.mask_head.channels, config.mask_head.convs,
                              config.mask_head.norm)
-    predictor = BoxPredictor(dim * (2 if config.box_head.global_context else 1), num_classes, class_agnostic)
-    return RoIHeads(box_head, predictor, mask_head, num_classes=num_classes, mask_resolution=mask_resolution,
-                    mask_aligned=config.pool.aligned, mask_paste=config.mask_head.paste, **options)
+    if config.has_keypoints:
+        points = config.keypoint_head
+        keypoint_head = KeypointHead(channels, points.num_keypoints, points.channels, points.convs)
+    options |= {"num_classes": num_classes, "mask_resolution": mask_resolution, "mask_aligned": config.pool.aligned,
+                "mask_paste": config.mask_head.paste, "keypoint_resolution": config.keypoint_head.resolution,
+                "keypoint_score": config.keypoint_head.score}
+    dim *= 2 if config.box_head.global_context else 1
+    if config.name in CASCADES:
+        heads = [make_box_head() for _ in range(1 + len(config.cascade.ious))]
+        predictors = [BoxPredictor(dim, num_classes, class_agnostic=True) for _ in heads]
+        return CascadeRoIHeads(heads, predictors, mask_head, ious=config.cascade.ious, **options)
+    predictor = BoxPredictor(dim, num_classes, class_agnostic)
+    return RoIHeads(make_box_head(), predictor, mask_head, keypoint_head, **options)
 
 
 def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
@@ -129,5 +141,5 @@ def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
     return pool
 
 
-MODELS = {"faster_rcnn": build_rcnn, "mask_rcnn": build_rcnn, "classifier": build_classifier,
-          "localizer": build_localizer, "region_classifier": build_region_classifier}
+MODELS = {**dict.fromkeys(RCNNS, build_rcnn), "classifier": build_classifier, "localizer": build_localizer,
+          "region_classifier": build_region_classifier}

@@ -161,7 +161,7 @@ class BoxHeadConfig(Section):
     fcs: Count = Field(2, description="fc layers after them (unused by c4)")
     fc_dim: Count = Field(1024, description="width of the fc layers (unused by c4)")
     norm: HeadNorm = Field("none", description="after each of the convolutions")
-    class_agnostic: bool = Field(False, description="one box per RoI instead of one per class")
+    class_agnostic: bool = Field(False, description="one box per RoI instead of one per class; of a cascade always")
     context: Annotated[int, Field(ge=0)] = Field(
         16, description="region classifiers: pixels of model.input.crop, at each border, that show what surrounds the "
                         "region; 16 of 227 in R-CNN (arXiv 1311.2524, appendix A)")
@@ -193,13 +193,34 @@ class MaskHeadConfig(Section):
         "detectron2", description="how masks fill their boxes; torchvision grows and cuts boxes to whole pixels")
 
 
+class KeypointHeadConfig(Section):
+    """Keypoint R-CNN (arXiv 1703.06870) section 5."""
+
+    num_keypoints: Count = Field(17, description="of an object; as many as the data set names: 17 in COCO")
+    resolution: Count = Field(14, description="side of the pooled grid; heatmaps are four times that")
+    channels: Count = 512
+    convs: Annotated[int, Field(ge=0)] = Field(8, description="3x3 convolutions before the upsampling")
+    score: Literal["probability", "logit"] = Field(
+        "probability", description="of a keypoint: Detectron2's, relative to the heatmap; torchvision's, the peak itself")
+
+
+class CascadeConfig(Section):
+    """Cascade R-CNN (arXiv 1712.00726) section 4."""
+
+    ious: tuple[Probability, ...] = Field(
+        (0.6, 0.7), description="least IoU of foreground in each stage after the first, whose is box_head.fg_iou")
+
+
 # What kinds of models give, by name.
-MASKS = {"mask_rcnn"}
-KEYPOINTS: set[str] = set()
+MASKS = {"mask_rcnn", "cascade_mask_rcnn"}
+KEYPOINTS = {"keypoint_rcnn"}
+CASCADES = {"cascade_rcnn", "cascade_mask_rcnn"}
+RCNNS = {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", *CASCADES}
 
 
 class ModelConfig(Section):
-    name: Literal["faster_rcnn", "mask_rcnn", "classifier", "localizer", "region_classifier"] = Field(
+    name: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "classifier",
+                  "localizer", "region_classifier"] = Field(
         "mask_rcnn", description="localizer and region_classifier: arXiv 1512.03385, appendix C")
     weights: str | None = Field(
         None, description="run or weights of a model of this kind that training begins from, such as a detector of COCO "
@@ -212,6 +233,8 @@ class ModelConfig(Section):
     pool: PoolConfig = PoolConfig()
     box_head: BoxHeadConfig = BoxHeadConfig()
     mask_head: MaskHeadConfig = MaskHeadConfig()
+    keypoint_head: KeypointHeadConfig = KeypointHeadConfig()
+    cascade: CascadeConfig = CascadeConfig()
 
     @property
     def has_masks(self) -> bool:
@@ -223,10 +246,13 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _detectors_have_four_stages(self):
-        if self.backbone.stem == "cifar" and self.name in ("faster_rcnn", "mask_rcnn"):
+        if self.backbone.stem == "cifar" and self.name in RCNNS:
             raise ValueError("backbone.stem cifar must go with models that read the last stage alone (classifier, "
                              "localizer, region_classifier): detectors read four stages, and it has three, got "
                              f"name={self.name}")
+        if self.name in CASCADES and self.backbone.layout == "c4":
+            raise ValueError("backbone.layout must not be c4 for a cascade, each of whose stages would have a conv5 of its "
+                             f"own, got name={self.name}. Use fpn, c5 or dc5.")
         if self.name == "localizer" and self.backbone.layout not in ("c5", "dc5"):
             raise ValueError("backbone.layout must be c5 or dc5 for a localizer, which reads the last stage, got "
                              f"{self.backbone.layout}")
@@ -254,6 +280,9 @@ class SourceConfig(Section):
     images: str | None = Field(None, description="image folder; null: found beside the annotations")
     split: str | None = Field(None, description="image set within the folder, such as 'train', or a union, "
                                                 "'train+val'; null: by role")
+    keypoint_offset: float = Field(
+        0.0, description="added to x and y of keypoints, in pixels: 0.5 where a file names the pixel that a keypoint is "
+                         "in, counted from 0, as COCO's do for Detectron2; results are in the coordinates of the file")
 
 
 Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
@@ -306,7 +335,8 @@ class DataConfig(Section):
         None, description="run or weights of the localizer whose boxes train a region classifier")
     on_invalid: Literal["error", "drop"] = Field(
         "error", description="what invalid annotations do: stop, or be dropped and counted")
-    skip_empty: bool = Field(False, description="train without the images that have no box, as the COCO baselines do")
+    skip_empty: bool = Field(False, description="train without the images that have no box, or, for keypoints, none that "
+                                                "is labelled, as the COCO baselines do")
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
     augment: AugmentConfig = AugmentConfig()
@@ -357,8 +387,8 @@ class TrainConfig(Section):
     log_every: Count = Field(20, description="steps")
     checkpoint_every: Count = Field(1000, description="steps")
     eval_every: Count | None = Field(None, description="steps; null: at the end only")
-    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: segm/AP, bbox/AP, voc/AP, "
-                                               "ilsvrc/AP, cls/top1 or loc/gt_class_error")
+    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: keypoints/AP, segm/AP, bbox/AP, "
+                                               "voc/AP, ilsvrc/AP, cls/top1 or loc/gt_class_error")
     patience: Count | None = Field(None, description="evaluations without a better keep_best before stopping early")
     seed: Annotated[int, Field(ge=0)] = 0
 

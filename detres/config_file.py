@@ -283,8 +283,9 @@ def _layer(node: yaml.MappingNode, loader: _Loader, section: type[BaseModel], pr
 
 
 def _source(path: _Leaf) -> _Tree:
-    """`train: a/path` is all of a source: `images` and `split` of a base, which belong to another path, do not stay."""
-    return {name: path if name == "path" else _Leaf(None, path.origin) for name in SourceConfig.model_fields}
+    """`train: a/path` is all of a source: what a base says of another path, such as `split`, does not stay."""
+    return {name: path if name == "path" else _Leaf(field.default, path.origin)
+            for name, field in SourceConfig.model_fields.items()}
 
 
 def _merge(old: _Tree, new: _Tree) -> _Tree:

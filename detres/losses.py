@@ -1,6 +1,7 @@
 """Every loss of every head.
 
-Legend: N images, B sampled boxes per image, M sampled rows of the whole batch, K classes, S side of a mask.
+Legend: N images, B sampled boxes per image, M sampled rows of the whole batch, K classes, J keypoints, S side of a mask or
+heatmap.
 All take fp32 or lower logits and compute in fp32. Each is a sum divided by a count; the count is averaged over
 processes, so that the gradient of N processes is that of one with the whole batch.
 """
@@ -70,11 +71,13 @@ def _binary_losses(logits: Tensor, deltas: Tensor, boxes: Tensor, gt_boxes: Tens
 
 
 def box_head_losses(logits: Tensor, deltas: Tensor, rois: Tensor, gt_boxes: Tensor, labels: Tensor, valid: Tensor, *,
-                    box_loss: str, beta: float, box_weight: float) -> dict[str, Tensor]:
+                    box_loss: str, beta: float, box_weight: float,
+                    box_weights: tuple[float, ...] = BOX_WEIGHTS) -> dict[str, Tensor]:
     """Classification and box loss over the sampled RoIs (arXiv 1504.08083, section 2.3).
 
     logits (M, K + 1), background last; deltas (M, K, 4), or (M, 1, 4) if class-agnostic; rois, gt_boxes (M, 4);
-    labels (M,) 0..K, K background; valid (M,). Both are divided by the number of RoIs.
+    labels (M,) 0..K, K background; valid (M,). Both are divided by the number of RoIs. box_weights: of the deltas;
+    box_weight: of the loss.
     """
     count = _normalizer(valid.sum())
     background = logits.shape[1] - 1
@@ -82,7 +85,7 @@ def box_head_losses(logits: Tensor, deltas: Tensor, rois: Tensor, gt_boxes: Tens
     row = torch.arange(len(labels), device=labels.device)
     own = deltas[row, labels.clamp(max=deltas.shape[1] - 1)]  # background rows are masked below
     positive = valid & (labels < background)
-    regression = box_regression(own, rois, gt_boxes, positive, box_loss, beta, BOX_WEIGHTS)
+    regression = box_regression(own, rois, gt_boxes, positive, box_loss, beta, box_weights)
     return {"loss_cls": (classification * valid).sum() / count, "loss_box": regression / count * box_weight}
 
 
@@ -96,3 +99,14 @@ def mask_loss(logits: Tensor, targets: Tensor, labels: Tensor, valid: Tensor) ->
     own = logits[row, labels.clamp(max=logits.shape[1] - 1)].float()
     loss = F.binary_cross_entropy_with_logits(own, targets, reduction="none").sum((1, 2))
     return {"loss_mask": (loss * valid).sum() / count}
+
+
+def keypoint_loss(heatmaps: Tensor, cells: Tensor, seen: Tensor) -> dict[str, Tensor]:
+    """Cross-entropy over the cells of a heatmap, one of which is right (arXiv 1703.06870, section 5).
+
+    heatmaps (M, J, S, S) of logits; cells (M, J), from 0 to S * S - 1; seen (M, J): which keypoints are labelled and in
+    their region, by whose number it is divided.
+    """
+    count = _normalizer(seen.sum())
+    loss = F.cross_entropy(heatmaps.float().flatten(0, 1).flatten(1), cells.flatten(), reduction="none")
+    return {"loss_keypoint": (loss.view_as(cells) * seen).sum() / count}

@@ -79,13 +79,14 @@ def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
     categories = _categories(content["categories"], file)
     images_by_id = _images(content["images"], file, images, problems)
     label_of = {category["id"]: label for label, category in enumerate(categories)}
-    names, pairs = _keypoints(categories, file.stem, problems)
+    names, pairs, skeleton = _keypoints(categories, file.stem, problems)
     annotations = _Reader(file, problems, images_by_id, label_of, len(names)).read(content.get("annotations", []))
     problems.close(on_invalid)
     records = tuple(ImageRecord(image.id, image.path, image.height, image.width, tuple(annotations.get(image.id, ())))
                     for image in images_by_id.values() if image is not None)
     return Dataset(file.stem, "coco", tuple(category["name"] for category in categories),
-                   tuple(category["id"] for category in categories), records, names, pairs)
+                   tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
+                   keypoint_classes=tuple(category["name"] for category in categories if category.get("keypoints")))
 
 
 # Finding the files
@@ -190,15 +191,19 @@ def _categories(entries: list[Any], file: Path) -> list[dict[str, Any]]:
 
 
 def _keypoints(categories: list[dict[str, Any]], name: str, problems: Problems
-               ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
-    """Names of the keypoints, and pairs that a mirror swaps."""
+               ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
+    """Names of the keypoints, pairs that a mirror swaps, and pairs that the skeleton joins (which the file counts from
+    1)."""
     layouts = {tuple(category["keypoints"]) for category in categories if category.get("keypoints")}
     if len(layouts) > 1:
         problems.add(name, None, None, "categories[].keypoints", sorted(layouts),
                      "must be the same for all categories that have some (use a file for each)")
     names = layouts.pop() if len(layouts) == 1 else ()
     swapped = ((name, name.replace("left", "right")) for name in names if "left" in name)
-    return names, tuple((names.index(left), names.index(right)) for left, right in swapped if right in names)
+    pairs = tuple((names.index(left), names.index(right)) for left, right in swapped if right in names)
+    bones = next((category["skeleton"] for category in categories if names and category.get("skeleton")), ())
+    places = range(1, len(names) + 1)
+    return names, pairs, tuple((a - 1, b - 1) for a, b in bones if a in places and b in places)
 
 
 def _images(entries: list[Any], file: Path, images: str | None, problems: Problems) -> dict[Any, ImageRecord | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,6 +66,19 @@ class Dataset:
     keypoint_names: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()  # keypoints that a mirror swaps: left and right
     blacklist: tuple[tuple[int | str, str], ...] = ()  # image id and class: not counted (evaluation.ilsvrc)
+    skeleton: tuple[tuple[int, int], ...] = ()  # keypoints that a line joins in pictures
+    keypoint_classes: tuple[str, ...] = ()  # those whose objects have keypoints
+    keypoint_offset: float = 0.0  # what was added to the file's
+
+    def moved_keypoints(self, offset: float) -> Dataset:
+        """With `offset` added to x and y of all keypoints that are labelled."""
+        def moved(item: Annotation) -> Annotation:
+            points = item.keypoints and tuple(value + offset if i % 3 < 2 and item.keypoints[i // 3 * 3 + 2] else value
+                                              for i, value in enumerate(item.keypoints))
+            return replace(item, keypoints=points)
+
+        records = (replace(record, annotations=tuple(map(moved, record.annotations))) for record in self.records)
+        return self if not offset else replace(self, records=tuple(records), keypoint_offset=offset)
 
 
 def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "error") -> Dataset:
@@ -93,7 +106,7 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
         raise FileNotFoundError(f"data set must exist, got {source.path} (seen from {Path.cwd()}). Check the path.")
     if path.suffix == ".json" and path.is_file():
         _unused(source, "split")
-        return coco.read_coco(path, source.images, on_invalid=on_invalid)
+        return coco.read_coco(path, source.images, on_invalid=on_invalid).moved_keypoints(source.keypoint_offset)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         _unused(source, "images")
         return yolo.read_yolo(path, role, source.split, on_invalid)
@@ -112,7 +125,8 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
         _unused(source, "images")
         return yolo.read_yolo(yaml, role, source.split, on_invalid)
     if coco.json_files(path):
-        return coco.read_folder(path, role, source.split, source.images, on_invalid=on_invalid)
+        dataset = coco.read_folder(path, role, source.split, source.images, on_invalid=on_invalid)
+        return dataset.moved_keypoints(source.keypoint_offset)
     if roots := voc.find_roots(path):
         return voc.read_voc(roots, role, source.split, source.images, on_invalid)
     raise FileNotFoundError(

@@ -53,7 +53,7 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     if training:
         transform = build_train_transforms(data.augment, model_input, dataset)
         wide = [record.width > record.height for record in dataset.records] if data.aspect_ratio_grouping else None
-        batches: Iterable[list[Key]] = TrainingBatches(_train_numbers(dataset, data.skip_empty), batch_size, seed, rank,
+        batches: Iterable[list[Key]] = TrainingBatches(_train_numbers(dataset, data.skip_empty, with_keypoints), batch_size, seed, rank,
                                                        world_size, start_step, wide)
     else:
         transform = ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias)
@@ -111,7 +111,9 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool) -> Non
     if not dataset.records:
         raise ValueError(f"data set must have images, got none ({dataset.name}). Check its path and split.")
     if with_keypoints and not dataset.keypoint_names:
-        raise ValueError(f"data set must have keypoints for a model with keypoints, got none ({dataset.name}).")
+        raise ValueError(f"data set must have keypoints for a model with keypoints, got none ({dataset.name}). Give a file "
+                         "that names them in its categories, of COCO person_keypoints_*.json, or use "
+                         "model.name=faster_rcnn.")
     if with_masks:
         bare = [(record, item) for record in dataset.records for item in trainable(record) if not item.segmentation]
         if bare:
@@ -125,9 +127,13 @@ def trainable(record: ImageRecord) -> list[Annotation]:
     return [item for item in record.annotations if not (item.crowd or item.difficult)]
 
 
-def _train_numbers(dataset: Dataset, skip_empty: bool) -> list[int]:
+def _train_numbers(dataset: Dataset, skip_empty: bool, with_keypoints: bool) -> list[int]:
     """Which records train. Raises ValueError if none does."""
-    numbers = [number for number, record in enumerate(dataset.records) if not skip_empty or trainable(record)]
+    def teaches(item: Annotation) -> bool:
+        return not with_keypoints or any((item.keypoints or ())[2::3])
+
+    numbers = [number for number, record in enumerate(dataset.records)
+               if not skip_empty or any(map(teaches, trainable(record)))]
     if not numbers:
         raise ValueError(f"data set must have images with objects to train on, got none ({dataset.name}). "
                          "Check its annotations, or set data.skip_empty=false.")

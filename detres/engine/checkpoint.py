@@ -38,6 +38,7 @@ class WeightsMeta:
     category_ids: tuple[int, ...]  # original ids of the data set, in the order of `classes`
     step: int
     metrics: dict[str, float]
+    keypoints: dict[str, list] = field(default_factory=dict)  # "names", "skeleton", "classes", as in `data.Dataset`
 
 
 @contextmanager
@@ -97,7 +98,7 @@ def _read_meta(path: Path, text: str) -> WeightsMeta:
         values = json.loads(text)
         return WeightsMeta(config=dict(values["config"]), classes=tuple(values["classes"]),
                            category_ids=tuple(values["category_ids"]), step=int(values["step"]),
-                           metrics=dict(values["metrics"]))
+                           metrics=dict(values["metrics"]), keypoints=dict(values.get("keypoints", {})))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the header of {path} must describe a model, got {text[:80]!r} ({error!r}). "
                          "The file is damaged or from another version; write it again.") from None
@@ -156,13 +157,13 @@ class TrainState:
     def is_best(self, metrics: dict[str, float], keep_best: str) -> bool:
         """Takes note of an evaluation at this step; says whether it is the best so far by the metric `keep_best`.
 
-        "auto": the AP of masks, of boxes, of VOC or of ILSVRC, top-1, or the localization error, the first that there
+        "auto": the AP of keypoints, of masks, of boxes, of VOC or of ILSVRC, top-1, or the localization error, the first that there
         is. Losses and errors are better when lower.
         A value that is not finite is never the best: such an evaluation counts as stale.
         """
         name = keep_best
         if name == "auto":
-            order = ("segm/AP", "bbox/AP", "voc/AP", "ilsvrc/AP", "cls/top1", "loc/gt_class_error")
+            order = ("keypoints/AP", "segm/AP", "bbox/AP", "voc/AP", "ilsvrc/AP", "cls/top1", "loc/gt_class_error")
             name = next(known for known in order if known in metrics)
         sign = -1 if name.startswith("val/") or name.endswith("error") else 1
         value, before = metrics[name], self.best.get(name, math.nan)

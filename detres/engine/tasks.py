@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import nn
 
-from detres.config import Config
+from detres.config import RCNNS, Config
 from detres.data.class_dataset import align_labels, load_class_dataset
 from detres.data.class_loader import build_class_loader
-from detres.data.dataset import load_dataset
+from detres.data.dataset import Dataset, load_dataset
 from detres.data.loader import build_loader
 from detres.data.transforms import scale_pyramid
 from detres.engine import distributed
@@ -22,7 +22,7 @@ from detres.evaluation.classification import ClassificationEvaluator
 from detres.evaluation.base import eval_mode
 from detres.evaluation.classify import evaluate_classifier
 from detres.evaluation.localization import LocTruths, check_one_class, evaluate_localizer, load_proposer
-from detres.evaluation.run import align_classes, build_evaluators, evaluate
+from detres.evaluation.run import align_classes, build_evaluators, check_keypoints, evaluate
 from detres.inference.localize import build_locate, with_proposals
 from detres.structures import Batch
 
@@ -39,20 +39,23 @@ class Task:
     loader: Callable[[int], Iterable[Batch]]  # batches from a step on
     validate: Callable[[nn.Module], Metrics] | None = None  # on data.val, with "val/loss_..."; None: there is none
     metric_names: tuple[str, ...] = ()  # of `validate`, but for the losses
+    keypoints: dict[str, list] = field(default_factory=dict)  # as in `WeightsMeta`
 
 
 def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
-    data, with_masks = config.data, config.model.has_masks
+    data, with_masks, with_keypoints = config.data, config.model.has_masks, config.model.has_keypoints
     dataset = load_dataset(data.train, "train", data.on_invalid)
-    options = {"with_masks": with_masks, "device_type": device.type, **_rank()}
+    check_keypoints(dataset, config.model)
+    options = {"with_masks": with_masks, "with_keypoints": with_keypoints, "device_type": device.type, **_rank()}
     loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
                      seed=config.train.seed, **options)
     task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids,
-                lambda step: loader(start_step=step))
+                lambda step: loader(start_step=step), keypoints=_keypoints(dataset) if with_keypoints else {})
     if data.val is None:
         return task
     val = align_classes(load_dataset(data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids)
-    evaluators = build_evaluators(val, config.eval.metrics, with_masks)
+    check_keypoints(val, config.model)
+    evaluators = build_evaluators(val, config.eval.metrics, with_masks, with_keypoints=with_keypoints)
     batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False,
                            pyramid=scale_pyramid(config.model.input, config.eval), **options)
 
@@ -61,7 +64,12 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
                         losses=True).metrics
 
     names = tuple(metric for evaluator in evaluators for metric in evaluator.metric_names)
-    return Task(task.about, task.classes, task.category_ids, task.loader, validate, names)
+    return replace(task, validate=validate, metric_names=names)
+
+
+def _keypoints(dataset: Dataset) -> dict[str, list]:
+    return {"names": list(dataset.keypoint_names), "skeleton": [list(bone) for bone in dataset.skeleton],
+            "classes": list(dataset.keypoint_classes)}
 
 
 def classification(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
@@ -124,5 +132,5 @@ def localization(config: Config, device: torch.device, interrupt: Interrupt) -> 
     return Task(task.about, task.classes, task.category_ids, task.loader, validate, ("loc/gt_class_error",))
 
 
-TASKS = {"faster_rcnn": detection, "mask_rcnn": detection, "classifier": classification, "localizer": localization,
+TASKS = {**dict.fromkeys(RCNNS, detection), "classifier": classification, "localizer": localization,
          "region_classifier": localization}

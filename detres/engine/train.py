@@ -67,7 +67,7 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
             model = alternate.FastRCNNStep(model, ("roi_heads",))
         if task.validate:
             _check_keep_best(config.train.keep_best, task.metric_names, model.loss_names)
-        about = {"classes": list(task.classes), "category_ids": list(task.category_ids)}
+        about = {"classes": list(task.classes), "category_ids": list(task.category_ids), "keypoints": task.keypoints}
         load_initial = partial(_load_initial, config, task.classes)
         if alternates and saved is None:
             steps = alternate.FirstSteps(config, load_initial, task, device, interrupt, about)
@@ -221,7 +221,8 @@ def _evaluated(state: TrainState, metrics: Metrics) -> str:
 def _write_weights(folder: Path, name: str, state: TrainState, about: dict[str, Any]) -> None:
     if distributed.rank() == 0:
         metrics = state.metrics if state.evaluated == state.step else {}
-        meta = WeightsMeta(about["config"], tuple(about["classes"]), tuple(about["category_ids"]), state.step, metrics)
+        meta = WeightsMeta(about["config"], tuple(about["classes"]), tuple(about["category_ids"]), state.step, metrics,
+                           about["keypoints"])
         save_weights(folder / "checkpoints" / f"{name}.safetensors", state.averaged.state_dict(), meta)
 
 

@@ -119,7 +119,8 @@ class CocoEvaluator(Evaluator):
     def _results(self, part: Part) -> list[dict[str, Any]]:
         results = super()._results(part)
         if (points := part.extras.get("keypoints")) is not None:
-            for result, own in zip(results, points.values.double().flatten(1).tolist()):
+            offset = torch.tensor([self.dataset.keypoint_offset] * 2 + [0.0], dtype=torch.float64)
+            for result, own in zip(results, (points.values.double().cpu() - offset).flatten(1).tolist()):
                 result["keypoints"] = own
         if (codes := part.extras.get("codes")) is not None:
             for result, code in zip(results, codes.codes):

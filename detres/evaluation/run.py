@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -12,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detres.config import Protocol, SourceConfig
+from detres.config import ModelConfig, Protocol, SourceConfig
 from detres.data.dataset import Dataset, ImageRecord, load_dataset
 from detres.data.loader import build_loader
 from detres.data.transforms import scale_pyramid
@@ -24,25 +25,50 @@ from detres.evaluation.coco import CocoEvaluator
 from detres.evaluation.coco_results import Compared
 from detres.evaluation.files import save_errors, save_numbers
 from detres.evaluation.ilsvrc import IlsvrcDetectionEvaluator
-from detres.evaluation.overlaps import box_overlaps
+from detres.evaluation.overlaps import COCO_SIGMAS, box_overlaps
 from detres.evaluation.voc import VocEvaluator, save_for_server
 from detres.inference.localize import refuse_localizers
 from detres.inference.predictor import load_model
 from detres.progress import track
 from detres.structures import Batch
 
+log = logging.getLogger(__name__)
 
-def build_evaluators(dataset: Dataset, metrics: Sequence[Protocol], with_masks: bool,
-                     keep_masks: bool = False) -> list[Evaluator]:
-    """One evaluator per protocol. COCO evaluates masks where the model predicts them and the data set has them.
+
+def build_evaluators(dataset: Dataset, metrics: Sequence[Protocol], with_masks: bool, keep_masks: bool = False,
+                     with_keypoints: bool = False) -> list[Evaluator]:
+    """One evaluator per protocol. COCO evaluates masks and keypoints where the model predicts them and the data set has
+    them.
 
     `keep_masks` is for results with masks.
     """
     masks = with_masks and any(item.segmentation for record in dataset.records for item in record.annotations)
-    build = {"coco": lambda: CocoEvaluator(dataset, ("bbox", "segm") if masks else ("bbox",), keep_masks),
+    keypoints = with_keypoints and bool(dataset.keypoint_names)
+    types = ("bbox", *("segm",) * masks, *("keypoints",) * keypoints)
+    sigmas = sigmas_of(dataset) if keypoints else COCO_SIGMAS
+    build = {"coco": lambda: CocoEvaluator(dataset, types, keep_masks, sigmas),
              "voc": lambda: VocEvaluator(dataset),
              "ilsvrc": lambda: IlsvrcDetectionEvaluator(dataset, dataset.blacklist)}
     return [build[name]() for name in metrics]
+
+
+def sigmas_of(dataset: Dataset) -> Sequence[float]:
+    """Of OKS: COCO's for its 17 keypoints, else one over their number for each, with a warning."""
+    count = len(dataset.keypoint_names)
+    if count == len(COCO_SIGMAS):
+        return COCO_SIGMAS
+    log.warning("AP of keypoints takes 1/%d as the deviation of each keypoint (sigma of OKS): known are only those of "
+                "COCO's 17 (%s).", count, dataset.name)
+    return (1 / count,) * count
+
+
+def check_keypoints(dataset: Dataset, config: ModelConfig) -> None:
+    """Refuses a model of another number of keypoints than the data set names. Raises ValueError."""
+    wanted, count = config.keypoint_head.num_keypoints, len(dataset.keypoint_names)
+    if config.has_keypoints and count not in (0, wanted):
+        raise ValueError(f"model.keypoint_head.num_keypoints must be the number of keypoints that the data set names, got "
+                         f"{wanted}, where '{dataset.name}' has {count} ({', '.join(dataset.keypoint_names)}). "
+                         f"Set model.keypoint_head.num_keypoints={count}.")
 
 
 @torch.no_grad()
@@ -132,8 +158,9 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
     if save is not None and Path(save).suffix != ".json" and dataset.format != "voc":
         raise ValueError(f"save must be a .json file, or, for data in VOC's format alone, a folder, got {save}. "
                          f"Say {save}.json.")
-    with_masks = config.model.has_masks
-    evaluators = build_evaluators(dataset, metrics or config.eval.metrics, with_masks, save is not None)
+    check_keypoints(dataset, config.model)
+    evaluators = build_evaluators(dataset, metrics or config.eval.metrics, config.model.has_masks, save is not None,
+                                  config.model.has_keypoints)
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size,
                           training=False, with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
                           device_type=device_of(model).type)

@@ -1,4 +1,5 @@
-"""Pictures of predictions, fit for print: translucent masks with outlines, or boxes, and labels that do not collide.
+"""Pictures of predictions, fit for print: translucent masks with outlines, or boxes, keypoints with their skeleton, and
+labels that do not collide.
 
 A class has the same colour in every picture. Line widths and text grow with the image, and small images are enlarged
 first, so that labels stay readable. A label lies on its object's mask where there is room, else beside the object. It
@@ -59,10 +60,10 @@ class _Style:
 
 def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None, masks: bool = True,
          labels: bool = True, scores: bool = True, color_by: Literal["class", "instance"] = "class",
-         scale: int | None = None) -> Image.Image:
+         scale: int | None = None, keypoint_thresh: float = 0.05) -> Image.Image:
     """A picture of what was found in an image (H, W, 3) RGB uint8.
 
-    `boxes`: None draws them where there is no mask to show. `scale`: whole factor by which the image is enlarged; None
+    `boxes`: None draws them where there is no mask to show. `keypoint_thresh`: the score of keypoints that are drawn. `scale`: whole factor by which the image is enlarged; None
     chooses one for small images.
     """
     height, width = image.shape[:2]
@@ -77,6 +78,8 @@ def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None
             _draw_mask(canvas, bitmaps[i], colors[i], style)
         if boxes or (boxes is None and bitmaps is None):
             _draw_box(canvas, corners[i], colors[i], style)
+    for points, color in reversed(list(zip(found["keypoints"] if found["keypoints"] is not None else (), colors))):
+        _draw_keypoints(canvas, points, prediction.skeleton, color, style, keypoint_thresh)
     picture = Image.fromarray(canvas)
     if labels:
         texts = [f"{name} {score:.2f}" if scores else name for name, score in zip(prediction.names, found["scores"])]
@@ -131,6 +134,22 @@ def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, style: _Style
     contours, _ = cv2.findContours((soft >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     line = style.outline if part.sum() ** 0.5 * style.scale > 20 * style.outline else max(1, style.outline // 2)
     cv2.polylines(canvas, [contour + np.int32([x, y]) for contour in contours], True, color, line, cv2.LINE_AA)
+
+
+def _draw_keypoints(canvas: np.ndarray, points: np.ndarray, skeleton: Sequence[tuple[int, int]], color: Color,
+                    style: _Style, threshold: float) -> None:
+    """Points (J, 3) as discs, and lines between those that the skeleton joins."""
+    fine = 4  # bits after the point
+    places = np.rint((points[:, :2] * style.scale - 0.5) * 2**fine).astype(int).tolist()
+    sure = points[:, 2] >= threshold
+    pale = tuple((128 + np.array(color) // 2).tolist())
+    for a, b in skeleton:
+        if sure[a] and sure[b]:
+            cv2.line(canvas, places[a], places[b], color, style.line, cv2.LINE_AA, fine)
+    for place, drawn in zip(places, sure):
+        if drawn:
+            for radius, fill in ((1.6, color), (0.9, pale)):
+                cv2.circle(canvas, place, round(radius * style.line * 2**fine), fill, -1, cv2.LINE_AA, fine)
 
 
 def _cropped(mask: np.ndarray, margin: int) -> tuple[np.ndarray, int, int]:

@@ -1,10 +1,11 @@
 """Ensembles of models that were trained apart (arXiv 1512.03385, appendix B).
 
-Legend: N images, P proposals of all models, D detections, S side of a mask.
+Legend: N images, P proposals of all models, D detections, J keypoints, S side of a mask or heatmap.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from detres.config import Config
+from detres.config import RCNNS, Config
 from detres.engine.checkpoint import WeightsMeta
 from detres.inference.localize import LocalizerEnsemble
 from detres.models.classifier import ClassifierEnsemble
@@ -52,9 +53,10 @@ class DetectorEnsemble(nn.Module):
 
     The paper says so much, and that class probabilities are averaged. What it leaves open, here: boxes are averaged as
     deltas, so centres by the arithmetic and widths and heights by the geometric mean; each model has one vote, whatever
-    its accuracy; masks, inside the boxes found together, are averaged as probabilities. Thresholds, NMS, refinement and
-    voting, which follow, are set as in the first model. With n models n times the proposals pass n heads: the cost of
-    the regions grows with the square of n (`model.rpn.post_nms_topk_test` bounds each model's share).
+    its accuracy; masks and heatmaps of keypoints, inside the boxes found together, are averaged as probabilities.
+    Thresholds, NMS, refinement and voting, which follow, are set as in the first model. With n models n times the
+    proposals pass n heads: the cost of the regions grows with the square of n (`model.rpn.post_nms_topk_test` bounds
+    each model's share).
     """
 
     def __init__(self, models: Sequence[FasterRCNN]):
@@ -72,9 +74,14 @@ class DetectorEnsemble(nn.Module):
             return tuple(sum(each) / len(each) for each in zip(*parts))
 
         found = heads[0].detect(score, union(proposals), images.sizes)
-        if heads[0].mask_head is None:
-            return found
-        return replace(found, masks=mean_masks([head.predict_masks(own, found) for head, own in zip(heads, regions)]))
+        if heads[0].mask_head is not None:
+            masks = mean_masks([head.predict_masks(own, found) for head, own in zip(heads, regions)])
+            found = replace(found, masks=masks)
+        if heads[0].keypoint_head is not None:
+            heatmaps = mean_heatmaps([head.predict_heatmaps(own, found) for head, own in zip(heads, regions)])
+            points = heads[0].locate_keypoints(heatmaps, found, images.pixels.shape[-2:])
+            found = replace(found, keypoints=points)
+        return found
 
 
 def union(proposals: Sequence[Proposals]) -> Proposals:
@@ -90,5 +97,11 @@ def mean_masks(masks: Sequence[Tensor]) -> Tensor:
     return sum(same) / len(same)
 
 
-ENSEMBLES = {"faster_rcnn": DetectorEnsemble, "mask_rcnn": DetectorEnsemble, "classifier": ClassifierEnsemble,
-             "localizer": LocalizerEnsemble, "region_classifier": RegionEnsemble}
+def mean_heatmaps(heatmaps: Sequence[Tensor]) -> Tensor:
+    """Logits (N, D, J, S, S) of the mean probabilities."""
+    logs = torch.stack([each.flatten(3).log_softmax(-1) for each in heatmaps])
+    return (logs.logsumexp(0) - math.log(len(logs))).view_as(heatmaps[0])
+
+
+ENSEMBLES = {**dict.fromkeys(RCNNS, DetectorEnsemble), "classifier": ClassifierEnsemble, "localizer": LocalizerEnsemble,
+             "region_classifier": RegionEnsemble}

@@ -10,7 +10,7 @@ Legend: N images, D detections, (H, W) size of the image as given.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -53,6 +53,9 @@ class Prediction:
     masks: Tensor | None  # (D, H, W) bool
     image: np.ndarray = field(compare=False)  # (H, W, 3) uint8 RGB
     path: str | None = None  # where the image was read from
+    keypoints: Tensor | None = None  # (D, J, 3) x, y, score; all 0 for classes that have none
+    keypoint_names: tuple[str, ...] = ()  # J
+    skeleton: tuple[tuple[int, int], ...] = ()  # keypoints that a line joins
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -72,19 +75,20 @@ class Prediction:
         rows = torch.arange(len(self))[which]
         return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows],
                        names=[self.names[i] for i in rows], category_ids=[self.category_ids[i] for i in rows],
-                       masks=None if self.masks is None else self.masks[rows])
+                       masks=None if self.masks is None else self.masks[rows],
+                       keypoints=None if self.keypoints is None else self.keypoints[rows])
 
     def draw(self, **options: Any) -> Image.Image:
         """The image with what was found; options are those of `detres.inference.draw.draw`."""
         return draw(self.image, self, **options)
 
     def numpy(self) -> dict[str, np.ndarray | None]:
-        """Arrays "boxes", "scores", "labels" and "masks" (None for a model without masks)."""
+        """Arrays "boxes", "scores", "labels", "masks" and "keypoints" (None for a model without them)."""
         return {name: None if (value := getattr(self, name)) is None else value.numpy()
-                for name in ("boxes", "scores", "labels", "masks")}
+                for name in ("boxes", "scores", "labels", "masks", "keypoints")}
 
     def to_coco(self, image_id: int | str) -> list[dict]:
-        """COCO results; masks as compressed RLE."""
+        """COCO results; masks as compressed RLE, keypoints x, y, score one after another."""
         codes = None if self.masks is None else encode_masks(self.masks)
         results = []
         for i, (x1, y1, x2, y2) in enumerate(self.boxes.tolist()):
@@ -92,18 +96,26 @@ class Prediction:
                       "score": float(self.scores[i])}
             if codes is not None:
                 result["segmentation"] = codes[i]
+            if self.keypoints is not None:
+                result["keypoints"] = self.keypoints[i].flatten().tolist()
             results.append(result)
         return results
 
 
 class Predictor:
-    """A model with its classes and preprocessing; `pyramid` (`transforms.scale_pyramid`) for multi-scale testing."""
+    """A model with its classes and preprocessing; `pyramid` (`transforms.scale_pyramid`) for multi-scale testing;
+    `keypoints` as in `WeightsMeta`."""
 
     def __init__(self, model: nn.Module, classes: Sequence[str], category_ids: Sequence[int],
-                 preprocessing: InputConfig, pyramid: Sequence[InputConfig] = ()):
+                 preprocessing: InputConfig, pyramid: Sequence[InputConfig] = (),
+                 keypoints: Mapping[str, Sequence] | None = None):
         self.model = model.eval()
         self.classes, self.category_ids, self.preprocessing = tuple(classes), tuple(category_ids), preprocessing
         self.pyramid = tuple(pyramid)
+        layout = keypoints or {}
+        self.keypoint_names, self.skeleton = tuple(layout.get("names", ())), tuple(map(tuple, layout.get("skeleton", ())))
+        own = layout.get("classes") or self.classes
+        self.has_keypoints = torch.tensor([name in own for name in self.classes])  # (K,)
 
     def predict(self, images: ImageLike | Sequence[ImageLike], score_thresh: float = 0.5, *,
                 min_size: int | None = None, max_size: int | None = None, batch_size: int = 8,
@@ -145,8 +157,12 @@ class Predictor:
         masks = None
         if found.masks is not None:
             masks = paste_masks(found.masks[i, keep], boxes, image.shape[:2], convention=found.paste).cpu()
+        points = None
+        if found.keypoints is not None:
+            points = found.keypoints[i, keep].float().cpu() * self.has_keypoints[labels, None, None]
         return Prediction(boxes.cpu(), found.scores[i, keep].float().cpu(), labels, [self.classes[k] for k in labels],
-                          [self.category_ids[k] for k in labels], masks, image, path)
+                          [self.category_ids[k] for k in labels], masks, image, path, points, self.keypoint_names,
+                          self.skeleton)
 
 
 def load_predictor(path: str | Path | Sequence[str | Path], device: str = "auto",
@@ -157,7 +173,8 @@ def load_predictor(path: str | Path | Sequence[str | Path], device: str = "auto"
     if config.model.name == "classifier":
         return ClassPredictor(model, meta.classes, config)
     preprocessing = config.model.input
-    return Predictor(model, meta.classes, meta.category_ids, preprocessing, scale_pyramid(preprocessing, config.eval))
+    return Predictor(model, meta.classes, meta.category_ids, preprocessing, scale_pyramid(preprocessing, config.eval),
+                     meta.keypoints)
 
 
 def load_model(path: str | Path | Sequence[str | Path], device: str = "auto",

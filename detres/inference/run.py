@@ -34,8 +34,9 @@ def predict_files(weights: str | Path | Sequence[str | Path], inputs: Sequence[s
     Several weights are an ensemble; `overrides` change the config that they carry (`predictor.load_model`).
 
     The JSON is a list with, for each image, "file", "picture", "height", "width" and "detections", each of which has
-    "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (COCO's RLE);
-    from a classifier with "classes" instead, the five likeliest, each of which has "name" and "probability".
+    "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (COCO's RLE),
+    from a model with keypoints, "keypoints" (x, y, score one after another, in the order of the image's
+    "keypoint_names"); from a classifier with "classes" instead, the five likeliest, each of which has "name" and "probability".
     `score_thresh` (None: 0.5) is of detections.
 
     Returns the path of the JSON. Raises FileNotFoundError for an input that matches no image, and, after all others
@@ -144,6 +145,7 @@ def _classes(prediction: Classification) -> dict:
 def _detections(prediction: Prediction, file: Path) -> dict:
     detections = []
     for name, box, coco in zip(prediction.names, prediction.boxes.tolist(), prediction.to_coco(str(file))):
-        kept = {key: coco[key] for key in ("category_id", "score", "segmentation") if key in coco}
+        kept = {key: coco[key] for key in ("category_id", "score", "segmentation", "keypoints") if key in coco}
         detections.append({"name": name, "box": box, **kept})
-    return {"detections": detections}
+    names = {} if prediction.keypoints is None else {"keypoint_names": list(prediction.keypoint_names)}
+    return {**names, "detections": detections}

@@ -1,4 +1,4 @@
-"""Faster R-CNN (arXiv 1506.01497) and, with a mask head, Mask R-CNN (arXiv 1703.06870).
+"""Faster R-CNN (arXiv 1506.01497) and, with a head for masks or keypoints, Mask and Keypoint R-CNN (arXiv 1703.06870).
 
 JPEG to loss goes: `forward` -> backbone -> rpn -> roi_heads -> `losses`.
 """
@@ -51,8 +51,7 @@ class FasterRCNN(nn.Module):
     @property
     def loss_names(self) -> tuple[str, ...]:
         """Of what `forward` gives with targets: known before there is a batch."""
-        mask = () if self.roi_heads.mask_head is None else ("loss_mask",)
-        return ("loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", *mask)
+        return ("loss_rpn_cls", "loss_rpn_box", *self.roi_heads.loss_names)
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """Losses by name if targets are given, in training and evaluation mode alike; else detections."""
@@ -64,7 +63,12 @@ class FasterRCNN(nn.Module):
         proposals, regions = self.propose(images)
         score = partial(heads.score, regions, sizes=images.sizes)
         found = heads.detect(score, proposals, images.sizes)
-        return found if heads.mask_head is None else replace(found, masks=heads.predict_masks(regions, found))
+        if heads.mask_head is not None:
+            found = replace(found, masks=heads.predict_masks(regions, found))
+        if heads.keypoint_head is not None:
+            heatmaps = heads.predict_heatmaps(regions, found)
+            found = replace(found, keypoints=heads.locate_keypoints(heatmaps, found, images.pixels.shape[-2:]))
+        return found
 
     def features(self, images: ImageBatch) -> list[Tensor]:
         return self.backbone(self.normalize(images))

@@ -15,11 +15,12 @@ from detres.inference.draw import PALETTE, color_of, draw
 GREY = 128
 
 
-def found(boxes, labels=None, masks=None, names=None):
+def found(boxes, labels=None, masks=None, names=None, keypoints=None):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     labels = np.zeros(len(boxes), int) if labels is None else np.array(labels)
     arrays = {"boxes": boxes, "labels": labels, "scores": np.linspace(0.9, 0.5, len(boxes)), "masks": masks}
-    return SimpleNamespace(names=names or [f"class {i}" for i in labels], numpy=lambda: arrays)
+    arrays["keypoints"] = None if keypoints is None else np.array(keypoints, np.float32)
+    return SimpleNamespace(names=names or [f"class {i}" for i in labels], numpy=lambda: arrays, skeleton=((0, 1),))
 
 
 def grey(height, width):

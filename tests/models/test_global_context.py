@@ -87,7 +87,7 @@ def test_the_gradient_reaches_all_of_the_image_and_none_of_the_padding():
         heads = make_model("faster_rcnn", "c4", global_context=context).roi_heads
         feature = torch.randn(1, 64, 8, 8, requires_grad=True)  # 128 x 128 pixels
         regions = partial(roi_align, [feature], [16])
-        heads.box_predictor(heads.look(regions, box[0], torch.tensor([0]), size)[1])[0].sum().backward()
+        heads.box_predictor(heads.look(heads.box_head, regions, box[0], torch.tensor([0]), size)[1])[0].sum().backward()
         reached[context] = feature.grad[0].abs().sum(0) > 0
     assert not reached[False][2:].any() and not reached[False][:, 2:].any()
     assert reached[True][:4, :6].all()

@@ -1,10 +1,10 @@
-"""Per-region heads of Faster and Mask R-CNN: sampling, losses, decoding.
+"""Per-region heads of Faster, Mask and Keypoint R-CNN: sampling, losses, decoding.
 
 Heads see the image only through `Regions`, and detection sees the heads only through `Score`: several scales, several
 models and a second look at a box are other functions of these two kinds.
 
 Legend: N images, P proposals, R RoIs sampled per image, M rows of the batch that a head runs on, D detections,
-K classes, C channels, S side of a pooled grid.
+K classes, J keypoints, C channels, S side of a pooled grid.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from detres import losses
 from detres.geometry.boxes import clip, decode, larger_than, take
 from detres.models.matching import match_boxes, sample_boxes
+from detres.models.roi_heads.keypoint_head import keypoint_cells
 from detres.models.roi_heads.mask_head import crop_masks
 from detres.ops.box_voting import vote_boxes
+from detres.ops.decode_heatmaps import decode_heatmaps
 from detres.ops.nms import nms
 from detres.ops.paste_masks import PasteConvention
 from detres.structures import Detections, Proposals, Targets
@@ -58,37 +60,53 @@ class RoIHeads(nn.Module):
     global_context: box_predictor reads 2 dim features, see `look`. refine: see `look_twice`; vote_thresh: least IoU of
     box voting, None for none, see `ops.box_voting`.
     mask_head: None for Faster R-CNN; mask_resolution None: it reads the map of box_head (C4).
-    mask_aligned: how targets are cropped, the same as features are pooled; mask_paste: see `ops.paste_masks`."""
+    mask_aligned: how targets are cropped, the same as features are pooled; mask_paste: see `ops.paste_masks`.
+    keypoint_head: of Keypoint R-CNN, else None; keypoint_score: see `ops.decode_heatmaps`."""
 
-    def __init__(self, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None, *,
-                 num_classes: int, resolution: int = 7, mask_resolution: int | None = 14, mask_aligned: bool = True,
-                 mask_paste: PasteConvention = "detectron2", batch_per_image: int = 512,
+    def __init__(self, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None,
+                 keypoint_head: nn.Module | None = None, *, num_classes: int, resolution: int = 7,
+                 mask_resolution: int | None = 14, mask_aligned: bool = True,
+                 mask_paste: PasteConvention = "detectron2", keypoint_resolution: int = 14,
+                 keypoint_score: str = "probability", batch_per_image: int = 512,
                  positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
                  smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
                  nms_thresh: float = 0.5, detections_per_image: int = 100, global_context: bool = False,
                  refine: bool = False, vote_thresh: float | None = None):
         super().__init__()
-        self.box_head, self.box_predictor, self.mask_head = box_head, box_predictor, mask_head
+        self.box_head, self.box_predictor = box_head, box_predictor
+        self.mask_head, self.keypoint_head = mask_head, keypoint_head
         self.num_classes, self.resolution, self.mask_resolution = num_classes, resolution, mask_resolution
         self.mask_aligned, self.mask_paste = mask_aligned, mask_paste
+        self.keypoint_resolution, self.keypoint_score = keypoint_resolution, keypoint_score
         self.batch_per_image, self.positive_fraction, self.fg_iou = batch_per_image, positive_fraction, fg_iou
         self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
         self.score_thresh, self.nms_thresh, self.vote_thresh = score_thresh, nms_thresh, vote_thresh
         self.detections_per_image, self.global_context, self.refine = detections_per_image, global_context, refine
 
-    def look(self, regions: Regions, boxes: Tensor, image: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        mask = () if self.mask_head is None else ("loss_mask",)
+        keypoint = () if self.keypoint_head is None else ("loss_keypoint",)
+        return (*self.box_loss_names, *mask, *keypoint)
+
+    @property
+    def box_loss_names(self) -> tuple[str, ...]:
+        return "loss_cls", "loss_box"
+
+    def look(self, box_head: nn.Module, regions: Regions, boxes: Tensor, image: Tensor,
+             sizes: Tensor) -> tuple[Tensor, Tensor]:
         """What box_head makes of boxes (M, 4) in images (M,), and the features that box_predictor reads.
 
         With global context (arXiv 1512.03385, appendix B) the whole image is one more region, its contents without
         the padding, and the features of each box are followed by those of its image: (M, 2 dim).
         """
         if not self.global_context:
-            hidden = self.box_head(regions(boxes, image, self.resolution))
+            hidden = box_head(regions(boxes, image, self.resolution))
             return hidden, _vector(hidden)
         n = len(sizes)
         whole = torch.cat([torch.zeros_like(sizes), sizes.flip(1)], 1)  # (N, 4)
         every = torch.arange(n, device=image.device)
-        hidden = self.box_head(regions(torch.cat([boxes, whole.to(boxes)]), torch.cat([image, every]), self.resolution))
+        hidden = box_head(regions(torch.cat([boxes, whole.to(boxes)]), torch.cat([image, every]), self.resolution))
         features = _vector(hidden)
         return hidden[:-n], torch.cat([features[:-n], features[-n:][image]], 1)
 
@@ -109,21 +127,38 @@ class RoIHeads(nn.Module):
     def losses(self, regions: Regions, proposals: Proposals, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
         """sizes (N, 2): height and width of the contents."""
         rois = self.sample(proposals, targets)
+        found, rows, hidden = self.box_losses(regions, rois, targets, sizes)
+        if self.mask_head is not None:
+            found |= self.mask_losses(regions, hidden, rows, rois, targets)
+        if self.keypoint_head is not None:
+            found |= self.keypoint_losses(regions, rois, targets)
+        return found
+
+    def box_losses(self, regions: Regions, rois: RoIs, targets: Targets,
+                   sizes: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Losses; the rows (M,) of the RoIs that box_head ran on, and what it made of them."""
+        found, rows, hidden, _ = self.stage_losses(self.box_head, self.box_predictor, losses.BOX_WEIGHTS, regions, rois,
+                                                   targets, sizes)
+        return found, rows, hidden
+
+    def stage_losses(self, box_head: nn.Module, box_predictor: nn.Module, box_weights: tuple[float, ...],
+                     regions: Regions, rois: RoIs, targets: Targets,
+                     sizes: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
+        """What `box_losses` gives, of one head and predictor, and the deltas (M, K or 1, 4)."""
         gt_boxes = take(targets.boxes, rois.gt_index).flatten(0, 1)
         rows = rows_of(rois.valid)
         boxes, labels, valid = rois.boxes.flatten(0, 1)[rows], rois.labels.flatten()[rows], rois.valid.flatten()[rows]
-        hidden, features = self.look(regions, boxes, rows // rois.valid.shape[1], sizes)
-        logits, deltas = self.box_predictor(features)
-        found = losses.box_head_losses(logits, deltas, boxes, gt_boxes[rows], labels, valid, **self.box_loss)
-        if self.mask_head is not None:
-            found |= self.mask_losses(regions, hidden, rows, rois, targets)
-        return found
+        hidden, features = self.look(box_head, regions, boxes, rows // rois.valid.shape[1], sizes)
+        logits, deltas = box_predictor(features)
+        found = losses.box_head_losses(logits, deltas, boxes, gt_boxes[rows], labels, valid, box_weights=box_weights,
+                                       **self.box_loss)
+        return found, rows, hidden, deltas
 
     def mask_losses(self, regions: Regions, hidden: Tensor, rows: Tensor, rois: RoIs,
                     targets: Targets) -> dict[str, Tensor]:
-        """Masks are trained on the foreground RoIs, all within the first columns."""
-        columns = max(1, int(rois.valid.shape[1] * self.positive_fraction))
-        positive = ((rois.labels < self.num_classes) & rois.valid)[:, :columns]
+        """Masks are trained on the foreground RoIs."""
+        positive = self._positive(rois)
+        columns = positive.shape[1]
         chosen = rows_of(positive)
         image = chosen // columns
         flat = image * rois.valid.shape[1] + chosen % columns  # the same rows in (N, R)
@@ -136,6 +171,25 @@ class RoIHeads(nn.Module):
         cropped = crop_masks(targets.masks, mask_row, boxes, logits.shape[-1], self.mask_aligned)
         return losses.mask_loss(logits, cropped, rois.labels.flatten()[flat], positive.flatten()[chosen])
 
+    def keypoint_losses(self, regions: Regions, rois: RoIs, targets: Targets) -> dict[str, Tensor]:
+        """Keypoints are trained on the foreground RoIs that have a labelled one inside: others would add nothing."""
+        positive = self._positive(rois)
+        columns = positive.shape[1]
+        image = torch.arange(len(positive), device=positive.device)[:, None]
+        boxes = rois.boxes[:, :columns]
+        cells, seen = keypoint_cells(targets.keypoints[image, rois.gt_index[:, :columns]], boxes,
+                                     self.keypoint_head.side(self.keypoint_resolution))  # (N, R', J)
+        seen = seen & positive[..., None]
+        chosen = rows_of(seen.any(-1))
+        pooled = regions(boxes.flatten(0, 1)[chosen], chosen // columns, self.keypoint_resolution)
+        return losses.keypoint_loss(self.keypoint_head(pooled), cells.flatten(0, 1)[chosen],
+                                    seen.flatten(0, 1)[chosen])
+
+    def _positive(self, rois: RoIs) -> Tensor:
+        """Which RoIs are foreground (N, R'), of the first columns: it is all within these."""
+        columns = max(1, int(rois.valid.shape[1] * self.positive_fraction))
+        return ((rois.labels < self.num_classes) & rois.valid)[:, :columns]
+
     # --- inference ------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -144,17 +198,19 @@ class RoIHeads(nn.Module):
 
         valid (N, P); sizes (N, 2): height and width of the contents. What is not valid may hold anything.
         """
-        n, p = valid.shape
+        return self.stage_scores(self.box_head, self.box_predictor, regions, boxes, valid, sizes)
+
+    def stage_scores(self, box_head: nn.Module, box_predictor: nn.Module, regions: Regions, boxes: Tensor,
+                     valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+        """What `score` gives, of one head and predictor."""
         rows = rows_of(valid)
-        logits, deltas = self.box_predictor(self.look(regions, boxes.flatten(0, 1)[rows], rows // p, sizes)[1])
-        probs = logits.float().softmax(-1)[:, :-1]
-        probs = probs.new_zeros(n * p, self.num_classes).index_copy_(0, rows, probs).view(n, p, -1)
-        deltas = deltas.float().new_zeros(n * p, *deltas.shape[1:]).index_copy_(0, rows, deltas.float())
-        return probs, deltas.view(n, p, -1, 4)
+        _, features = self.look(box_head, regions, boxes.flatten(0, 1)[rows], rows // valid.shape[1], sizes)
+        logits, deltas = box_predictor(features)
+        return padded(logits.float().softmax(-1)[:, :-1], rows, valid), padded(deltas.float(), rows, valid)
 
     @torch.no_grad()
     def detect(self, score: Score, proposals: Proposals, sizes: Tensor) -> Detections:
-        """Detections without masks. sizes (N, 2): height and width of the contents, which boxes are clipped to."""
+        """Detections without masks and keypoints. sizes (N, 2): height and width of the contents, which boxes are clipped to."""
         boxes, valid = proposals.boxes, proposals.valid
         seen = look_twice(score, boxes, valid, sizes) if self.refine else (*score(boxes, valid), boxes, valid)
         return self.select(*seen, sizes)
@@ -189,8 +245,28 @@ class RoIHeads(nn.Module):
         pooled = regions(found.boxes.flatten(0, 1)[rows], rows // d, side)
         logits = self.mask_head(self.box_head(pooled) if self.mask_resolution is None else pooled)
         own = logits[torch.arange(len(rows), device=rows.device), found.labels.flatten()[rows]].float().sigmoid()
-        masks = own.new_zeros(n * d, *own.shape[1:]).index_copy_(0, rows, own)
-        return masks.view(n, d, *own.shape[1:]) * found.valid[..., None, None]
+        return padded(own, rows, found.valid) * found.valid[..., None, None]
+
+    @torch.no_grad()
+    def predict_heatmaps(self, regions: Regions, found: Detections) -> Tensor:
+        """Logits (N, D, J, S', S') of where in its box each keypoint of a detection is; zero where there is none."""
+        rows = rows_of(found.valid)
+        pooled = regions(found.boxes.flatten(0, 1)[rows], rows // found.valid.shape[1], self.keypoint_resolution)
+        return padded(self.keypoint_head(pooled), rows, found.valid)
+
+    @torch.no_grad()
+    def locate_keypoints(self, heatmaps: Tensor, found: Detections, size: tuple[int, int]) -> Tensor:
+        """Keypoints (N, D, J, 3) at the peaks of heatmaps (N, D, J, S', S'). size: height and width of the canvas."""
+        rows = rows_of(found.valid)
+        points = decode_heatmaps(heatmaps.flatten(0, 1)[rows], found.boxes.flatten(0, 1)[rows], size,
+                                 self.keypoint_score)
+        return torch.where(found.valid[..., None, None], padded(points, rows, found.valid), 0.0)
+
+
+def padded(values: Tensor, rows: Tensor, valid: Tensor) -> Tensor:
+    """Values (M, ...) at `rows_of(valid)` put back where they belong: (N, R, ...), zero elsewhere."""
+    whole = values.new_zeros(valid.numel(), *values.shape[1:])
+    return whole.index_copy_(0, rows, values).view(*valid.shape, *values.shape[1:])
 
 
 def look_twice(score: Score, boxes: Tensor, valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
