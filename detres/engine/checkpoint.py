@@ -39,6 +39,8 @@ class WeightsMeta:
     step: int
     metrics: dict[str, float]
     keypoints: dict[str, list] = field(default_factory=dict)  # "names", "skeleton", "classes", as in `data.Dataset`
+    semantic_classes: tuple[str, ...] = ()  # of a panoptic model: "things", then stuff
+    semantic_ids: tuple[int, ...] = ()  # their original ids, 0 for "things"
 
 
 @contextmanager
@@ -98,7 +100,8 @@ def _read_meta(path: Path, text: str) -> WeightsMeta:
         values = json.loads(text)
         return WeightsMeta(config=dict(values["config"]), classes=tuple(values["classes"]),
                            category_ids=tuple(values["category_ids"]), step=int(values["step"]),
-                           metrics=dict(values["metrics"]), keypoints=dict(values.get("keypoints", {})))
+                           metrics=dict(values["metrics"]), keypoints=dict(values.get("keypoints", {})),
+                           **{name: tuple(values.get(name, ())) for name in ("semantic_classes", "semantic_ids")})
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"the header of {path} must describe a model, got {text[:80]!r} ({error!r}). "
                          "The file is damaged or from another version; write it again.") from None

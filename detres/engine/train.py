@@ -82,7 +82,7 @@ def _load_initial(config: Config, classes: Sequence[str], model: nn.Module) -> N
         if config.model.weights is None:
             load_backbone(model, config.model)
         else:
-            load_start(model, config.model.weights, classes)
+            tell(f"Weights {config.model.weights}: {load_start(model, config.model.weights, classes)}")
 
 
 def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch]],

@@ -1,7 +1,8 @@
-"""Weights of backbones: torchvision's by name, and files."""
+"""Weights of backbones: torchvision's, by the network; files and published names."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from detres.config import BackboneConfig, ModelConfig
+from detres.weights.detectron2 import BACKBONES
+from detres.weights.importers import FAMILIES
+from detres.weights.mismatch import check_fit
+from detres.weights.pickles import read_tensors
+from detres.weights.zoo import fetch
 
 # Files that torchvision publishes (models/resnet.py, IMAGENET1K_V1: the recipe nearest the paper's), by depth, groups
 # and group width.
@@ -28,15 +34,18 @@ IMAGENET_FILES = {
 # What else its networks have in common.
 IMAGENET_OPTIONS = {"width": 64, "stem": "imagenet", "shortcut": "B", "preact": False, "avg_down": False}
 OURS = "backbone.body."  # what a ResNet's keys begin with in the weights of a model of detres
+CONV5 = "roi_heads.box_head."  # and those of the last stage of a C4 detector
+CONV5_LAYER = re.compile(r"roi_heads\.box_head\.\d+\.(conv|bn|downsample)")
+OFFSET = re.compile(r".*\.offset\.(weight|bias)$")
 
 
 def load_backbone(model: nn.Module, config: ModelConfig) -> None:
     """Put the weights that `config.backbone.weights` names into the model's ResNet; nothing if that is null.
 
     'imagenet': torchvision's file for the network, from the torch hub cache or downloaded into it, checksum verified.
-    Otherwise a path to a state dict of a ResNet under torchvision's key names (.pth, or .safetensors), or to the
-    weights of a classifier that detres trained. Offsets of deformable convolutions that are not in it stay zero.
-    Raises FileNotFoundError, or ValueError with the keys that do not fit.
+    Otherwise a file or a published name (`zoo`) of a ResNet or of any model with one: torchvision's, timm's, Detectron2's,
+    Caffe's (MSRA), or of detres. Offsets of deformable convolutions that are not in it stay zero.
+    Raises FileNotFoundError, or WeightsMismatch with the tensors that do not fit.
     """
     source = config.backbone.weights
     if source is None:
@@ -45,7 +54,7 @@ def load_backbone(model: nn.Module, config: ModelConfig) -> None:
         url = "https://download.pytorch.org/models/" + imagenet_file(config.backbone)
         state = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
     else:
-        state = read_state_dict(Path(source))
+        state = read_backbone(source, config.backbone)
     load_resnet(model, state, source)
 
 
@@ -68,24 +77,54 @@ def imagenet_file(config: BackboneConfig) -> str:
     return IMAGENET_FILES[network]
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """A plain state dict from .safetensors, or from a torch file without executing pickled code."""
-    if not path.is_file():
+def read_backbone(source: str, config: BackboneConfig) -> dict[str, Tensor]:
+    """The ResNet, and the fc layer if it has one, of a file or a published name, under torchvision's names."""
+    file = _locate(source)
+    state, _ = read_tensors(file)
+    family = next((family for family in (*FAMILIES, *BACKBONES) if family.fits(state)), None)
+    if family is not None:
+        state, _ = family.keymap.to_ours(state)
+        if family.toolkit == "Caffe":
+            state = _with_statistics(state, config)
+    if not any(name.startswith(OURS) for name in state):  # a ResNet alone
+        return dict(state)
+    body = {name.removeprefix(OURS): tensor for name, tensor in state.items() if name.startswith((OURS, "fc."))}
+    conv5 = {f"layer4.{name.removeprefix(CONV5)}": tensor for name, tensor in state.items() if CONV5_LAYER.match(name)}
+    return {**body, **conv5}
+
+
+def _with_statistics(state: dict[str, Tensor], config: BackboneConfig) -> dict[str, Tensor]:
+    """Norms that are scales and shifts alone are batch norms whose deviation, with epsilon, is 1."""
+    if config.depth >= 50 and config.groups == 1 and config.norm != "gn" and not config.stride_in_1x1:
+        logging.getLogger(__name__).warning(
+            "Backbone weights of Caffe were trained with the stride in the first 1x1: say "
+            "model.backbone.stride_in_1x1=true, and give model.input Caffe's channel_order, mean and std.")
+    if config.norm == "gn":
+        return state
+    found = dict(state)
+    for name, weight in state.items():
+        if weight.dim() == 1 and name.endswith(".weight"):
+            prefix = name.removesuffix("weight")
+            found.setdefault(f"{prefix}running_mean", torch.zeros_like(weight))
+            found.setdefault(f"{prefix}running_var", torch.full_like(weight, 1 - config.norm_eps))
+    return found
+
+
+def _locate(source: str) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    try:
+        return fetch(source)
+    except ValueError:
         run = f", or train the run {path.parents[1]} first" if path.parent.name == "checkpoints" else ""
         raise FileNotFoundError(f"weights file must exist, got '{path}' (model.backbone.weights). "
-                                f"Give a path, 'imagenet', or null{run}.")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    return state.get("state_dict", state.get("model", state))
+                                f"Give a path, a published name, 'imagenet', or null{run}.") from None
 
 
 def load_resnet(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Load a classifier's state dict into `model.backbone.body`, its conv5 into the box head of a C4 detector, its fc
-    into that of a classifier of as many classes."""
-    if any(key.startswith(OURS) for key in state):  # of a model of ours, whose other parts do not matter
-        state = {key.removeprefix(OURS): value for key, value in state.items() if key.startswith((OURS, "fc."))}
+    """Load a ResNet under torchvision's names into `model.backbone.body`, its conv5 into the box head of a C4 detector,
+    its fc into that of a classifier of as many classes. Raises WeightsMismatch."""
     body = model.backbone.body
     parts: dict[str, nn.Module] = {"": body}
     if hasattr(model, "roi_heads") and not hasattr(body, "layer4"):
@@ -93,22 +132,15 @@ def load_resnet(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     own_fc = getattr(model, "fc", None)
     if own_fc is not None and getattr(state.get("fc.weight"), "shape", None) == own_fc.weight.shape:
         own_fc.load_state_dict({key: state[f"fc.{key}"] for key in ("weight", "bias")})
-    wanted = {prefix + key: (module, key) for prefix, module in parts.items() for key in module.state_dict()}
-    ignored = re.compile(r"fc\.|.*num_batches_tracked$")
-    optional = re.compile(ignored.pattern + r"|.*\.offset\.(weight|bias)$")
-    missing = [key for key in wanted if key not in state and not optional.match(key)]
-    unexpected = [key for key in state if key not in wanted and not ignored.match(key)]
-    shapes = {key: module.state_dict()[name].shape for key, (module, name) in wanted.items()}
-    wrong = [f"{key} {tuple(state[key].shape)}, not {tuple(shape)}" for key, shape in shapes.items()
-             if key in state and state[key].shape != shape]
-    if missing or unexpected or wrong:
-        raise ValueError(f"backbone weights must fit the configured ResNet (model.backbone.weights='{source}'): "
-                         f"{_few('missing', missing)}{_few('unexpected', unexpected)}{_few('wrong shape', wrong)}"
-                         "Check model.backbone.depth, width, norm and the other options of the network.")
+    unread = r"|layer4\." if "layer4." not in parts and not hasattr(body, "layer4") else ""  # of an RPN in C4
+    ignored = re.compile(r"fc\.|.*num_batches_tracked$" + unread)
+    wanted = {prefix + key: tuple(tensor.shape) for prefix, module in parts.items()
+              for key, tensor in module.state_dict().items() if not ignored.match(key)}
+    given = {key: tuple(tensor.shape) for key, tensor in state.items() if not ignored.match(key)}
+    offsets = {key: shape for key, shape in wanted.items() if OFFSET.match(key) and key not in given}
+    check_fit({**offsets, **given}, wanted,
+              f"backbone weights must fit the configured ResNet (model.backbone.weights='{source}')",
+              "Check model.backbone.depth, width, norm and the other options of the network.")
     for prefix, module in parts.items():
         own = {name: state[prefix + name] for name in module.state_dict() if prefix + name in state}
         module.load_state_dict(own, strict=False)
-
-
-def _few(what: str, keys: list[str]) -> str:
-    return f"{len(keys)} {what}: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}. " if keys else ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from detres.weights.keymap import Change, KeyMap
-from detres.weights.source import Family, Sections, merged
+from detres.weights.source import Family, Sections
 
 
 def _of_all_taps(fill: float) -> Change:
@@ -67,16 +69,20 @@ HEADS = [
     ("roi_heads.mask_head.predictor.", "roi_heads.mask_head.predict."),
 ]
 IGNORED = r"pixel_mean|pixel_std|(proposal_generator\.)?anchor_generator\."
-BGR_MEAN = (103.53, 116.28, 123.675)
+BGR_MEAN, BGR_STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)
+ASSUMED = ("images and strides as in the model zoo (BGR; ResNets but for those with norms in the pyramid stride in the "
+           "first 1x1): give --config for a model that was trained otherwise",)
 
 
 def conventions(sections: Sections) -> Sections:
-    """Backbones of the zoo come from Caffe (stride in the first 1x1, no deviations), but for ResNeXts."""
+    """Those of the model zoo, whose backbones come from Caffe: stride in the first 1x1, no deviations. ResNeXts and models
+    with norms in their pyramids stride in the 3x3; ResNeXts alone have deviations."""
     backbone = sections["backbone"]
-    caffe = backbone.get("groups", 1) == 1
+    resnext = backbone.get("groups", 1) > 1
+    in_1x1 = not resnext and sections.get("fpn", {}).get("norm", "none") == "none"
     found = {
-        "input": {"channel_order": "bgr", "mean": BGR_MEAN, "std": (1.0, 1.0, 1.0) if caffe else (57.375, 57.12, 58.395)},
-        "backbone": {"stride_in_1x1": caffe, "freeze_stages": 0 if backbone["norm"] == "gn" else 2},
+        "input": {"channel_order": "bgr", "mean": BGR_MEAN, "std": BGR_STD if resnext else (1.0, 1.0, 1.0)},
+        "backbone": {"stride_in_1x1": in_1x1, "freeze_stages": 0 if backbone["norm"] == "gn" else 2},
         "pool": {"sampling_ratio": 0},
     }
     if backbone["layout"] != "fpn":
@@ -88,7 +94,42 @@ def conventions(sections: Sections) -> Sections:
 
 FAMILIES = (
     Family("Detectron2", "R-CNN with FPN", ("proposal_generator.rpn_head.conv.weight", "backbone.fpn_lateral2.weight"),
-           KeyMap([*fpn(2), *RPN, *HEADS], IGNORED), conventions),
+           KeyMap([*fpn(2), *RPN, *HEADS], IGNORED), conventions, ASSUMED),
     Family("Detectron2", "R-CNN without FPN", ("proposal_generator.rpn_head.conv.weight", "backbone.stem.conv1.weight"),
-           KeyMap([*body("backbone."), *RPN, *HEADS], IGNORED), conventions),
+           KeyMap([*body("backbone."), *RPN, *HEADS], IGNORED), conventions, ASSUMED),
+)
+
+
+def published(file: Path) -> Sections:
+    """What configs of the zoo do otherwise than the others; told from where its files are."""
+    path = file.as_posix()
+    if "/Cityscapes/" in path:
+        return {"input": {"min_size": 1024, "max_size": 2048}}
+    if "/LVIS" in path:
+        return {"box_head": {"score_thresh": 1e-4, "detections_per_image": 300}}
+    return {}
+
+
+# ---- backbones -----------------------------------------------------------------------------------------------------
+
+
+def _caffe() -> list[tuple]:
+    """Names of Caffe2's ResNets, whose batch norms are scales and shifts alone."""
+    rules = [("conv1_w", "backbone.body.conv1.weight")]
+    norms = [("res_conv1_bn_", "backbone.body.bn1."), ("conv1_gn_", "backbone.body.bn1.")]
+    stage, ours = "res{i+2}_{j}_", "backbone.body.layer{i+1}.{j}."
+    layers = [("branch1", "downsample.0.", "downsample.1."),
+              *((f"branch2{'abc'[k - 1]}", f"conv{k}.", f"bn{k}.") for k in (1, 2, 3))]
+    for branch, conv, norm in layers:
+        rules.append((f"{stage}{branch}_w", f"{ours}{conv}weight"))
+        norms += [(f"{stage}{branch}_{kind}_", f"{ours}{norm}") for kind in ("bn", "gn")]
+    parts = [("s", "weight"), ("b", "bias"), ("rm", "running_mean"), ("riv", "running_var")]
+    return [*rules, *((theirs + part, ours + name) for theirs, ours in norms for part, name in parts)]
+
+
+BACKBONES = (
+    Family("Caffe", "ResNet", ("conv1_w", "res2_0_branch2a_w"), KeyMap(_caffe(), r"pred_|fc1000_|conv1_b|lr$|weight_order"),
+           conventions, ASSUMED),
+    Family("Detectron2", "ResNet", ("stem.conv1.weight", "res2.0.conv1.weight"), KeyMap(body(""), r"stem\.fc\.|fc\.|linear"),
+           conventions, ASSUMED),
 )

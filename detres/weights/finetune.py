@@ -1,37 +1,104 @@
-"""Training that begins from a trained model rather than from a backbone: `model.weights`.
+"""Training that begins from a trained model rather than from a backbone: `model.weights`, of any toolkit.
 
-So arXiv 1512.03385 (appendix B, "PASCAL VOC") fine-tunes its COCO detector on PASCAL VOC.
+So arXiv 1512.03385 (appendix B, "PASCAL VOC") fine-tunes its COCO detector on PASCAL VOC. Layers that tell classes apart
+begin anew where the classes are others, but for the rows of classes that both have, by name.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from detres.engine.checkpoint import find_weights, load_weights
+from detres.engine.checkpoint import WeightsMeta
+from detres.weights.importers import Weights, read_weights
+from detres.weights.mismatch import OF_CLASSES, check_fit
 
-OF_CLASSES = re.compile(r"(roi_heads\.(box_predictor|mask_head\.predict)|fc|head|cls|box)\.")
+
+@dataclass(frozen=True)
+class Rows:
+    """How a layer's outputs belong to classes."""
+
+    per_class: int | None = 1  # outputs of a class; None: any number
+    background: bool = False  # one class more, the last
+    innermost: bool = False  # classes within anchors, instead of outputs within classes
+    semantic: bool = False  # classes of a panoptic model's pixels
 
 
-def load_start(model: nn.Module, path: str, classes: Sequence[str]) -> None:
-    """Put the weights of a model of the same kind into `model`, which is to learn `classes`. Where these are others,
-    the layers that tell classes apart begin anew.
+# By what the names of layers begin with. Layers that depend on classes and are not here begin anew.
+LAYERS = {
+    r"roi_heads\.box_predictor(\.\d+)?\.cls\.": Rows(background=True),
+    r"roi_heads\.box_predictor(\.\d+)?\.box\.": Rows(per_class=4),
+    r"roi_heads\.mask_head\.predict\.": Rows(),
+    r"semantic_head\.predict\.": Rows(semantic=True),
+    r"(aux_)?head\.predict\.": Rows(),
+    r"fc\.|cls\.": Rows(),
+    r"box\.": Rows(per_class=4),
+    r"head\.cls\.": Rows(per_class=None, innermost=True),
+}
+OF_LOCALIZERS = {r"head\.(cls|box)\.": Rows(per_class=None)}
 
-    path: a weights file or run folder. Raises FileNotFoundError, or ValueError that names tensors that do not fit.
+
+def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_classes: Sequence[str] = ()) -> str:
+    """Put the weights of a model of the same kind into `model`, which is to learn `classes`. Says what it did.
+
+    source: as in `read_weights`. Raises as that, and WeightsMismatch if tensors do not fit.
     """
-    file = find_weights(path)
-    tensors, meta = load_weights(file)
-    own = model.state_dict()
-    if meta.classes != tuple(classes):
-        tensors = {name: own.get(name, tensor) if OF_CLASSES.match(name) else tensor
-                   for name, tensor in tensors.items()}
-    shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own))
-    differing = [name for name in {**wanted, **shapes} if shapes.get(name) != wanted.get(name)]
-    if differing:
-        name = differing[0]
-        raise ValueError(f"model.weights must be of a model of the same kind, got {file}, in which {len(differing)} "
-                         f"tensors differ, the first {name}: {shapes.get(name, 'absent')} instead of "
-                         f"{wanted.get(name, 'absent')}. Train with the model section that the weights carry.")
+    weights = read_weights(source)
+    tensors = refit(weights, model.state_dict(), classes, semantic_classes)
+    title = f"model.weights must be of a model of the same kind ({weights.file})"
+    check_fit(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, model.state_dict())),
+              title, "Train with the model section that the weights carry: weights=... instead of model.weights.")
     model.load_state_dict(tensors)
+    return _told(weights.meta, classes, semantic_classes)
+
+
+def refit(weights: Weights, own: Mapping[str, Tensor], classes: Sequence[str],
+          semantic_classes: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Tensors for a model of other classes, whose own initial ones are `own`."""
+    meta = weights.meta
+    if meta.classes == tuple(classes) and meta.semantic_classes == tuple(semantic_classes):
+        return weights.tensors
+    layers = OF_LOCALIZERS if meta.config.get("model", {}).get("name") == "localizer" else LAYERS
+    found = dict(weights.tensors)
+    for name, tensor in weights.tensors.items():
+        if not OF_CLASSES.match(name) or name not in own:
+            continue
+        rows = next((rows for pattern, rows in layers.items() if re.match(pattern, name)), None)
+        lists = (meta.semantic_classes, semantic_classes) if rows and rows.semantic else (meta.classes, classes)
+        found[name] = own[name] if rows is None else _kept(tensor, own[name], rows, *map(tuple, lists))
+    return found
+
+
+def _kept(theirs: Tensor, own: Tensor, rows: Rows, their_classes: tuple[str, ...], classes: tuple[str, ...]) -> Tensor:
+    """`own` with the rows of classes of both lists; all of `theirs`, if it does not depend on the classes."""
+    counts = len(their_classes) + rows.background, len(classes) + rows.background
+    if their_classes == classes:
+        return theirs
+    if rows.per_class is not None and len(theirs) != counts[0] * rows.per_class:
+        return theirs  # one box for all classes
+    if len(own) * counts[0] != len(theirs) * counts[1]:
+        return own
+    pairs = [(classes.index(name), i) for i, name in enumerate(their_classes) if name in classes]
+    if pairs and rows.background:
+        pairs.append((len(classes), len(their_classes)))
+    result = own.clone()
+    for target, source in pairs:
+        _of_class(result, counts[1], rows)[:, target] = _of_class(theirs, counts[0], rows)[:, source]
+    return result
+
+
+def _of_class(layer: Tensor, count: int, rows: Rows) -> Tensor:
+    """(outputs of a class, classes, ...), a view."""
+    return layer.unflatten(0, (-1, count)) if rows.innermost else layer.unflatten(0, (count, -1)).transpose(0, 1)
+
+
+def _told(meta: WeightsMeta, classes: Sequence[str], semantic_classes: Sequence[str]) -> str:
+    if meta.classes == tuple(classes) and meta.semantic_classes == tuple(semantic_classes):
+        return "all layers go on, as the classes are the same"
+    shared = [name for name in classes if name in meta.classes]
+    kept = f"but for {', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}, known to both" if shared else \
+        "as none of the classes was known"
+    return f"layers of classes begin anew, {kept}"

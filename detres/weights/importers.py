@@ -29,6 +29,7 @@ from detres.weights.mismatch import check_fit
 from detres.weights.pickles import read_tensors
 from detres.weights.source import Family, Sections, State, merged
 
+PUBLISHED = {"torchvision": torchvision.published, "Detectron2": detectron2.published}
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl")
 FAMILIES: tuple[Family, ...] = (*torchvision.FAMILIES, *detectron2.FAMILIES)
 
@@ -94,7 +95,7 @@ def convert(state: State, file: Path, *, model: Mapping[str, Any] | None = None,
                          f"{len(unknown)} tensors of other parts, such as {', '.join(unknown[:4])}. "
                          "Models with parts of one's own cannot be imported.")
     sections, num_classes = infer(tensors)
-    published = torchvision.published(file) if family.toolkit == "torchvision" else {}
+    published = PUBLISHED.get(family.toolkit, lambda file: {})(file)
     config = _config(merged(sections, family.conventions(sections), published, model or {}), overrides, file)
     known, semantic = _classes(config.model, num_classes, tensors, classes, file)
     built = build_model(config.model, num_classes, **_semantic_channels(semantic))

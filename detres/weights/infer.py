@@ -11,7 +11,7 @@ from detres.models.resnet import DEPTHS
 from detres.weights.source import Sections, State
 
 BODY = "backbone.body."
-CONV5 = "roi_heads.box_head."  # of a C4 detector
+CONV5 = "roi_heads.box_head."  # the last stage of a C4 detector
 
 
 def infer(state: State) -> tuple[Sections, int]:

@@ -77,8 +77,9 @@ def _reason(given: Shapes, wanted: Shapes, missing: Sequence[str], unexpected: S
                 f"{_list(parts[1] - parts[0])} instead. Set model.name, or take the model that the weights carry.")
     if all("running_" in name or "norm" in name or ".bn" in name or name.endswith(".bias") for name in differing):
         return "Likely: another kind of norm. Set model.backbone.norm (and those of the heads) to that of the weights."
-    if all(name.startswith("backbone.") for name in wrong) and wrong and not missing and not unexpected:
-        return "Likely: a backbone of another width, or in groups. Set model.backbone.width, groups and group_width."
+    if not missing and not unexpected:
+        return "Likely: layers of another width, or in groups. Set model.backbone.width, groups and group_width, or the " \
+               "channels of the heads."
     return ""
 
 

@@ -50,6 +50,35 @@ def test_layers_of_other_classes_begin_anew(model_config, tmp_path, classes):
     assert all(torch.equal(model.state_dict()[name], own[name]) for name in new)
 
 
+def test_classes_of_both_lists_keep_their_rows(model_config, tmp_path):
+    """Of a, b, c the new c, z, b have two, at other places."""
+    path = tmp_path / "w.safetensors"
+    theirs = build_model(model_config, 3)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter)
+    meta = WeightsMeta({"model": model_config.model_dump(mode="json")}, tuple("abc"), (1, 2, 3), 1, {})
+    save_weights(path, theirs.state_dict(), meta)
+    model = build_model(model_config, 3)
+    own = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    assert "but for c, b, known to both" in load_start(model, str(path), "czb")
+    for name in sorted(changed(model.state_dict(), theirs.state_dict())):
+        assert name.rsplit(".", 1)[0] in OF_CLASSES[model_config.name]
+        background = "box_predictor.cls" in name
+        found, source, initial = (state[name].unflatten(0, (3 + background, -1)) for state in
+                                  (model.state_dict(), theirs.state_dict(), own))
+        expected = torch.stack([source[2], initial[1], source[1], *source[3:]])
+        assert found.equal(expected), name
+
+
+def test_one_box_for_all_classes_goes_on(tmp_path):
+    config = ModelConfig.model_validate({"name": "mask_rcnn", **MODEL, "box_head": {**MODEL.get("box_head", {}),
+                                                                                    "class_agnostic": True}})
+    before = saved(config, "ab", tmp_path / "w.safetensors")
+    model = build_model(config, 2)
+    load_start(model, str(tmp_path / "w.safetensors"), "xy")
+    assert not any("box_predictor.box" in name for name in changed(model.state_dict(), before))
+
+
 def test_layers_of_the_same_classes_go_on(model_config, tmp_path):
     before = saved(model_config, "abc", tmp_path / "w.safetensors")
     model = build_model(model_config, 3)
@@ -60,7 +89,7 @@ def test_layers_of_the_same_classes_go_on(model_config, tmp_path):
 def test_another_network_is_named(tmp_path):
     saved(ModelConfig.model_validate(CLASSIFIER), "abc", tmp_path / "w.safetensors")
     wider = ModelConfig.model_validate({**CLASSIFIER, "backbone": {**CLASSIFIER["backbone"], "width": 16}})
-    with pytest.raises(ValueError, match=r"same kind.*w.safetensors.*conv1.weight: \(8, 3, 3, 3\) instead of \(16, 3"):
+    with pytest.raises(ValueError, match=r"(?s)same kind.*w.safetensors.*conv1.weight +wrong shape +\(8, 3, 3, 3\) +\(16, 3.*width"):
         load_start(build_model(wider, 3), str(tmp_path / "w.safetensors"), "abc")
 
 
