@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from detres.config import CASCADES
 from detres.weights.keymap import Change, KeyMap
 from detres.weights.source import Family, Sections
 
@@ -63,10 +64,17 @@ HEADS = [
     ("roi_heads.box_head.fc{i+1}.", "roi_heads.box_head.fcs.{i}."),
     ("roi_heads.box_predictor.cls_score.", "roi_heads.box_predictor.cls."),
     ("roi_heads.box_predictor.bbox_pred.", "roi_heads.box_predictor.box."),
+    ("roi_heads.box_head.{k}.conv{i+1}.norm.", "roi_heads.box_head.{k}.norms.{i}."),  # of stage k of a cascade
+    ("roi_heads.box_head.{k}.conv{i+1}.", "roi_heads.box_head.{k}.convs.{i}."),
+    ("roi_heads.box_head.{k}.fc{i+1}.", "roi_heads.box_head.{k}.fcs.{i}."),
+    ("roi_heads.box_predictor.{k}.cls_score.", "roi_heads.box_predictor.{k}.cls."),
+    ("roi_heads.box_predictor.{k}.bbox_pred.", "roi_heads.box_predictor.{k}.box."),
     ("roi_heads.mask_head.mask_fcn{i+1}.norm.", "roi_heads.mask_head.norms.{i}."),
     ("roi_heads.mask_head.mask_fcn{i+1}.", "roi_heads.mask_head.convs.{i}."),
     ("roi_heads.mask_head.deconv.", "roi_heads.mask_head.deconv."),
     ("roi_heads.mask_head.predictor.", "roi_heads.mask_head.predict."),
+    ("roi_heads.keypoint_head.conv_fcn{i+1}.", "roi_heads.keypoint_head.convs.{i}."),
+    ("roi_heads.keypoint_head.score_lowres.", "roi_heads.keypoint_head.deconv."),
 ]
 IGNORED = r"pixel_mean|pixel_std|(proposal_generator\.)?anchor_generator\."
 BGR_MEAN, BGR_STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)
@@ -85,6 +93,10 @@ def conventions(sections: Sections) -> Sections:
         "backbone": {"stride_in_1x1": in_1x1, "freeze_stages": 0 if backbone["norm"] == "gn" else 2},
         "pool": {"sampling_ratio": 0},
     }
+    if sections["name"] in CASCADES:
+        found["rpn"] = {"post_nms_topk_train": 2000}
+    if sections["name"] == "keypoint_rcnn":
+        found |= {"rpn": {"post_nms_topk_train": 1500}, "box_head": {"box_loss": "smooth_l1", "smooth_l1_beta": 0.5}}
     if backbone["layout"] != "fpn":
         found["input"]["size_divisor"] = 1  # a canvas is as large as its largest image
         found["anchors"] = {"sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),)}

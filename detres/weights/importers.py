@@ -24,7 +24,7 @@ from detres.config_file import override
 from detres.engine.checkpoint import META_KEY, WeightsMeta, find_weights, load_weights
 from detres.weights import detectron2, torchvision, zoo
 from detres.weights.infer import infer
-from detres.weights.known_classes import Classes, detection_classes, image_classes, semantic_classes
+from detres.weights.known_classes import Classes, detection_classes, image_classes, keypoint_layout, semantic_classes
 from detres.weights.mismatch import check_fit
 from detres.weights.pickles import read_tensors
 from detres.weights.source import Family, Sections, State, merged
@@ -106,6 +106,8 @@ def convert(state: State, file: Path, *, model: Mapping[str, Any] | None = None,
     names, ids = known or (tuple(f"class {i}" for i in range(num_classes)), tuple(range(1, num_classes + 1)))
     notes = [] if known else [f"names of its {num_classes} classes are not known: give --classes"]
     about = {"semantic_classes": semantic[0], "semantic_ids": semantic[1]} if semantic else {}
+    if config.model.has_keypoints:
+        about["keypoints"] = keypoint_layout(config.model.keypoint_head.num_keypoints)
     meta = WeightsMeta(config.model_dump(mode="json"), names, ids, 0, {}, **about)
     return Weights(tensors, meta, file, family, (*family.assumed, *notes))
 

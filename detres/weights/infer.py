@@ -37,13 +37,22 @@ def infer(state: State) -> tuple[Sections, int]:
 
 
 def _rcnn(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Sections, int]:
-    name = "faster_rcnn"
+    stages = _count(shapes, r"roi_heads\.box_predictor\.(\d+)\.cls\.weight")  # of a cascade
+    name, first = ("cascade_rcnn", "0.") if stages else ("faster_rcnn", "")
     sections["rpn"] = {"convs": _count(shapes, r"rpn\.head\.convs\.(\d+)\.weight")}
-    num_classes = shapes["roi_heads.box_predictor.cls.weight"][0] - 1
-    boxes = shapes["roi_heads.box_predictor.box.weight"][0] // 4
-    sections["box_head"] = {"class_agnostic": boxes == 1 < num_classes, **_box_head(shapes, sections)}
+    num_classes = shapes[f"roi_heads.box_predictor.{first}cls.weight"][0] - 1
+    boxes = shapes[f"roi_heads.box_predictor.{first}box.weight"][0] // 4
+    sections["box_head"] = {"class_agnostic": boxes == 1 < num_classes,
+                            **_box_head(shapes, sections, f"roi_heads.box_head.{first}")}
+    if stages:
+        sections["cascade"] = {"ious": [0.5 + 0.1 * k for k in range(1, stages)]}  # which only training asks for
+    if "roi_heads.keypoint_head.deconv.weight" in shapes:
+        name = "keypoint_rcnn"
+        channels, count, *_ = shapes["roi_heads.keypoint_head.deconv.weight"]
+        sections["keypoint_head"] = {"num_keypoints": count, "channels": channels,
+                                     "convs": _count(shapes, r"roi_heads\.keypoint_head\.convs\.(\d+)\.weight")}
     if "roi_heads.mask_head.predict.weight" in shapes:
-        name = "mask_rcnn"
+        name = "cascade_mask_rcnn" if stages else "mask_rcnn"
         sections["mask_head"] = {"convs": _count(shapes, r"roi_heads\.mask_head\.convs\.(\d+)\.weight"),
                                  "channels": shapes["roi_heads.mask_head.deconv.weight"][1],
                                  "norm": _norm(shapes, "roi_heads.mask_head.norms.0.")}
@@ -63,7 +72,7 @@ def _box_head(shapes: dict[str, tuple[int, ...]], sections: Sections, prefix: st
 def _backbone(shapes: dict[str, tuple[int, ...]]) -> Sections:
     """Of the ResNet, whose last stage may be the box head of a C4 detector."""
     moved = {name.replace(CONV5, BODY + "layer4.", 1): shape for name, shape in shapes.items()
-             if name.startswith(BODY) or re.match(r"roi_heads\.box_head\.\d+\.(conv|bn|downsample)", name)}
+             if name.startswith(BODY) or re.match(r"roi_heads\.box_head\.\d+\.(conv\d|bn\d|downsample)", name)}
     blocks = tuple(_count(moved, rf"{re.escape(BODY)}layer{i}\.(\d+)\.conv1\.weight") for i in (1, 2, 3, 4))
     bottleneck = BODY + "layer1.0.conv3.weight" in moved
     depth = next((depth for depth, network in DEPTHS.items() if network == (bottleneck, blocks)), None)

@@ -21,6 +21,10 @@ COCO_STUFF = {
     192: "mountain-merged", 193: "grass-merged", 194: "dirt-merged", 195: "paper-merged", 196: "food-other-merged",
     197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged"}
 
+# Pairs of COCO's 17 keypoints, counted from 0, that a line joins.
+COCO_SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10),
+                 (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
+
 Classes = tuple[tuple[str, ...], tuple[int, ...]]  # names, and ids of the data set
 
 
@@ -34,6 +38,12 @@ def detection_classes(count: int) -> Classes | None:
         return tuple(name if name != "N/A" else f"N/A {i}" for i, name in names.items()), tuple(names)
     known = {len(VOC): VOC, len(CITYSCAPES_THINGS): CITYSCAPES_THINGS, 1: ("person",)}.get(count)
     return known and (known, tuple(range(1, count + 1)))
+
+
+def keypoint_layout(count: int) -> dict[str, list]:
+    """Names and skeleton of COCO's 17 keypoints, as in `WeightsMeta`; of another number nothing is known."""
+    names = get_model_weights("keypointrcnn_resnet50_fpn").DEFAULT.meta["keypoint_names"]
+    return {"names": list(names), "skeleton": [list(bone) for bone in COCO_SKELETON]} if count == len(names) else {}
 
 
 def semantic_classes(count: int) -> Classes | None:

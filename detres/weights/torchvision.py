@@ -35,6 +35,8 @@ RCNN = [
     ("roi_heads.mask_head.mask_fcn{i+1}.", "roi_heads.mask_head.convs.{i}."),
     ("roi_heads.mask_predictor.conv5_mask.", "roi_heads.mask_head.deconv."),
     ("roi_heads.mask_predictor.mask_fcn_logits.", "roi_heads.mask_head.predict.", without_background()),
+    ("roi_heads.keypoint_head.{2i}.", "roi_heads.keypoint_head.convs.{i}."),
+    ("roi_heads.keypoint_predictor.kps_score_lowres.", "roi_heads.keypoint_head.deconv."),
 ]
 TWO_FCS = [
     ("roi_heads.box_head.fc6.", "roi_heads.box_head.fcs.0."),
@@ -60,11 +62,12 @@ def rcnn_conventions(sections: Sections | None = None) -> Sections:
         "pool": {"sampling_ratio": 2, "aligned": False},
         "box_head": {"box_loss": "smooth_l1", "smooth_l1_beta": 1 / 9},
         "mask_head": {"paste": "torchvision"},
+        "keypoint_head": {"score": "logit"},
     }
 
 
 def torchvision_config(name: str = "mask_rcnn", **changes) -> ModelConfig:
-    """The config under which detres computes what torchvision's {faster,mask}rcnn_resnet50_fpn computes.
+    """The config under which detres computes what torchvision's {faster,mask,keypoint}rcnn_resnet50_fpn computes.
 
     `changes` override sections: torchvision_config(backbone={"norm_eps": 0.0}) for its published COCO weights.
     """

@@ -13,9 +13,9 @@ from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads
 
 from detres.build import build_model
 from detres.structures import ImageBatch, Proposals, Targets
-from detres.weights.torchvision import KEYPOINT_RCNN, torchvision_config
+from detres.weights.torchvision import torchvision_config
 
-from .test_torchvision_parity import calibrate
+from .test_torchvision_parity import calibrate, converted
 
 SIZES = [(160, 208), (208, 160)]  # in a batch
 
@@ -33,9 +33,7 @@ def pair():
     head = {"num_keypoints": 5, "convs": 1}  # theirs has 8, which take long
     config = torchvision_config("keypoint_rcnn", keypoint_head=head, box_head={"detections_per_image": 30})
     ours = build_model(config, num_classes=2)
-    state, unknown = KEYPOINT_RCNN.to_ours(theirs.state_dict())
-    assert not unknown
-    ours.load_state_dict(state)
+    ours.load_state_dict(converted(theirs.state_dict()))
     pixels = [torch.nn.functional.interpolate(torch.rand(1, 3, h // 8, w // 8) * 255, (h, w), mode="bilinear")[0].byte()
               for h, w in SIZES]
     return theirs.eval(), ours.eval(), pixels
