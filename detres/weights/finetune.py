@@ -37,6 +37,7 @@ LAYERS = {
     r"fc\.|cls\.": Rows(),
     r"box\.": Rows(per_class=4),
     r"head\.cls\.": Rows(per_class=None, innermost=True),
+    r"head\.box\.": Rows(per_class=0),  # of a dense head: none are of a class
 }
 OF_LOCALIZERS = {r"head\.(cls|box)\.": Rows(per_class=None)}
 

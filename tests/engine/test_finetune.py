@@ -30,7 +30,8 @@ def model_config(request):
 
 def saved(config, classes, path):
     model = build_model(config, len(classes))
-    save_weights(path, model.state_dict(), WeightsMeta({}, tuple(classes), tuple(range(len(classes))), 1, {}))
+    save_weights(path, model.state_dict(), WeightsMeta(
+        {"model": config.model_dump(mode="json")}, tuple(classes), tuple(range(len(classes))), 1, {}))
     return model.state_dict()
 
 
