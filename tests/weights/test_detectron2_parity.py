@@ -16,7 +16,8 @@ from detres.data.masks import encode_masks
 from detres.weights.detectron2_config import translate
 from detres.weights.importers import convert
 
-PARITY = ["mask_rcnn_R_50_FPN_3x", "faster_rcnn_R_50_C4_1x"]
+MASK_RCNN, C4 = "mask_rcnn_R_50_FPN_3x", "faster_rcnn_R_50_C4_1x"
+SLOW = [(MASK_RCNN, "full"), (MASK_RCNN, "full_batch"), (C4, "small_batch"), (C4, "full"), (C4, "full_batch")]
 NAMES = {"mask_rcnn_R_50_FPN_3x": "mask_rcnn", "faster_rcnn_R_50_C4_1x": "faster_rcnn",
          "cascade_mask_rcnn_R_50_FPN_3x": "cascade_mask_rcnn", "keypoint_rcnn_R_50_FPN_3x": "keypoint_rcnn",
          "retinanet_R_50_FPN_1x": "retinanet", "panoptic_fpn_R_50_3x": "panoptic_fpn"}
@@ -38,7 +39,7 @@ def module(reference: Path, name: str):
     return loaded
 
 
-@pytest.fixture(scope="module", params=PARITY)
+@pytest.fixture(scope="module")
 def checkpoint(request, reference, tmp_path_factory):
     """A model of the zoo as its file would be, a pickle of arrays, and its outputs."""
     name = request.param
@@ -52,7 +53,11 @@ def checkpoint(request, reference, tmp_path_factory):
     return detres.load(file, "cpu"), outputs
 
 
-def compare(predictor, outputs, reference, name):
+@pytest.mark.parametrize("checkpoint, name", [
+    (MASK_RCNN, "small"), (MASK_RCNN, "small_batch"), (C4, "small"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)], indirect=["checkpoint"])
+def test_outputs_of_detectron2(checkpoint, name, reference):
+    predictor, outputs = checkpoint
     images = [reference / "images" / f"img{i}.png" for i in (0, 1)]
     side = {"full": 800, "small": 320}[name.partition("_")[0]]
     found = predictor.predict(images, 0.0, min_size=side, batch_size=2 if name.endswith("batch") else 1)
@@ -63,17 +68,6 @@ def compare(predictor, outputs, reference, name):
         agrees, report = module(reference, "compare").compare(theirs, got)
         assert agrees and report["matched"] == len(theirs["scores"]) > 5, report
         assert report["box_px"] < 1e-2 and report["score"] < 1e-3
-
-
-@pytest.mark.parametrize("name", ["small", "small_batch"])
-def test_outputs_of_detectron2(checkpoint, reference, name):
-    compare(*checkpoint, reference, name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["full", "full_batch"])
-def test_outputs_of_detectron2_at_full_size(checkpoint, reference, name):
-    compare(*checkpoint, reference, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
