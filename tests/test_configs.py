@@ -40,7 +40,8 @@ def test_builds_and_tells_where_its_values_come_from(path):
     with torch.device("meta"):
         model = build_model(resolved.config.model, num_classes=20)
     heads = getattr(model, "roi_heads", None)
-    assert (heads is not None and heads.mask_head is not None) == (resolved.config.model.name == "mask_rcnn")
+    assert (heads is not None and heads.mask_head is not None) == resolved.config.model.has_masks
+    assert (heads is not None and heads.keypoint_head is not None) == resolved.config.model.has_keypoints
     assert resolved.config.data.train and resolved.config.data.val
 
 
@@ -69,7 +70,7 @@ def test_zoo_name_says_what_is_inside(path):
     assert config.output == f"runs/{path.stem}"
     assert config.eval.metrics == (("voc",) if schedule == "voc" else ("coco",))
     assert ("no published reference known" in _header(path)) == (
-        depth == "18" or (depth, layout, schedule) == ("101", "c4", "1x")
+        depth == "18" or kind == "cascade_rcnn" or (depth, layout, schedule) == ("101", "c4", "1x")
         or (schedule == "voc" and layout == "fpn")), "R18 and what nobody published have none; the others cite one"
 
 
@@ -78,7 +79,9 @@ def test_zoo_is_complete():
     parts = [(depth, layout) for depth in (18, 50, 101) for layout in ("fpn", "c4")]
     coco = {f"{kind}_rcnn_r{depth}_{layout}_{schedule}" for kind in ("faster", "mask") for depth, layout in parts
             for schedule in ("1x", "3x")}
-    assert names == coco | {f"faster_rcnn_r{depth}_{layout}_voc" for depth, layout in parts}
+    others = {f"{kind}_r50_fpn_{schedule}" for kind in ("cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn")
+              for schedule in ("1x", "3x")} | {"keypoint_rcnn_r101_fpn_3x"}
+    assert names == coco | others | {f"faster_rcnn_r{depth}_{layout}_voc" for depth, layout in parts}
 
 
 def test_c4_is_detectron2s():
@@ -159,5 +162,8 @@ def test_every_field_is_read(tmp_path, monkeypatch):
         train(load_config("configs/demo.yaml", overrides).config)
     for overrides in (classifier, localizer, regions):
         train(load_config(None, overrides).config)
+    with torch.device("meta"):
+        for name in ("keypoint_rcnn", "cascade_mask_rcnn"):  # data and training are those of the detector
+            build_model(load_config(None, [f"model.name={name}"]).config.model, 3)
     unread = [name for name in _fields(Config) if name not in read]
     assert not unread, f"fields that nothing reads: {', '.join(unread)}"
