@@ -11,10 +11,14 @@ from detres.config import CASCADES, RCNNS, ModelConfig, PoolConfig
 from detres.models.anchors import AnchorGenerator
 from detres.models.backbone import FPNBackbone, LastStageBackbone
 from detres.models.classifier import Classifier
+from detres.models.dense_head import DenseHead
 from detres.models.faster_rcnn import FasterRCNN, Normalize
+from detres.models.fcos import FCOS
 from detres.models.localizer import Localizer, PerClassHead
+from detres.models.proposal_network import ProposalNetwork
 from detres.models.region_classifier import RegionClassifier
 from detres.models.resnet import ResNet, cifar_resnet, resnet
+from detres.models.retinanet import RetinaNet
 from detres.models.roi_heads.box_head import BoxPredictor, ConvFCHead
 from detres.models.roi_heads.cascade import CascadeRoIHeads
 from detres.models.roi_heads.keypoint_head import KeypointHead
@@ -37,14 +41,44 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
 
 def build_rcnn(config: ModelConfig, num_classes: int) -> FasterRCNN:
     backbone, conv5 = build_backbone(config)
+    return FasterRCNN(build_normalize(config), backbone, build_rpn(config, backbone),
+                      build_pool(config.pool, backbone.strides),
+                      build_roi_heads(config, num_classes, backbone.channels, conv5), config.pool.canonical_side)
+
+
+def build_rpn(config: ModelConfig, backbone: nn.Module) -> RPN:
     anchors = build_anchors(config, backbone.strides)
     options = config.rpn.model_dump()
     stages = ("pre_nms_topk", "post_nms_topk")
     head = RPNHead(backbone.channels, anchors.per_cell, options.pop("convs"))
     topk = {name: (options.pop(f"{name}_train"), options.pop(f"{name}_test")) for name in stages}
-    rpn = RPN(head, anchors, **topk, **options)
-    return FasterRCNN(build_normalize(config), backbone, rpn, build_pool(config.pool, backbone.strides),
-                      build_roi_heads(config, num_classes, backbone.channels, conv5), config.pool.canonical_side)
+    return RPN(head, anchors, **topk, **options)
+
+
+def build_proposal_network(config: ModelConfig, num_classes: int) -> ProposalNetwork:
+    """One class, "object", whatever num_classes is."""
+    backbone, _ = build_backbone(config)
+    return ProposalNetwork(build_normalize(config), backbone, build_rpn(config, backbone))
+
+
+def build_retinanet(config: ModelConfig, num_classes: int) -> RetinaNet:
+    backbone, _ = build_backbone(config)
+    anchors = build_anchors(config, backbone.strides)
+    options = config.dense_head.model_dump(exclude={"center_radius"})
+    tower = {name: options.pop(name) for name in ("convs", "norm", "prior")}
+    head = DenseHead(backbone.channels, anchors.per_cell, num_classes, bias=tower["norm"] == "none", **tower)
+    return RetinaNet(build_normalize(config), backbone, head, anchors, normalize_by=options.pop("normalize"), **options)
+
+
+def build_fcos(config: ModelConfig, num_classes: int) -> FCOS:
+    backbone, _ = build_backbone(config)
+    convention = config.anchors.convention
+    points = AnchorGenerator([[stride] for stride in backbone.strides], [1.0], backbone.strides, convention,
+                             offset=0.5 if convention == "detectron2" else 0.0)
+    options = config.dense_head.model_dump(exclude={"fg_iou", "bg_iou", "smooth_l1_beta"})
+    tower = {name: options.pop(name) for name in ("convs", "norm", "prior")}
+    head = DenseHead(backbone.channels, 1, num_classes, centerness=True, **tower)
+    return FCOS(build_normalize(config), backbone, head, points, normalize_by=options.pop("normalize"), **options)
 
 
 def build_classifier(config: ModelConfig, num_classes: int) -> Classifier:
@@ -94,7 +128,7 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
     """The feature extractor, and conv5 apart if the layout is c4."""
     options, body = config.backbone, build_resnet(config)
     if options.layout == "fpn":
-        return FPNBackbone(body, config.fpn.channels, config.fpn.norm), None
+        return FPNBackbone(body, config.fpn.channels, config.fpn.norm, config.fpn.top), None
     conv5 = body.pop_last_stage() if options.layout == "c4" else None
     return LastStageBackbone(body), conv5
 
@@ -141,5 +175,6 @@ def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
     return pool
 
 
-MODELS = {**dict.fromkeys(RCNNS, build_rcnn), "classifier": build_classifier, "localizer": build_localizer,
+MODELS = {**dict.fromkeys(RCNNS, build_rcnn), "retinanet": build_retinanet, "fcos": build_fcos,
+          "rpn": build_proposal_network, "classifier": build_classifier, "localizer": build_localizer,
           "region_classifier": build_region_classifier}

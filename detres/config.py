@@ -16,7 +16,7 @@ Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(ge=1)]
 Norm = Literal["frozen_bn", "bn", "sync_bn", "gn"]
 HeadNorm = Literal["none", "frozen_bn", "bn", "sync_bn", "gn"]
-BoxLoss = Literal["l1", "smooth_l1", "giou"]
+BoxLoss = Literal["l1", "smooth_l1", "giou", "diou", "ciou"]
 Protocol = Literal["coco", "voc", "ilsvrc"]
 
 
@@ -60,7 +60,7 @@ class BackboneConfig(Section):
     deform_stages: Annotated[int, Field(ge=0, le=4)] = Field(
         0, description="last stages whose 3x3 are deformable and modulated: 3 in DCNv2 (arXiv 1811.11168)")
     layout: Literal["fpn", "c4", "c5", "dc5"] = Field(
-        "fpn", description="P2..P6; stage 4 at stride 16; stage 5 at stride 32; dilated stage 5 at stride 16")
+        "fpn", description="P2..P6, or P3..P7 (fpn.top); stage 4 at stride 16; stage 5 at stride 32; dilated stage 5 at stride 16")
     weights: str | None = Field("imagenet", description="'imagenet' (torchvision's), a path, or null: from scratch")
     norm: Norm = Field("frozen_bn", description="gn trains from scratch at any batch size")
     norm_eps: Annotated[float, Field(ge=0, le=1e-2)] = 1e-5
@@ -104,6 +104,9 @@ class BackboneConfig(Section):
 class FPNConfig(Section):
     channels: Count = 256
     norm: HeadNorm = "none"
+    top: Literal["pool", "c5", "p5"] = Field(
+        "pool", description="pool: P2..P5, and P6 by taking every other pixel of P5; c5 and p5: P3..P5, and P6 and P7 by "
+                            "convolutions that begin from C5 (RetinaNet, arXiv 1708.02002) or P5 (FCOS, 1904.01355)")
 
 
 class AnchorConfig(Section):
@@ -111,7 +114,8 @@ class AnchorConfig(Section):
         ((32,), (64,), (128,), (256,), (512,)), description="square roots of areas in pixels, per feature level")
     aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), description="height / width")
     convention: Literal["detectron2", "torchvision"] = Field(
-        "detectron2", description="torchvision rounds base anchors to pixels and takes strides from the grid")
+        "detectron2", description="torchvision rounds base anchors to pixels and takes strides from the grid; points of "
+                                  "FCOS are in the middle of their cells, in torchvision in the corner")
 
 
 class RPNConfig(Section):
@@ -211,17 +215,52 @@ class CascadeConfig(Section):
         (0.6, 0.7), description="least IoU of foreground in each stage after the first, whose is box_head.fg_iou")
 
 
+class DenseHeadConfig(Section):
+    """Heads that judge every place of every level: RetinaNet (arXiv 1708.02002), FCOS (arXiv 1904.01355). Defaults are
+    RetinaNet's in Detectron2."""
+
+    convs: Annotated[int, Field(ge=0)] = Field(4, description="3x3 convolutions before each output")
+    norm: Literal["none", "gn"] = Field("none", description="after each of them; gn in FCOS and torchvision's version 2")
+    prior: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.01, description="probability of each class at the start of training (arXiv 1708.02002, section 3.3)")
+    focal_alpha: Probability = Field(0.25, description="weight of the positives; the others have the rest of 1")
+    focal_gamma: Annotated[float, Field(ge=0)] = Field(2.0, description="0: plain cross-entropy")
+    fg_iou: Probability = Field(0.5, description="of RetinaNet's anchors")
+    bg_iou: Probability = Field(0.4, description="of RetinaNet's anchors; between the two they do not train")
+    center_radius: Positive = Field(
+        1.5, description="FCOS: cells around the middle of an object whose points are its own")
+    box_loss: BoxLoss = Field("l1", description="FCOS: giou, diou or ciou")
+    smooth_l1_beta: Positive = Field(0.1, description="used by smooth_l1 only")
+    box_loss_weight: Positive = 1.0
+    normalize: Literal["batch", "image"] = Field(
+        "batch", description="what losses are divided by: the positives of the batch, or those of each image, then the "
+                             "mean over images (torchvision's RetinaNet)")
+    topk: Count = Field(1000, description="best pairs of box and class of a level that go into NMS")
+    score_thresh: Probability = Field(0.05, description="detections up to it are dropped")
+    nms_thresh: Probability = 0.5
+    clip_before_nms: bool = Field(
+        False, description="true: torchvision, which keeps what is clipped to nothing; false: Detectron2, which drops it")
+    detections_per_image: Count = 100
+
+    @model_validator(mode="after")
+    def _ordered(self):
+        if self.bg_iou > self.fg_iou:
+            raise ValueError(f"bg_iou must be at most fg_iou, got bg_iou={self.bg_iou}, fg_iou={self.fg_iou}")
+        return self
+
+
 # What kinds of models give, by name.
 MASKS = {"mask_rcnn", "cascade_mask_rcnn"}
 KEYPOINTS = {"keypoint_rcnn"}
 CASCADES = {"cascade_rcnn", "cascade_mask_rcnn"}
 RCNNS = {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", *CASCADES}
+ALL_LEVELS = {"retinanet", "fcos", "rpn"}  # that read all levels there are; RCNNS pool regions from P2..P5
 
 
 class ModelConfig(Section):
-    name: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "classifier",
-                  "localizer", "region_classifier"] = Field(
-        "mask_rcnn", description="localizer and region_classifier: arXiv 1512.03385, appendix C")
+    name: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet",
+                  "fcos", "rpn", "classifier", "localizer", "region_classifier"] = Field(
+        "mask_rcnn", description="rpn: proposals alone; localizer and region_classifier: arXiv 1512.03385, appendix C")
     weights: str | None = Field(
         None, description="run or weights of a model of this kind that training begins from, such as a detector of COCO "
                           "for VOC; layers of other classes begin anew; null: from backbone.weights")
@@ -235,6 +274,7 @@ class ModelConfig(Section):
     mask_head: MaskHeadConfig = MaskHeadConfig()
     keypoint_head: KeypointHeadConfig = KeypointHeadConfig()
     cascade: CascadeConfig = CascadeConfig()
+    dense_head: DenseHeadConfig = DenseHeadConfig()
 
     @property
     def has_masks(self) -> bool:
@@ -246,7 +286,7 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _detectors_have_four_stages(self):
-        if self.backbone.stem == "cifar" and self.name in RCNNS:
+        if self.backbone.stem == "cifar" and self.name in RCNNS | ALL_LEVELS:
             raise ValueError("backbone.stem cifar must go with models that read the last stage alone (classifier, "
                              "localizer, region_classifier): detectors read four stages, and it has three, got "
                              f"name={self.name}")
@@ -262,6 +302,16 @@ class ModelConfig(Section):
         if self.name == "region_classifier" and 2 * self.box_head.context >= self.input.crop:
             raise ValueError("box_head.context must be under half of input.crop, which it frames, got "
                              f"context={self.box_head.context}, crop={self.input.crop}. Set model.box_head.context=0.")
+        return self
+
+    @model_validator(mode="after")
+    def _dense_heads(self):
+        if self.fpn.top != "pool" and self.backbone.layout == "fpn" and self.name not in ALL_LEVELS:
+            raise ValueError("fpn.top must be pool but for retinanet, fcos and rpn, as regions are pooled from P2..P5, got "
+                             f"{self.fpn.top} for name={self.name}")
+        if self.name == "fcos" and self.dense_head.box_loss not in ("giou", "diou", "ciou"):
+            raise ValueError("dense_head.box_loss must be giou, diou or ciou for fcos, which regresses boxes by their IoU, "
+                             f"got {self.dense_head.box_loss}. Set model.dense_head.box_loss=giou.")
         return self
 
     @model_validator(mode="after")
@@ -387,8 +437,8 @@ class TrainConfig(Section):
     log_every: Count = Field(20, description="steps")
     checkpoint_every: Count = Field(1000, description="steps")
     eval_every: Count | None = Field(None, description="steps; null: at the end only")
-    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: keypoints/AP, segm/AP, bbox/AP, "
-                                               "voc/AP, ilsvrc/AP, cls/top1 or loc/gt_class_error")
+    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: keypoints/AP, segm/AP, bbox/AP, voc/AP, "
+                                               "ilsvrc/AP, box_proposals/AR@1000, cls/top1 or loc/gt_class_error")
     patience: Count | None = Field(None, description="evaluations without a better keep_best before stopping early")
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -403,7 +453,8 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    metrics: tuple[Protocol, ...] = Field(("coco",), description="protocols to report")
+    metrics: tuple[Protocol, ...] = Field(
+        ("coco",), description="protocols to report of classes of objects; an rpn is measured by its recall")
     batch_size: Count = 1
     crops: Literal[1, 10, "dense"] = Field(
         1, description="test of classifiers (arXiv 1512.03385, section 3.4): centre crop; corners, centre and their "

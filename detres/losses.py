@@ -8,14 +8,19 @@ processes, so that the gradient of N processes is that of one with the whole bat
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import generalized_box_iou_loss
+from torchvision.ops import sigmoid_focal_loss
 
 from detres.engine.distributed import mean_over_ranks, world_size
-from detres.geometry.boxes import constant, decode, encode
+from detres.geometry.boxes import area, constant, decode, encode
 
+IOU_LOSSES = ("giou", "diou", "ciou")
+EPS = 1e-7  # added to what is divided by, as in torchvision.ops
+LEAST_SIDE = 1e-2  # pixels; in the aspect ratio of CIoU, which is 0 / 0 for a point
 BOX_WEIGHTS = (10.0, 10.0, 5.0, 5.0)  # of the deltas in box heads (py-faster-rcnn: one over their deviations)
 
 
@@ -25,23 +30,59 @@ def _normalizer(count: Tensor) -> Tensor:
 
 def box_regression(deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, positive: Tensor, kind: str, beta: float,
                    weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
-    """Summed regression loss of the rows where `positive`: l1 or smooth_l1 of deltas, or GIoU of decoded boxes.
+    """Summed regression loss of the rows where `positive`, as `box_losses`."""
+    return box_losses(deltas, anchors, gt_boxes, positive, kind, beta, weights).sum()
+
+
+def box_losses(deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, positive: Tensor, kind: str, beta: float,
+               weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
+    """Regression loss (...) of each row, 0 where not `positive`: l1 or smooth_l1 of deltas, or `iou_losses`.
 
     deltas, anchors, gt_boxes (..., 4), positive (...) bool. smooth_l1: Fast R-CNN (arXiv 1504.08083, equation 3) with
-    its corner at `beta`; giou: arXiv 1902.09630.
+    its corner at `beta`.
     """
     deltas = deltas.float()
     unit = constant((0.0, 0.0, 1.0, 1.0), anchors.device, anchors.dtype)
     anchors = torch.where(positive[..., None], anchors, unit)  # padded rows must not make NaN gradients
     gt_boxes = torch.where(positive[..., None], gt_boxes, unit)
+    if kind in IOU_LOSSES:
+        return iou_losses(decode(deltas, anchors, weights), gt_boxes, positive, kind)
+    target = encode(gt_boxes, anchors, weights)
+    loss = F.l1_loss(deltas, target, reduction="none") if kind == "l1" else \
+        F.smooth_l1_loss(deltas, target, reduction="none", beta=beta)
+    return loss.sum(-1) * positive
+
+
+def iou_losses(boxes: Tensor, gt_boxes: Tensor, positive: Tensor, kind: str) -> Tensor:
+    """Of boxes and gt_boxes (..., 4) each row (...), 0 where not `positive` (...): GIoU (arXiv 1902.09630), DIoU or CIoU
+    (both arXiv 1911.08287).
+
+    The numbers are torchvision.ops', which picks the pairs that overlap by a mask: on a GPU the host would wait for it.
+    """
+    unit = constant((0.0, 0.0, 1.0, 1.0), boxes.device, boxes.dtype)
+    boxes, gt_boxes = (torch.where(positive[..., None], each, unit) for each in (boxes, gt_boxes))
+    low, high = (pick(boxes, gt_boxes) for pick in (torch.minimum, torch.maximum))
+    width, height = (low[..., 2:] - high[..., :2]).clamp(min=0).unbind(-1)
+    hull_width, hull_height = (high[..., 2:] - low[..., :2]).unbind(-1)
+    intersection = width * height
+    union = area(boxes) + area(gt_boxes) - intersection
+    iou = intersection / (union + EPS)
     if kind == "giou":
-        loss = generalized_box_iou_loss(decode(deltas, anchors, weights), gt_boxes)
-    else:
-        target = encode(gt_boxes, anchors, weights)
-        loss = F.l1_loss(deltas, target, reduction="none") if kind == "l1" else \
-            F.smooth_l1_loss(deltas, target, reduction="none", beta=beta)
-        loss = loss.sum(-1)
-    return (loss * positive).sum()
+        hull = hull_width * hull_height
+        return (1 - iou + (hull - union) / (hull + EPS)) * positive
+    shift = (boxes[..., :2] + boxes[..., 2:] - gt_boxes[..., :2] - gt_boxes[..., 2:]) / 2
+    loss = 1 - iou + shift.square().sum(-1) / (hull_width.square() + hull_height.square() + EPS)
+    if kind == "ciou":
+        loss = loss + _aspect_penalty(boxes, gt_boxes, iou)
+    return loss * positive
+
+
+def _aspect_penalty(boxes: Tensor, gt_boxes: Tensor, iou: Tensor) -> Tensor:
+    """Of CIoU (arXiv 1911.08287, equations 9 to 11): (...)."""
+    sides = [(each[..., 2:] - each[..., :2]).clamp(min=LEAST_SIDE) for each in (boxes, gt_boxes)]
+    angle, gt_angle = ((side[..., 0] / side[..., 1]).atan() for side in sides)
+    v = 4 / math.pi**2 * (gt_angle - angle).square()
+    return (v / (1 - iou + v + EPS)).detach() * v
 
 
 def rpn_losses(logits: Tensor, deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, match: Tensor, *, box_loss: str,
@@ -87,6 +128,36 @@ def box_head_losses(logits: Tensor, deltas: Tensor, rois: Tensor, gt_boxes: Tens
     positive = valid & (labels < background)
     regression = box_regression(own, rois, gt_boxes, positive, box_loss, beta, box_weights)
     return {"loss_cls": (classification * valid).sum() / count, "loss_box": regression / count * box_weight}
+
+
+def dense_losses(logits: Tensor, labels: Tensor, match: Tensor, box_losses: Tensor, *, focal_alpha: float,
+                 focal_gamma: float, box_weight: float, normalize: str) -> dict[str, Tensor]:
+    """Focal loss (RetinaNet, arXiv 1708.02002, section 3) of every place and class, and the boxes of the positives.
+
+    logits (N, A, K); labels (N, A) 0..K-1 of the positives; match (N, A); box_losses (N, A). Both are divided by the
+    number of positives of the batch, or with `normalize` 'image' by that of each image, and averaged over images.
+    """
+    positive = match == 1
+    truth = positive[..., None] & (labels[..., None] == torch.arange(logits.shape[2], device=labels.device))
+    focal = sigmoid_focal_loss(logits.float(), truth.float(), focal_alpha, focal_gamma) * (match >= 0)[..., None]
+    if normalize == "image":
+        count = positive.sum(1).clamp(min=1) * len(logits)  # (N,)
+    else:
+        count = _normalizer(positive.sum())
+    return {"loss_cls": (focal.sum((1, 2)) / count).sum(), "loss_box": (box_losses.sum(1) / count).sum() * box_weight}
+
+
+def centerness_loss(logits: Tensor, gt_distances: Tensor, positive: Tensor) -> dict[str, Tensor]:
+    """Binary cross-entropy of how central points are in their objects (FCOS, arXiv 1904.01355, equation 3).
+
+    logits (N, A); gt_distances (N, A, 4) to the left, top, right and bottom; positive (N, A). Divided by the number of
+    positives of the batch.
+    """
+    distances = torch.where(positive[..., None], gt_distances, 1.0)
+    horizontal, vertical = distances[..., ::2], distances[..., 1::2]
+    ratios = [pair.amin(-1) / pair.amax(-1) for pair in (horizontal, vertical)]
+    loss = F.binary_cross_entropy_with_logits(logits.float(), (ratios[0] * ratios[1]).sqrt(), reduction="none")
+    return {"loss_centerness": (loss * positive).sum() / _normalizer(positive.sum())}
 
 
 def mask_loss(logits: Tensor, targets: Tensor, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:

@@ -61,12 +61,14 @@ def test_header_gives_reference_and_command(path):
 
 @pytest.mark.parametrize("path", ZOO, ids=lambda path: path.stem)
 def test_zoo_name_says_what_is_inside(path):
-    kind, depth, layout, schedule = re.fullmatch(r"(\w+_rcnn)_r(\d+)_(fpn|c4)_(1x|3x|voc)", path.stem).groups()
+    kind, depth, layout, schedule = re.fullmatch(r"(\w+)_r(\d+)_(fpn|c4)_(1x|3x|voc)", path.stem).groups()
+    is_dense = kind in ("retinanet", "fcos")
     config = load_config(path).config
     assert (config.model.name, config.model.backbone.depth, config.model.backbone.layout) == (kind, int(depth), layout)
     steps = {"1x": (90_000, (60_000, 80_000)), "3x": (270_000, (210_000, 250_000)), "voc": (18_000, (12_000, 16_000))}
     assert (config.train.steps, config.train.milestones) == steps[schedule]
-    assert (config.train.batch_size, config.train.lr, config.data.skip_empty) == (16, 0.02, True)
+    assert (config.train.batch_size, config.train.lr, config.data.skip_empty) == (16, 0.01 if is_dense else 0.02, True)
+    assert config.model.fpn.top == {"retinanet": "c5", "fcos": "p5"}.get(kind, "pool")
     assert config.output == f"runs/{path.stem}"
     assert config.eval.metrics == (("voc",) if schedule == "voc" else ("coco",))
     assert ("no published reference known" in _header(path)) == (
@@ -81,7 +83,9 @@ def test_zoo_is_complete():
             for schedule in ("1x", "3x")}
     others = {f"{kind}_r50_fpn_{schedule}" for kind in ("cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn")
               for schedule in ("1x", "3x")} | {"keypoint_rcnn_r101_fpn_3x"}
-    assert names == coco | others | {f"faster_rcnn_r{depth}_{layout}_voc" for depth, layout in parts}
+    dense = {"retinanet_r50_fpn_1x", "retinanet_r50_fpn_3x", "retinanet_r101_fpn_3x", "fcos_r50_fpn_1x", "rpn_r50_fpn_1x",
+             "rpn_r50_c4_1x"}
+    assert names == coco | others | dense | {f"faster_rcnn_r{depth}_{layout}_voc" for depth, layout in parts}
 
 
 def test_c4_is_detectron2s():
@@ -163,7 +167,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
     for overrides in (classifier, localizer, regions):
         train(load_config(None, overrides).config)
     with torch.device("meta"):
-        for name in ("keypoint_rcnn", "cascade_mask_rcnn"):  # data and training are those of the detector
-            build_model(load_config(None, [f"model.name={name}"]).config.model, 3)
+        for name in ("keypoint_rcnn", "cascade_mask_rcnn", "retinanet", "fcos"):  # trained as other detectors
+            build_model(load_config(None, [f"model.name={name}", "model.dense_head.box_loss=giou"]).config.model, 3)
     unread = [name for name in _fields(Config) if name not in read]
     assert not unread, f"fields that nothing reads: {', '.join(unread)}"

@@ -81,6 +81,15 @@ class Dataset:
         return self if not offset else replace(self, records=tuple(records), keypoint_offset=offset)
 
 
+def one_class(dataset: Dataset) -> Dataset:
+    """The data set with all its objects in one class, "object"."""
+    def relabelled(record: ImageRecord) -> ImageRecord:
+        return replace(record, annotations=tuple(replace(item, label=0) for item in record.annotations))
+
+    return replace(dataset, classes=("object",), category_ids=(1,), records=tuple(map(relabelled, dataset.records)),
+                   blacklist=())
+
+
 def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "error") -> Dataset:
     """Read a data set; the format is recognised from the path.
 

@@ -22,7 +22,7 @@ from detres.evaluation.classification import ClassificationEvaluator
 from detres.evaluation.base import eval_mode
 from detres.evaluation.classify import evaluate_classifier
 from detres.evaluation.localization import LocTruths, check_one_class, evaluate_localizer, load_proposer
-from detres.evaluation.run import align_classes, build_evaluators, check_keypoints, evaluate
+from detres.evaluation.run import align_classes, check_keypoints, evaluate, evaluators_for, load_for
 from detres.inference.localize import build_locate, with_proposals
 from detres.structures import Batch
 
@@ -44,7 +44,7 @@ class Task:
 
 def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
     data, with_masks, with_keypoints = config.data, config.model.has_masks, config.model.has_keypoints
-    dataset = load_dataset(data.train, "train", data.on_invalid)
+    dataset = load_for(config.model, data.train, "train", data.on_invalid)
     check_keypoints(dataset, config.model)
     options = {"with_masks": with_masks, "with_keypoints": with_keypoints, "device_type": device.type, **_rank()}
     loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
@@ -53,9 +53,9 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
                 lambda step: loader(start_step=step), keypoints=_keypoints(dataset) if with_keypoints else {})
     if data.val is None:
         return task
-    val = align_classes(load_dataset(data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids)
+    val = align_classes(load_for(config.model, data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids)
     check_keypoints(val, config.model)
-    evaluators = build_evaluators(val, config.eval.metrics, with_masks, with_keypoints=with_keypoints)
+    evaluators = evaluators_for(config, val)
     batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False,
                            pyramid=scale_pyramid(config.model.input, config.eval), **options)
 
@@ -132,5 +132,6 @@ def localization(config: Config, device: torch.device, interrupt: Interrupt) -> 
     return Task(task.about, task.classes, task.category_ids, task.loader, validate, ("loc/gt_class_error",))
 
 
-TASKS = {**dict.fromkeys(RCNNS, detection), "classifier": classification, "localizer": localization,
+TASKS = {**dict.fromkeys([*RCNNS, "retinanet", "fcos", "rpn"], detection), "classifier": classification,
+         "localizer": localization,
          "region_classifier": localization}

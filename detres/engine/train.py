@@ -211,7 +211,7 @@ def _check_keep_best(name: str, metric_names: Sequence[str], loss_names: Sequenc
 
 
 def _evaluated(state: TrainState, metrics: Metrics) -> str:
-    shown = ("/AP", "/AP50", "/top1", "/gt_class_error", "/loss")
+    shown = ("/AP", "/AP50", "/AR@1000", "/top1", "/gt_class_error", "/loss")
     main = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith(shown)]
     best = f"best: step {state.best['step']:.0f}" if state.best else "no best yet: not finite"
     stale = f"  ({best})" if state.stale else ""

@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from detres.config import ModelConfig, Protocol, SourceConfig
-from detres.data.dataset import Dataset, ImageRecord, load_dataset
+from detres.config import Config, ModelConfig, Protocol, SourceConfig
+from detres.data.dataset import Dataset, ImageRecord, Role, load_dataset, one_class
 from detres.data.loader import build_loader
+from detres.data.problems import OnInvalid
 from detres.data.transforms import scale_pyramid
 from detres.engine.distributed import gather, rank, world_size
 from detres.engine.failures import explain_out_of_memory, of_evaluation
@@ -26,6 +27,7 @@ from detres.evaluation.coco_results import Compared
 from detres.evaluation.files import save_errors, save_numbers
 from detres.evaluation.ilsvrc import IlsvrcDetectionEvaluator
 from detres.evaluation.overlaps import COCO_SIGMAS, box_overlaps
+from detres.evaluation.proposals import ProposalEvaluator
 from detres.evaluation.voc import VocEvaluator, save_for_server
 from detres.inference.localize import refuse_localizers
 from detres.inference.predictor import load_model
@@ -69,6 +71,20 @@ def check_keypoints(dataset: Dataset, config: ModelConfig) -> None:
         raise ValueError(f"model.keypoint_head.num_keypoints must be the number of keypoints that the data set names, got "
                          f"{wanted}, where '{dataset.name}' has {count} ({', '.join(dataset.keypoint_names)}). "
                          f"Set model.keypoint_head.num_keypoints={count}.")
+
+
+def load_for(model: ModelConfig, source: SourceConfig, role: Role, on_invalid: OnInvalid) -> Dataset:
+    """The data set as this kind of model reads it."""
+    dataset = load_dataset(source, role, on_invalid)
+    return one_class(dataset) if model.name == "rpn" else dataset
+
+
+def evaluators_for(config: Config, dataset: Dataset, keep_masks: bool = False) -> list[Evaluator]:
+    """What this kind of model is measured by. `keep_masks` is for results with masks."""
+    if config.model.name == "rpn":
+        return [ProposalEvaluator(dataset)]
+    return build_evaluators(dataset, config.eval.metrics, config.model.has_masks, keep_masks,
+                            config.model.has_keypoints)
 
 
 @torch.no_grad()
@@ -144,7 +160,7 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
     source, batch_size = source_of(config.data.val, data, split, path), batch_size or config.eval.batch_size
     weights = f"{path} (step {meta.step})" if isinstance(path, (str, PathLike)) else " + ".join(map(str, path))
     if config.model.name == "classifier":
-        _refuse_options(save=save, metrics=metrics, errors=errors)
+        _refuse_options(config.model.name, save=save, metrics=metrics, errors=errors)
         result, about = evaluate_class_weights(model, meta.classes, config, source, batch_size)
         print(f"{about}, weights {weights}\n{result.table()}")
         if numbers is not None:
@@ -153,14 +169,17 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
     if config.eval.crops != 1:
         raise ValueError(f"eval.crops must be 1 but for classifiers and localizers, got {config.eval.crops} for a "
                          f"{config.model.name}. Several sizes are eval.test_scales.")
-    dataset = load_dataset(source, "val", config.data.on_invalid)
+    if config.model.name == "rpn":
+        _refuse_options(config.model.name, metrics=metrics)
+    if metrics is not None:
+        config = config.model_copy(update={"eval": config.eval.model_copy(update={"metrics": tuple(metrics)})})
+    dataset = load_for(config.model, source, "val", config.data.on_invalid)
     dataset = align_classes(dataset, meta.classes, meta.category_ids)
     if save is not None and Path(save).suffix != ".json" and dataset.format != "voc":
         raise ValueError(f"save must be a .json file, or, for data in VOC's format alone, a folder, got {save}. "
                          f"Say {save}.json.")
     check_keypoints(dataset, config.model)
-    evaluators = build_evaluators(dataset, metrics or config.eval.metrics, config.model.has_masks, save is not None,
-                                  config.model.has_keypoints)
+    evaluators = evaluators_for(config, dataset, save is not None)
     loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size,
                           training=False, with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
                           device_type=device_of(model).type)
@@ -177,9 +196,9 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
     return result.metrics
 
 
-def _refuse_options(**options) -> None:
+def _refuse_options(kind: str, **options) -> None:
     if given := [f"{name}={value}" for name, value in options.items() if value is not None]:
-        raise ValueError(f"options of an evaluation must fit the model, got {', '.join(given)}, which a classifier does "
+        raise ValueError(f"options of an evaluation must fit the model, got {', '.join(given)}, which a {kind} does "
                          "not have. Leave them out.")
 
 

@@ -77,3 +77,16 @@ def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 
     center = center + deltas[..., :2] * anchor_wh
     half = 0.5 * anchor_wh * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
     return torch.cat([center - half, center + half], -1)
+
+
+def encode_linear(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Distances (left, top, right, bottom) from the middle of each anchor to the sides of its box, in units of the
+    anchor's sides; negative for a side that the middle is beyond (FCOS, arXiv 1904.01355, section 3.1)."""
+    center, wh = (anchors[..., :2] + anchors[..., 2:]) / 2, anchors[..., 2:] - anchors[..., :2]
+    return torch.cat([(center - boxes[..., :2]) / wh, (boxes[..., 2:] - center) / wh], -1)
+
+
+def decode_linear(distances: Tensor, anchors: Tensor) -> Tensor:
+    """The inverse of `encode_linear`."""
+    center, wh = (anchors[..., :2] + anchors[..., 2:]) / 2, anchors[..., 2:] - anchors[..., :2]
+    return torch.cat([center - distances[..., :2] * wh, center + distances[..., 2:] * wh], -1)

@@ -39,7 +39,13 @@ def build_ensemble(models: Sequence[nn.Module], metas: Sequence[WeightsMeta], co
                 is_size = name.startswith("model.input.")
                 raise ValueError(f"models of an ensemble must have the same {name}, got {first} ({paths[0]}) and "
                                  f"{other} ({path}). Leave one out{f', or set it for all: {name}={first}' * is_size}.")
-    return models[0] if len(models) == 1 else ENSEMBLES[configs[0].model.name](models)
+    if len(models) == 1:
+        return models[0]
+    name = configs[0].model.name
+    if name not in ENSEMBLES:
+        raise ValueError(f"models of an ensemble must be one of {', '.join(ENSEMBLES)}, got {name} ({paths[0]}). "
+                         "Give one model.")
+    return ENSEMBLES[name](models)
 
 
 def _shared(meta: WeightsMeta, config: Config) -> dict[str, Any]:

@@ -14,13 +14,14 @@ class AnchorGenerator(nn.Module):
     per level, at every cell of every level.
 
     convention 'detectron2': sizes vary slowest, strides are nominal. 'torchvision': ratios vary slowest, base
-    anchors are rounded to whole pixels and a stride is canvas // grid.
+    anchors are rounded to whole pixels and a stride is canvas // grid. offset: of the middle of an anchor from the
+    corner of its cell, in strides.
     """
 
     def __init__(self, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[float], strides: Sequence[int],
-                 convention: Literal["detectron2", "torchvision"] = "detectron2"):
+                 convention: Literal["detectron2", "torchvision"] = "detectron2", offset: float = 0.0):
         super().__init__()
-        self.strides, self.convention = list(strides), convention
+        self.strides, self.convention, self.offset = list(strides), convention, offset
         self.per_cell = len(sizes[0]) * len(aspect_ratios)
         self.base = [self._base_anchors(level_sizes, aspect_ratios) for level_sizes in sizes]
         self._cache: dict[tuple, list[Tensor]] = {}
@@ -49,6 +50,6 @@ class AnchorGenerator(nn.Module):
         stride = (self.strides[level],) * 2
         if self.convention == "torchvision":
             stride = (canvas[0] // grid[0], canvas[1] // grid[1])
-        y, x = torch.meshgrid(torch.arange(grid[0]) * stride[0], torch.arange(grid[1]) * stride[1], indexing="ij")
+        y, x = torch.meshgrid(*((torch.arange(n) + self.offset) * s for n, s in zip(grid, stride)), indexing="ij")
         shift = torch.stack([x, y, x, y], -1).float()  # (H, W, 4)
         return (shift[:, :, None] + self.base[level]).view(-1, 4)

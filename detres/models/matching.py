@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from detres.geometry.boxes import pairwise_iou
+from detres.geometry.boxes import area, pairwise_iou
 
 GT_AT_ONCE = 16  # bounds the largest temporary to (N, 16, P)
 
@@ -39,6 +39,31 @@ def match_boxes(boxes: Tensor, gt_boxes: Tensor, gt_valid: Tensor, fg_iou: float
     match = torch.full_like(best, -1, dtype=torch.int8)
     match.masked_fill_(best < bg_iou, 0).masked_fill_((best >= fg_iou) | is_best_of_gt, 1)
     return match, gt_index
+
+
+@torch.no_grad()
+def match_points(cells: Tensor, ranges: Tensor, gt_boxes: Tensor, gt_valid: Tensor,
+                 center_radius: float) -> tuple[Tensor, Tensor]:
+    """Match every point of a pyramid to an object that it is inside of (FCOS, arXiv 1904.01355, section 3.2).
+
+    cells (P, 4): squares around the points, with the stride of their level as side; ranges (P, 2): a point is for objects
+    whose farthest side is at a distance between these, in pixels; gt_boxes (N, G, 4); gt_valid (N, G). The point must also
+    be within `center_radius` strides of the object's middle, on both axes (center sampling, arXiv 2006.09214, section 3.1).
+    Of several objects it takes the one of least area. Returns match and gt_index as `match_boxes`; nothing is ignored.
+    """
+    center, radius = (cells[:, :2] + cells[:, 2:]) / 2, center_radius * (cells[:, 2:] - cells[:, :2])  # (P, 2)
+    least = gt_boxes.new_full((len(gt_boxes), len(cells)), torch.inf)
+    gt_index = torch.zeros_like(least, dtype=torch.int64)
+    for start in range(0, gt_boxes.shape[1], GT_AT_ONCE):
+        boxes, valid = gt_boxes[:, start: start + GT_AT_ONCE, None], gt_valid[:, start: start + GT_AT_ONCE, None]
+        near = (((boxes[..., :2] + boxes[..., 2:]) / 2 - center).abs() < radius).all(-1)  # (N, <=16, P)
+        sides = torch.cat([center - boxes[..., :2], boxes[..., 2:] - center], -1)  # (N, <=16, P, 4)
+        farthest = sides.amax(-1)
+        own = valid & near & (sides.amin(-1) > 0) & (farthest > ranges[:, 0]) & (farthest < ranges[:, 1])
+        part_least, part_index = torch.where(own, area(boxes), torch.inf).min(1)
+        gt_index = torch.where(part_least < least, part_index + start, gt_index)
+        least = torch.minimum(least, part_least)
+    return least.isfinite().to(torch.int8), gt_index
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def nms(boxes: Tensor, scores: Tensor, valid: Tensor, iou_threshold: float, grou
 
 def _nms_row(boxes: Tensor, scores: Tensor, iou_threshold: float, groups: Tensor | None) -> Tensor:
     if groups is not None:
-        boxes = boxes.double() + (groups * (boxes.max() + 1))[:, None]
+        boxes = boxes.double() + (groups * (boxes.max() - boxes.min() + 1))[:, None]
         scores = scores.double()
     kept = torchvision.ops.nms(boxes, scores, iou_threshold)
     return torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device).index_fill_(0, kept, True)

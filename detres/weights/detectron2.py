@@ -76,6 +76,13 @@ HEADS = [
     ("roi_heads.keypoint_head.conv_fcn{i+1}.", "roi_heads.keypoint_head.convs.{i}."),
     ("roi_heads.keypoint_head.score_lowres.", "roi_heads.keypoint_head.deconv."),
 ]
+DENSE = [
+    ("backbone.top_block.p{i}.", "backbone.fpn.p{i}."),
+    ("head.cls_subnet.{2i}.", "head.cls_tower.{i}."),
+    ("head.bbox_subnet.{2i}.", "head.box_tower.{i}."),
+    ("head.cls_score.", "head.cls."),
+    ("head.bbox_pred.", "head.box."),
+]
 IGNORED = r"pixel_mean|pixel_std|(proposal_generator\.)?anchor_generator\."
 BGR_MEAN, BGR_STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)
 ASSUMED = ("images and strides as in the model zoo (BGR; ResNets but for those with norms in the pyramid stride in the "
@@ -104,9 +111,16 @@ def conventions(sections: Sections) -> Sections:
     return found
 
 
+def retinanet_conventions(sections: Sections) -> Sections:
+    sizes = [[side * 2 ** (octave / 3) for octave in range(3)] for side in (32.0, 64.0, 128.0, 256.0, 512.0)]
+    return merged(conventions(sections), {"anchors": {"sizes": sizes}})
+
+
 FAMILIES = (
     Family("Detectron2", "R-CNN with FPN", ("proposal_generator.rpn_head.conv.weight", "backbone.fpn_lateral2.weight"),
            KeyMap([*fpn(2), *RPN, *HEADS], IGNORED), conventions, ASSUMED),
+    Family("Detectron2", "RetinaNet", ("head.cls_subnet.0.weight", "backbone.fpn_lateral3.weight"),
+           KeyMap([*fpn(3), *DENSE], IGNORED), retinanet_conventions, ASSUMED),
     Family("Detectron2", "R-CNN without FPN", ("proposal_generator.rpn_head.conv.weight", "backbone.stem.conv1.weight"),
            KeyMap([*body("backbone."), *RPN, *HEADS], IGNORED), conventions, ASSUMED),
 )

@@ -44,7 +44,7 @@ def export(tensors: Mapping[str, Tensor], model: ModelConfig, num_classes: int, 
                  f"RESNETS.DEPTH {model.backbone.depth}.")
         return Exported({"model": found, "__author__": "detres"}, usage, differences)
     usage = f"Load it with load_state_dict into torchvision's {family.name}" + (
-        f" of {num_classes + 1} classes, background first." if "roi_heads.box_predictor.cls_score.bias" in found else
+        f" of {num_classes + 1} classes, background first." if model.name != "classifier" else
         f" of {num_classes} classes.")
     return Exported(found, usage, differences)
 

@@ -140,6 +140,8 @@ def _classes(config: ModelConfig, count: int, tensors: State, given: Sequence[st
         if len(given) != count or len(set(given)) != count:
             raise ValueError(f"classes must be {count} distinct names, got {len(given)} ({file}).")
         return (tuple(given), tuple(range(1, count + 1))), semantic
+    if config.name == "rpn":
+        return (("object",), (1,)), semantic
     if config.name == "classifier":
         return image_classes(count), semantic
     return detection_classes(count), semantic

@@ -29,17 +29,31 @@ def infer(state: State) -> tuple[Sections, int]:
         backbone["layout"] = "fpn"
         sections["fpn"] = {"channels": shapes["backbone.fpn.lateral.0.weight"][0],
                            "norm": _norm(shapes, "backbone.fpn.lateral_norm.0.")}
-    elif CONV5 + "0.conv1.weight" in shapes:
+        if "backbone.fpn.p6.weight" in shapes:
+            is_p5 = shapes["backbone.fpn.p6.weight"][1] == sections["fpn"]["channels"]
+            sections["fpn"]["top"] = "p5" if is_p5 else "c5"
+    elif BODY + "layer4.0.conv1.weight" not in shapes:
         backbone["layout"] = "c4"
     else:
         backbone["layout"] = "dc5"
+    if "head.cls.weight" in shapes:
+        return _dense(shapes, sections)
+    sections["rpn"] = {"convs": _count(shapes, r"rpn\.head\.convs\.(\d+)\.weight")}
+    if not any(name.startswith("roi_heads.") for name in shapes):
+        return {"name": "rpn", **sections}, 1
     return _rcnn(shapes, sections)
+
+
+def _dense(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Sections, int]:
+    sections["dense_head"] = {"convs": _count(shapes, r"head\.cls_tower\.(\d+)\.weight"),
+                              "norm": _norm(shapes, "head.cls_norm.0.")}
+    name = "fcos" if "head.centerness.weight" in shapes else "retinanet"
+    return {"name": name, **sections}, shapes["head.cls.weight"][0] // (shapes["head.box.weight"][0] // 4)
 
 
 def _rcnn(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Sections, int]:
     stages = _count(shapes, r"roi_heads\.box_predictor\.(\d+)\.cls\.weight")  # of a cascade
     name, first = ("cascade_rcnn", "0.") if stages else ("faster_rcnn", "")
-    sections["rpn"] = {"convs": _count(shapes, r"rpn\.head\.convs\.(\d+)\.weight")}
     num_classes = shapes[f"roi_heads.box_predictor.{first}cls.weight"][0] - 1
     boxes = shapes[f"roi_heads.box_predictor.{first}box.weight"][0] // 4
     sections["box_head"] = {"class_agnostic": boxes == 1 < num_classes,
@@ -75,7 +89,8 @@ def _backbone(shapes: dict[str, tuple[int, ...]]) -> Sections:
              if name.startswith(BODY) or re.match(r"roi_heads\.box_head\.\d+\.(conv\d|bn\d|downsample)", name)}
     blocks = tuple(_count(moved, rf"{re.escape(BODY)}layer{i}\.(\d+)\.conv1\.weight") for i in (1, 2, 3, 4))
     bottleneck = BODY + "layer1.0.conv3.weight" in moved
-    depth = next((depth for depth, network in DEPTHS.items() if network == (bottleneck, blocks)), None)
+    depth = next((depth for depth, (kind, stages) in DEPTHS.items()
+                  if kind == bottleneck and blocks in (stages, (*stages[:3], 0))), None)  # an RPN in C4 has three
     if depth is None:
         raise ValueError(f"weights must be of a ResNet of {', '.join(map(str, DEPTHS))} layers, got stages of {blocks} "
                          f"{'bottleneck' if bottleneck else 'basic'} blocks. Other networks cannot be imported.")

@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # Layers whose size depends on the classes, in any model.
 OF_CLASSES = re.compile(
     r"(roi_heads\.(box_predictor(\.\d+)?|mask_head\.(predict|coarse_head\.predict|point_head\.predict))"
-    r"|fc|head(\.\w*predict)?|aux_head(\.\w*predict)?|semantic_head\.predict|head\.cls|head\.box|cls|box)\.")
+    r"|fc|(aux_)?head\.\w*predict|semantic_head\.predict|head\.cls|head\.box|cls|box)\.")
 
 
 class WeightsMismatch(ValueError):

@@ -5,11 +5,13 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from torchvision import models
 from torchvision.models import WeightsEnum
 
 from detres.config import ModelConfig
-from detres.weights.keymap import BACKGROUND_LAST, KeyMap, without_background
+from detres.weights.keymap import BACKGROUND_LAST, Change, KeyMap, without_background
 from detres.weights.source import Family, Sections, merged
 
 # In detectors the body has our names. Names with ".0" less are of older versions.
@@ -47,6 +49,34 @@ CONVS_AND_FC = [
     ("roi_heads.box_head.{i}.1.", "roi_heads.box_head.norms.{i}."),
     ("roi_heads.box_head.5.", "roi_heads.box_head.fcs.0."),
 ]
+# "conv." of towers.
+CONV_AND_NORM = [("conv.{i}.0.", "tower.{i}."), ("conv.{i}.1.", "norm.{i}."), ("conv.{2i}.", "tower.{i}.")]
+CONV_NORM_RELU = [("conv.{3i}.", "tower.{i}."), ("conv.{3i+1}.", "norm.{i}.")]
+
+
+def _without_class_0(anchors: int) -> Change:
+    """Of classes within anchors, (A * (K + 1), ...): objects are counted from 1 there, and no object has channel 0. It
+    is exported with the weights zero and a probability that is nearly so."""
+    def to_theirs(x: Tensor) -> Tensor:
+        x = x.unflatten(0, (anchors, -1))
+        return torch.cat([torch.full_like(x[:, :1], -30.0 if x.dim() == 2 else 0.0), x], 1).flatten(0, 1)
+
+    return Change(lambda x: x.unflatten(0, (anchors, -1))[:, 1:].flatten(0, 1), to_theirs)
+
+
+def _dense(anchors: int, towers: list[tuple[str, str]]) -> KeyMap:
+    """anchors: of a cell, as torchvision's builders have them."""
+    heads = [("head.classification_head.", "head.cls_"), ("head.regression_head.", "head.box_")]
+    return KeyMap([
+        *FPN,
+        ("backbone.fpn.extra_blocks.p{i}.", "backbone.fpn.p{i}."),
+        *((head + theirs, own + ours) for head, own in heads for theirs, ours in towers),
+        ("head.classification_head.cls_logits.", "head.cls.", _without_class_0(anchors)),
+        ("head.regression_head.bbox_reg.", "head.box."),
+        ("head.regression_head.bbox_ctrness.", "head.centerness."),
+    ])
+
+
 CLASSIFIER = [
     ("fc.", "fc."),
     *((f"{part}.", f"backbone.body.{part}.") for part in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")),
@@ -74,10 +104,26 @@ def torchvision_config(name: str = "mask_rcnn", **changes) -> ModelConfig:
     return ModelConfig.model_validate(merged({"name": name, "backbone": {"weights": None}}, rcnn_conventions(), changes))
 
 
+def retinanet_conventions(sections: Sections) -> Sections:
+    """Boxes of version 2, whose P6 is made from C5, train by GIoU."""
+    return {
+        **DENSE,
+        "anchors": {"convention": "torchvision", "sizes": [[side, int(side * 2 ** (1 / 3)), int(side * 2 ** (2 / 3))]
+                                                           for side in (32, 64, 128, 256, 512)]},
+        "dense_head": {"box_loss": "giou" if sections["fpn"]["top"] == "c5" else "l1", "normalize": "image",
+                       "clip_before_nms": True, "detections_per_image": 300},
+    }
+
+
+def fcos_conventions(sections: Sections) -> Sections:
+    return {**DENSE, "dense_head": {"box_loss": "giou", "clip_before_nms": True, "score_thresh": 0.2, "nms_thresh": 0.6}}
+
+
 def classifier_conventions(sections: Sections) -> Sections:
     return {"input": {"min_size": 256, "crop": 224}, "backbone": {"freeze_stages": 0}}
 
 
+DENSE = {"input": {"antialias": False}, "backbone": {"freeze_stages": 2}, "anchors": {"convention": "torchvision"}}
 # Weights whose models torchvision builds with batch norms without epsilon.
 WITHOUT_EPS = {"FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "MaskRCNN_ResNet50_FPN_Weights.COCO_V1",
                "KeypointRCNN_ResNet50_FPN_Weights.COCO_V1", "RetinaNet_ResNet50_FPN_Weights.COCO_V1"}
@@ -105,6 +151,10 @@ FAMILIES = (
            KeyMap([*RCNN, *CONVS_AND_FC]), rcnn_conventions),
     Family("torchvision", "R-CNN", ("rpn.head.cls_logits.weight", "roi_heads.box_head.fc6.weight"),
            KeyMap([*RCNN, *TWO_FCS]), rcnn_conventions),
+    Family("torchvision", "FCOS", ("head.regression_head.bbox_ctrness.weight",), _dense(1, CONV_NORM_RELU),
+           fcos_conventions),
+    Family("torchvision", "RetinaNet", ("head.regression_head.bbox_reg.weight",), _dense(9, CONV_AND_NORM),
+           retinanet_conventions, assumed=("boxes of version 2 trained by GIoU",)),
     Family("torchvision", "classifier", ("conv1.weight", "bn1.running_mean", "layer4.0.conv1.weight", "fc.weight"),
            KeyMap(CLASSIFIER), classifier_conventions),
 )

@@ -16,13 +16,14 @@ from .conftest import MODEL
 SHAPES = ("disc", "triangle", "cross")
 CLASSIFIER = {"name": "classifier", "backbone": {**MODEL["backbone"], "stem": "cifar", "depth": 8, "shortcut": "A"}}
 LOCALIZER = {"name": "localizer", "backbone": {**MODEL["backbone"], "layout": "c5"}, "anchors": {"sizes": [[32]]}}
+RETINANET = {"name": "retinanet", **{key: MODEL[key] for key in ("backbone", "fpn", "anchors")}, "dense_head": {"convs": 1}}
 REGIONS = {**CLASSIFIER, "name": "region_classifier", "input": {"crop": 64}}
-OF_CLASSES = {"classifier": {"fc"}, "localizer": {"head.cls", "head.box"}, "region_classifier": {"cls", "box"},
+OF_CLASSES = {"classifier": {"fc"}, "retinanet": {"head.cls"}, "localizer": {"head.cls", "head.box"}, "region_classifier": {"cls", "box"},
               "mask_rcnn": {f"roi_heads.{name}" for name in ("box_predictor.cls", "box_predictor.box",
                                                              "mask_head.predict")}}
 
 
-@pytest.fixture(params=[{"name": "mask_rcnn", **MODEL}, CLASSIFIER, LOCALIZER, REGIONS],
+@pytest.fixture(params=[{"name": "mask_rcnn", **MODEL}, CLASSIFIER, LOCALIZER, REGIONS, RETINANET],
                 ids=lambda model: model["name"])
 def model_config(request):
     return ModelConfig.model_validate(request.param)
