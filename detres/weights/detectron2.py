@@ -9,7 +9,7 @@ from torch import Tensor
 
 from detres.config import CASCADES
 from detres.weights.keymap import Change, KeyMap
-from detres.weights.source import Family, Sections
+from detres.weights.source import Family, Sections, merged
 
 
 def _of_all_taps(fill: float) -> Change:
