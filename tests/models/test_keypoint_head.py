@@ -112,5 +112,7 @@ def test_heatmaps_are_fp32_under_bf16():
     images, targets = with_corners(*make_batch(2))
     model = build_model(small(), 3).eval()
     with torch.autocast("cpu", torch.bfloat16):
-        found, losses_ = model(images), model(images, targets)
-    assert found.keypoints.dtype == torch.float32 and losses_["loss_keypoint"].dtype == torch.float32
+        found, loss = model(images), model(images, targets)["loss_keypoint"]
+        heatmaps = model.roi_heads.keypoint_head(torch.randn(1, 32, 14, 14))
+    assert {found.keypoints.dtype, loss.dtype, heatmaps.dtype} == {torch.float32}
+    assert not torch.equal(heatmaps, heatmaps.bfloat16().float())
