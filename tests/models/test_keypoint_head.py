@@ -47,7 +47,7 @@ def test_overfits_four_images():
     torch.manual_seed(0)
     images, targets = with_corners(*make_batch(4))
     model = build_model(small(), 2)
-    overfit(model, images, targets, steps=150)
+    overfit(model, images, targets, steps=120)
     found = model.train()(images)  # batch statistics: those kept lag behind
     for i in range(4):
         best = found.valid[i] & (found.scores[i] > 0.5)
