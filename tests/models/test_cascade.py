@@ -115,7 +115,8 @@ def test_scores_and_boxes_are_those_of_the_stages_one_after_another():
             expected.append(logits.softmax(-1)[:, :-1])
             boxes = [clipped(apply_deltas(box, move, weights), size) for box, move in zip(boxes, moves.tolist())]
         torch.testing.assert_close(probs[i][proposals.valid[i]], sum(expected) / 3, atol=1e-5, rtol=0)
-        own = [apply_deltas(box, move, STAGES[0][1]) for box, move in zip(start, deltas[i, proposals.valid[i], 0].tolist())]
+        moves = deltas[i, proposals.valid[i], 0].tolist()
+        own = [apply_deltas(box, move, STAGES[0][1]) for box, move in zip(start, moves)]
         torch.testing.assert_close(torch.tensor(own), torch.tensor(boxes), atol=1e-2, rtol=0)
 
 

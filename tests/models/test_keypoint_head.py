@@ -35,7 +35,8 @@ def test_losses_detections_and_gradients(layout):
     images, targets = with_corners(*make_batch(2))
     model = build_model(small(layout=layout), 3)
     found = model(images, targets)
-    assert set(found) == {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_keypoint"} == set(model.loss_names)
+    names = {"loss_rpn_cls", "loss_rpn_box", "loss_cls", "loss_box", "loss_keypoint"}
+    assert set(found) == names == set(model.loss_names)
     sum(found.values()).backward()
     assert not [key for key, p in model.named_parameters() if p.grad is None]
     detections = model.eval()(images)
