@@ -1,7 +1,7 @@
 """Every loss of every head.
 
-Legend: N images, B sampled boxes per image, M sampled rows of the whole batch, K classes, J keypoints, S side of a mask or
-heatmap.
+Legend: N images, B sampled boxes per image, M sampled rows of the whole batch, K classes, J keypoints, S side of a mask
+or heatmap.
 All take fp32 or lower logits and compute in fp32. Each is a sum divided by a count; the count is averaged over
 processes, so that the gradient of N processes is that of one with the whole batch.
 """

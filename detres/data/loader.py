@@ -53,8 +53,9 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     if training:
         transform = build_train_transforms(data.augment, model_input, dataset)
         wide = [record.width > record.height for record in dataset.records] if data.aspect_ratio_grouping else None
-        batches: Iterable[list[Key]] = TrainingBatches(_train_numbers(dataset, data.skip_empty, with_keypoints), batch_size, seed, rank,
-                                                       world_size, start_step, wide)
+        numbers = _train_numbers(dataset, data.skip_empty, with_keypoints)
+        batches: Iterable[list[Key]] = TrainingBatches(numbers, batch_size, seed, rank, world_size,
+                                                       start_step, wide)
     else:
         transform = ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias)
         batches = in_order(range(rank, len(dataset.records), world_size), batch_size)
@@ -111,8 +112,8 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool) -> Non
     if not dataset.records:
         raise ValueError(f"data set must have images, got none ({dataset.name}). Check its path and split.")
     if with_keypoints and not dataset.keypoint_names:
-        raise ValueError(f"data set must have keypoints for a model with keypoints, got none ({dataset.name}). Give a file "
-                         "that names them in its categories, of COCO person_keypoints_*.json, or use "
+        raise ValueError(f"data set must have keypoints for a model with keypoints, got none ({dataset.name}). Give a "
+                         "file that names them in its categories, of COCO person_keypoints_*.json, or use "
                          "model.name=faster_rcnn.")
     if with_masks:
         bare = [(record, item) for record in dataset.records for item in trainable(record) if not item.segmentation]

@@ -50,7 +50,9 @@ class CocoEvaluator(Evaluator):
                 raise ValueError(f"sigmas must be one for each of the {len(dataset.keypoint_names)} keypoints of the "
                                  f"data set '{dataset.name}', got {len(sigmas)}. Give them as sigmas.")
             self._sigmas = torch.tensor(sigmas, dtype=torch.float64)
-            self._points = _keypoints(self.records, len(sigmas))
+            self._offset = torch.tensor([dataset.keypoint_offset] * 2 + [0.0], dtype=torch.float64)
+            points = _keypoints(self.records, len(sigmas))
+            self._points = points - self._offset * (points[..., 2:] > 0)  # as in the file
         if self.mask_types:
             _require_masks(dataset)
             self._codes = truth_codes(self.records)
@@ -110,8 +112,8 @@ class CocoEvaluator(Evaluator):
         return truths, replace(found, area=areas.double()), overlaps
 
     def _compared_keypoints(self, part: Part, found: Found, truths: Truths) -> tuple[Truths, Found, Overlaps]:
-        gt, sigmas = (values.to(found.scores.device) for values in (self._points, self._sigmas))
-        dt = part.extras["keypoints"].values.double() if part.extras else gt[:0]
+        gt, sigmas, offset = (values.to(found.scores.device) for values in (self._points, self._sigmas, self._offset))
+        dt = part.extras["keypoints"].values.double() - offset if part.extras else gt[:0]
         unlabelled = ~(gt[..., 2] > 0).any(1)
         return replace(truths, ignore=truths.ignore | unlabelled), found, lambda d, g: oks_pairs(
             dt, gt, truths.boxes_xywh, truths.area, sigmas, d, g)
@@ -119,8 +121,7 @@ class CocoEvaluator(Evaluator):
     def _results(self, part: Part) -> list[dict[str, Any]]:
         results = super()._results(part)
         if (points := part.extras.get("keypoints")) is not None:
-            offset = torch.tensor([self.dataset.keypoint_offset] * 2 + [0.0], dtype=torch.float64)
-            for result, own in zip(results, (points.values.double().cpu() - offset).flatten(1).tolist()):
+            for result, own in zip(results, (points.values.double().cpu() - self._offset).flatten(1).tolist()):
                 result["keypoints"] = own
         if (codes := part.extras.get("codes")) is not None:
             for result, code in zip(results, codes.codes):

@@ -68,8 +68,8 @@ def check_keypoints(dataset: Dataset, config: ModelConfig) -> None:
     """Refuses a model of another number of keypoints than the data set names. Raises ValueError."""
     wanted, count = config.keypoint_head.num_keypoints, len(dataset.keypoint_names)
     if config.has_keypoints and count not in (0, wanted):
-        raise ValueError(f"model.keypoint_head.num_keypoints must be the number of keypoints that the data set names, got "
-                         f"{wanted}, where '{dataset.name}' has {count} ({', '.join(dataset.keypoint_names)}). "
+        raise ValueError(f"model.keypoint_head.num_keypoints must be the number of keypoints that the data set names, "
+                         f"got {wanted}, where '{dataset.name}' has {count} ({', '.join(dataset.keypoint_names)}). "
                          f"Set model.keypoint_head.num_keypoints={count}.")
 
 

@@ -63,8 +63,8 @@ def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None
          scale: int | None = None, keypoint_thresh: float = 0.05) -> Image.Image:
     """A picture of what was found in an image (H, W, 3) RGB uint8.
 
-    `boxes`: None draws them where there is no mask to show. `keypoint_thresh`: the score of keypoints that are drawn. `scale`: whole factor by which the image is enlarged; None
-    chooses one for small images.
+    `boxes`: None draws them where there is no mask to show. `keypoint_thresh`: the score of keypoints that are drawn.
+    `scale`: whole factor by which the image is enlarged; None chooses one for small images.
     """
     height, width = image.shape[:2]
     style = _Style.of(height, width, scale)

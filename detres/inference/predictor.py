@@ -113,7 +113,8 @@ class Predictor:
         self.classes, self.category_ids, self.preprocessing = tuple(classes), tuple(category_ids), preprocessing
         self.pyramid = tuple(pyramid)
         layout = keypoints or {}
-        self.keypoint_names, self.skeleton = tuple(layout.get("names", ())), tuple(map(tuple, layout.get("skeleton", ())))
+        self.keypoint_names = tuple(layout.get("names", ()))
+        self.skeleton = tuple(map(tuple, layout.get("skeleton", ())))
         own = layout.get("classes") or self.classes
         self.has_keypoints = torch.tensor([name in own for name in self.classes])  # (K,)
 

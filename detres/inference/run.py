@@ -36,7 +36,8 @@ def predict_files(weights: str | Path | Sequence[str | Path], inputs: Sequence[s
     The JSON is a list with, for each image, "file", "picture", "height", "width" and "detections", each of which has
     "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (COCO's RLE),
     from a model with keypoints, "keypoints" (x, y, score one after another, in the order of the image's
-    "keypoint_names"); from a classifier with "classes" instead, the five likeliest, each of which has "name" and "probability".
+    "keypoint_names"); from a classifier with "classes" instead, the five likeliest, each of which has "name" and
+    "probability".
     `score_thresh` (None: 0.5) is of detections.
 
     Returns the path of the JSON. Raises FileNotFoundError for an input that matches no image, and, after all others

@@ -86,7 +86,7 @@ def _box_head(shapes: dict[str, tuple[int, ...]], sections: Sections, prefix: st
 def _backbone(shapes: dict[str, tuple[int, ...]]) -> Sections:
     """Of the ResNet, whose last stage may be the box head of a C4 detector."""
     moved = {name.replace(CONV5, BODY + "layer4.", 1): shape for name, shape in shapes.items()
-             if name.startswith(BODY) or re.match(r"roi_heads\.box_head\.\d+\.(conv\d|bn\d|downsample)", name)}
+             if name.startswith(BODY) or re.match(r"roi_heads\.box_head\.\d+\.(conv|bn|downsample)", name)}
     blocks = tuple(_count(moved, rf"{re.escape(BODY)}layer{i}\.(\d+)\.conv1\.weight") for i in (1, 2, 3, 4))
     bottleneck = BODY + "layer1.0.conv3.weight" in moved
     depth = next((depth for depth, (kind, stages) in DEPTHS.items()

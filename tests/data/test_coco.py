@@ -84,6 +84,12 @@ def test_keypoints_and_what_a_mirror_swaps(coco):
     dataset = coco.load()
     assert dataset.keypoint_names == ("nose", "left_eye", "right_eye", "left_ear") and dataset.flip_pairs == ((1, 2),)
     assert [item.keypoints for item in dataset.records[0].annotations] == [(1, 2, 2, 3, 4, 1, 0, 0, 0, 5, 6, 2), None]
+    assert dataset.keypoint_classes == ("zebra",) and dataset.skeleton == ()
+    moved = dataset.moved_keypoints(0.5)
+    assert moved.records[0].annotations[0].keypoints == (1.5, 2.5, 2, 3.5, 4.5, 1, 0, 0, 0, 5.5, 6.5, 2)
+    assert moved.records[0].annotations[1] == dataset.records[0].annotations[1] and moved.keypoint_offset == 0.5
+    coco.content["categories"][0]["skeleton"] = [[1, 2], [4, 3], [4, 9]]
+    assert coco.load().skeleton == ((0, 1), (3, 2))
     coco.first["keypoints"].pop()
     with pytest.raises(InvalidDataError, match=r"keypoints must be finite: .*\(12 numbers\)"):
         coco.load()

@@ -223,6 +223,16 @@ def test_an_image_differs_from_epoch_to_epoch(dataset):
     assert len(seeds) == 5000 and min(seeds) >= 0 and max(seeds) < 2**63 and len({s % 64 for s in seeds}) == 64
 
 
+def test_for_keypoints_images_without_any_are_empty_images(dataset):
+    """With skip_empty only those with a labelled one train."""
+    unlabelled = replace(dataset.records[3].annotations[0], keypoints=None)
+    others = replace(dataset.records[3], id=99, annotations=(unlabelled,))
+    for with_keypoints, expected in ((True, {dataset.records[3].id}), (False, {dataset.records[3].id, 99})):
+        found = batches(replace(dataset, records=(others, dataset.records[3])), 3, batch_size=1, skip_empty=True,
+                        with_keypoints=with_keypoints)
+        assert {batch.image_ids[0] for batch in found} == expected
+
+
 # What goes wrong
 
 

@@ -328,7 +328,9 @@ def test_bitmaps_and_run_lengths_and_pycocotools_agree(make_dataset, make_batch,
     assert expected == {name: runs.metrics[f"segm/{name}"] for name in NAMES}
 
 
-def test_keypoints_of_a_model_are_pycocotools(make_dataset, make_batch):
+@pytest.mark.parametrize("offset", [0.0, 5.0])
+def test_keypoints_of_a_model_are_pycocotools(make_dataset, make_batch, offset):
+    """offset: of keypoints from those of the file, which pycocotools reads."""
     rng = np.random.default_rng(0)
     sigmas = (0.1, 0.05, 0.2)
 
@@ -345,7 +347,8 @@ def test_keypoints_of_a_model_are_pycocotools(make_dataset, make_batch):
         for j in range(1, 7):
             own = np.array(truths[image][j % 3][2]["keypoints"]).reshape(3, 3) + rng.normal(0, 2, (3, 3))
             near[i, j] = torch.tensor(own * [2, 2, 1])
-    evaluator = CocoEvaluator(dataset, ("bbox", "keypoints"), sigmas=sigmas)
+    near[..., :2] += 2 * offset
+    evaluator = CocoEvaluator(dataset.moved_keypoints(offset), ("bbox", "keypoints"), sigmas=sigmas)
     evaluator.update(replace(detections, keypoints=near), batch)
     metrics = evaluator.compute().metrics
     truth = coco_dict(dataset)

@@ -55,6 +55,17 @@ def test_a_box_is_drawn_within_its_bounds():
     assert not marked[70:230, 120:280].any()
 
 
+def test_keypoints_are_joined_where_both_are_sure():
+    points = [[(100, 100, 0.9), (300, 100, 0.8)], [(100, 200, 0.9), (300, 200, 0.01)], [(0, 0, 0), (0, 0, 0)]]
+    picture = draw(grey(480, 640), found([(50, 50, 400, 400)] * 3, keypoints=points), boxes=False, labels=False)
+    marked = changed(picture)
+    assert marked[100, 90:310].any() and marked[100, 105:295].all()  # two points and a line
+    assert marked[200, 100] and not marked[190:210, 120:400].any()  # one point
+    assert not marked[:50].any()
+    assert not changed(draw(grey(480, 640), found([(50, 50, 400, 400)], keypoints=points[:1]), boxes=False,
+                            labels=False, keypoint_thresh=0.95)).any()
+
+
 def test_a_mask_fills_its_object_and_hides_the_box():
     mask = np.zeros((1, 480, 640), bool)
     mask[0, 100:200, 100:200] = True

@@ -19,7 +19,7 @@ from detres.data.shapes import ShapesOptions, write_shapes
 from detres.engine.checkpoint import WeightsMeta, save_weights
 from detres.evaluation.run import evaluate_weights
 from detres.geometry.boxes import decode
-from detres.inference.ensemble import DetectorEnsemble, build_ensemble, mean_masks, union
+from detres.inference.ensemble import DetectorEnsemble, build_ensemble, mean_heatmaps, mean_masks, union
 from detres.structures import Detections, ImageBatch, Proposals
 
 CLASSES = ("disc", "triangle", "cross")
@@ -29,7 +29,8 @@ def config(name="faster_rcnn", **changes) -> Config:
     model = {"name": name, "input": {"min_size": 64, "max_size": 96}, "fpn": {"channels": 16},
              "backbone": {"depth": 18, "width": 8, "weights": None, "norm": "gn", "freeze_stages": 0},
              "rpn": {"pre_nms_topk_test": 50, "post_nms_topk_test": 40},
-             "box_head": {"fc_dim": 16, "nms_thresh": 0.4}, "mask_head": {"channels": 16, "convs": 1}}
+             "box_head": {"fc_dim": 16, "nms_thresh": 0.4}, "mask_head": {"channels": 16, "convs": 1},
+             "keypoint_head": {"num_keypoints": 3, "channels": 16, "convs": 1}}
     for section, fields in changes.items():
         model[section] = {**model.get(section, {}), **fields}
     return Config.model_validate({"model": model, "data": {"workers": 0}, "train": {"precision": "fp32"}})
@@ -40,8 +41,9 @@ def detector(seed: int, name="faster_rcnn", **changes):
     torch.manual_seed(seed)
     model = build_model(config(name, **changes).model, len(CLASSES)).eval()
     heads = model.roi_heads
-    torch.nn.init.normal_(heads.box_predictor.cls.weight, std=0.7)
-    torch.nn.init.normal_(heads.box_predictor.box.weight, std=0.3)
+    for predictor in heads.box_predictor if "cascade" in name else [heads.box_predictor]:
+        torch.nn.init.normal_(predictor.cls.weight, std=0.7)
+        torch.nn.init.normal_(predictor.box.weight, std=0.3)
     if heads.mask_head is not None:
         torch.nn.init.normal_(heads.mask_head.predict.weight)
     return model
@@ -53,7 +55,7 @@ def pictures() -> ImageBatch:
 
 
 def assert_same(found: Detections, expected: Detections, **tolerance) -> None:
-    for name in ("boxes", "scores", "labels", "valid", "masks"):
+    for name in ("boxes", "scores", "labels", "valid", "masks", "keypoints"):
         if getattr(expected, name) is not None:
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), **tolerance)
 
@@ -69,7 +71,9 @@ ALL = {"refine": True, "vote_thresh": 0.5, "global_context": True, "nms_thresh":
 
 @pytest.mark.parametrize("name, scales, box_head", [
     ("faster_rcnn", (), {}), ("mask_rcnn", (), {}), ("faster_rcnn", (0.5, 1.0, 1.5), {}),
-    ("mask_rcnn", (0.5, 1.0, 1.5), ALL)], ids=["boxes", "masks", "multi-scale", "all of appendix B"])
+    ("mask_rcnn", (0.5, 1.0, 1.5), ALL), ("cascade_mask_rcnn", (0.5, 1.0, 1.5), ALL),
+    ("keypoint_rcnn", (0.5, 1.0, 1.5), ALL)],
+    ids=["boxes", "masks", "multi-scale", "all of appendix B", "cascade", "keypoints"])
 def test_of_twins_finds_what_one_finds(name, scales, box_head):
     """Every proposal is there twice, with the same scores: NMS leaves one of both, and votes have the same mean."""
     images = pictures()
@@ -80,6 +84,12 @@ def test_of_twins_finds_what_one_finds(name, scales, box_head):
     alone = model(images)
     assert alone.valid.sum() > 20
     assert_same(DetectorEnsemble([model, model])(images), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_heatmaps_are_averaged_as_probabilities():
+    first, second = torch.randn(2, 1, 2, 3, 4, 4)
+    probs = (first.flatten(3).softmax(-1) + second.flatten(3).softmax(-1)) / 2
+    torch.testing.assert_close(mean_heatmaps([first, second]).flatten(3).softmax(-1), probs)
 
 
 def naive(models, images, threshold=0.05, nms=0.4, most=100):

@@ -10,6 +10,7 @@ import torch
 from detres.build import build_model
 from detres.config import ModelConfig
 from detres.geometry.boxes import pairwise_iou
+from detres.models.roi_heads import standard
 from detres.models.roi_heads.standard import RoIHeads
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Proposals
@@ -46,7 +47,7 @@ def test_overfits_four_images():
     torch.manual_seed(0)
     images, targets = make_batch(4)
     model = build_model(small_config("cascade_mask_rcnn"), 2)
-    overfit(model, images, targets, steps=120)
+    overfit(model, images, targets, steps=90)
     found = model.train()(images)  # batch statistics: those kept lag behind
     for i in range(4):
         best = found.valid[i] & (found.scores[i] > 0.5)
@@ -114,7 +115,8 @@ def test_scores_and_boxes_are_those_of_the_stages_one_after_another():
             expected.append(logits.softmax(-1)[:, :-1])
             boxes = [clipped(apply_deltas(box, move, weights), size) for box, move in zip(boxes, moves.tolist())]
         torch.testing.assert_close(probs[i][proposals.valid[i]], sum(expected) / 3, atol=1e-5, rtol=0)
-        own = [apply_deltas(box, move, STAGES[0][1]) for box, move in zip(start, deltas[i, proposals.valid[i], 0].tolist())]
+        moves = deltas[i, proposals.valid[i], 0].tolist()
+        own = [apply_deltas(box, move, STAGES[0][1]) for box, move in zip(start, moves)]
         torch.testing.assert_close(torch.tensor(own), torch.tensor(boxes), atol=1e-2, rtol=0)
 
 
@@ -202,6 +204,22 @@ def test_images_without_objects_or_proposals():
     for some in (targets, none):
         sum(model(images, some).values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_all_rows_give_the_numbers_of_the_valid_ones(monkeypatch):
+    """As on a GPU: what is not valid runs along, and is masked."""
+    model, (images, targets) = wide_awake("cascade_mask_rcnn", rpn={"min_size": 20, "nms_thresh": 0.3}), make_batch(2)
+    images = replace(images, sizes=torch.tensor([[96, 128], [70, 90]]))
+    targets = replace(targets, valid=torch.tensor([[True, True], [False, True]]), masks=targets.masks[[0, 1, 3]])
+    assert not model.propose(images)[0].valid.all()
+    expected = model(images), model(images, targets)
+    monkeypatch.setattr(standard, "rows_of", lambda valid: torch.arange(valid.numel()))
+    found = model(images), model(images, targets)
+    assert expected[0].valid.sum() > 10
+    for name in ("boxes", "scores", "labels", "valid", "masks"):
+        torch.testing.assert_close(getattr(found[0], name), getattr(expected[0], name), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-6)
+    assert all(loss.isfinite() for loss in found[1].values())
 
 
 def test_one_stage_is_the_ordinary_detector():

@@ -91,7 +91,8 @@ def test_losses_agree_when_all_boxes_are_sampled(pair):
     features = ours.features(images)
     proposals = pad_sequence(kept["boxes"], batch_first=True)  # the same for both
     counts = torch.tensor([len(b) for b in kept["boxes"]])
-    proposals = Proposals(proposals, torch.zeros(proposals.shape[:2]), torch.arange(proposals.shape[1]) < counts[:, None])
+    kept_valid = torch.arange(proposals.shape[1]) < counts[:, None]
+    proposals = Proposals(proposals, torch.zeros(kept_valid.shape), kept_valid)
     found = ours.roi_heads.losses(partial(ours.pool, features), proposals, targets, images.sizes)
     for theirs_name, name in (("loss_classifier", "loss_cls"), ("loss_box_reg", "loss_box"),
                               ("loss_keypoint", "loss_keypoint")):

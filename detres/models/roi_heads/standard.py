@@ -210,7 +210,8 @@ class RoIHeads(nn.Module):
 
     @torch.no_grad()
     def detect(self, score: Score, proposals: Proposals, sizes: Tensor) -> Detections:
-        """Detections without masks and keypoints. sizes (N, 2): height and width of the contents, which boxes are clipped to."""
+        """Detections without masks and keypoints. sizes (N, 2): height and width of the contents, which boxes are
+        clipped to."""
         boxes, valid = proposals.boxes, proposals.valid
         seen = look_twice(score, boxes, valid, sizes) if self.refine else (*score(boxes, valid), boxes, valid)
         return self.select(*seen, sizes)
