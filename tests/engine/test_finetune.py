@@ -19,7 +19,8 @@ LOCALIZER = {"name": "localizer", "backbone": {**MODEL["backbone"], "layout": "c
 RETINANET = {"name": "retinanet", **{key: MODEL[key] for key in ("backbone", "fpn", "anchors")}, "dense_head": {"convs": 1}}
 REGIONS = {**CLASSIFIER, "name": "region_classifier", "input": {"crop": 64}}
 OF_CLASSES = {"classifier": {"fc"}, "retinanet": {"head.cls"}, "localizer": {"head.cls", "head.box"},
-              "region_classifier": {"cls", "box"}, "mask_rcnn": {f"roi_heads.{name}" for name in ("box_predictor.cls", "box_predictor.box",
+              "region_classifier": {"cls", "box"},
+              "mask_rcnn": {f"roi_heads.{name}" for name in ("box_predictor.cls", "box_predictor.box",
                                                              "mask_head.predict")}}
 
 
