@@ -485,6 +485,6 @@ class Config(Section):
     @model_validator(mode="after")
     def _scales_have_regions(self):
         if self.eval.test_scales is not None and self.model.name in ALL_LEVELS:
-            raise ValueError("eval.test_scales must be null for retinanet, fcos and rpn, which look at an image at one size, "
-                             f"got {list(self.eval.test_scales)} for model.name={self.model.name}")
+            raise ValueError("eval.test_scales must be null for retinanet, fcos and rpn, which look at an image at one "
+                             f"size, got {list(self.eval.test_scales)} for model.name={self.model.name}")
         return self
