@@ -481,3 +481,10 @@ class Config(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="after")
+    def _scales_have_regions(self):
+        if self.eval.test_scales is not None and self.model.name in ALL_LEVELS:
+            raise ValueError("eval.test_scales must be null for retinanet, fcos and rpn, which look at an image at one "
+                             f"size, got {list(self.eval.test_scales)} for model.name={self.model.name}")
+        return self

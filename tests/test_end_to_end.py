@@ -64,6 +64,41 @@ def test_three_lines(run, tmp_path):
     assert out.masks.shape[1:] == (128, 128) and len(out.names) == len(out.boxes)
 
 
+NO_REGIONS = {
+    "retinanet": ["model.fpn.top=c5"],
+    "fcos": ["model.fpn.top=p5", "model.dense_head.box_loss=giou"],
+    "rpn": [],
+    "faster_rcnn": ["model.box_head.class_agnostic=true"],
+}
+
+
+@pytest.mark.parametrize("name", NO_REGIONS)
+def test_detectors_without_masks(run, name, tmp_path, capsys):
+    """Training, evaluation and prediction; of an RPN, whose one class is "object", with recall."""
+    data, folder = run.parent / "data", tmp_path / "run"
+    small = [f"model.name={name}", "train.steps=2", "model.fpn.channels=16", "model.backbone.width=8"]
+    sources = [f"data.train.path={data}", f"data.val.path={data}", f"output={folder}"]
+    assert main(["train", str(CONFIGS / "demo.yaml"), *FAST, *sources, *small, *NO_REGIONS[name]]) == 0
+    results = json.loads((folder / "results.json").read_text())
+    is_rpn = name == "rpn"
+    metric = "box_proposals/AR@1000" if is_rpn else "bbox/AP"
+    assert 0 <= results[metric] <= 1 and "val/loss" in results
+    assert main(["eval", str(folder), "--json", str(tmp_path / "numbers.json")]) == 0
+    assert json.loads((tmp_path / "numbers.json").read_text())[metric] == results[metric]
+    image = str(next((data / "val").glob("*.jpg")))
+    assert main(["predict", str(folder), image, "--out", str(tmp_path / "found"), "--score-thresh", "0"]) == 0
+    (entry,) = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    names = {found["name"] for found in entry["detections"]}
+    assert names == {"object"} if is_rpn else names <= {"disc", "triangle", "cross"}
+    capsys.readouterr()
+    if is_rpn:
+        assert main(["eval", str(folder), "--metrics", "voc"]) != 0
+        assert "which a rpn does not have" in capsys.readouterr().err
+    if name != "faster_rcnn":
+        assert main(["predict", str(folder), str(folder), image]) != 0
+        assert "models of an ensemble must be one of " in capsys.readouterr().err
+
+
 @pytest.mark.data
 def test_bccd_names_its_two_empty_boxes_and_trains_without_them(shared_data, tmp_path, capsys):
     data = shared_data / "bccd" / "BCCD"

@@ -43,8 +43,8 @@ def build_ensemble(models: Sequence[nn.Module], metas: Sequence[WeightsMeta], co
         return models[0]
     name = configs[0].model.name
     if name not in ENSEMBLES:
-        raise ValueError(f"models of an ensemble must be one of {', '.join(ENSEMBLES)}, got {name} ({paths[0]}). "
-                         "Give one model.")
+        raise ValueError(f"models of an ensemble must be one of {', '.join(sorted(ENSEMBLES))}, got {name} "
+                         f"({paths[0]}). Give one model.")
     return ENSEMBLES[name](models)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from detres import losses
 from detres.build import build_model
-from detres.config import ModelConfig
+from detres.config import Config, ModelConfig
 from detres.geometry.boxes import decode, pairwise_iou
 from detres.models.dense_head import select
 from detres.models.matching import match_points
@@ -207,7 +207,7 @@ def test_selection_as_one_by_one(with_centerness, clip_before_nms):
     def random(*shape):
         return torch.randn(*shape, generator=generator)
 
-    anchors = [torch.cat([c := 60 * torch.rand(n, 2, generator=generator), c + 20], 1) for n in (40, 10)]
+    anchors = [torch.cat([c := 80 * torch.rand(n, 2, generator=generator) - 15, c + 20], 1) for n in (40, 10)]
     logits, deltas = [random(2, n, 3) for n in (40, 10)], [0.3 * random(2, n, 4) for n in (40, 10)]
     centerness = [random(2, n) for n in (40, 10)] if with_centerness else []
     sizes = torch.tensor([[64, 48], [50, 70]])
@@ -240,9 +240,20 @@ def test_selection_as_one_by_one(with_centerness, clip_before_nms):
         torch.testing.assert_close(found.boxes[i][valid], torch.stack([box for _, _, box in kept]))
 
 
-def test_boxes_left_of_the_image_suppress_no_other_class():
-    boxes = torch.tensor([[[10.0, 10, 20, 20], [-90, 10, -80, 20], [-1, 10, 20, 20], [10, 10, 20, 20]]])
-    boxes[0, 1] -= 1
+def test_clipping_before_nms_makes_boxes_alike():
+    """Two boxes that overlap by a quarter as a whole and are one inside the image; a third is beyond it."""
+    anchors = torch.tensor([[-30.0, 0, 10, 20], [0, 0, 10, 20], [50, 50, 60, 60]])
+    logits, deltas = torch.tensor([[[3.0], [2.0], [1.0]]]), torch.zeros(1, 3, 4)
+    for clip_before_nms, expected in ((False, [True, True, False]), (True, [True, True, False])):
+        found = select([logits], [deltas], [anchors], [], torch.tensor([[40, 40]]), decode=decode, topk=3,
+                       score_thresh=0.1, nms_thresh=0.5, clip_before_nms=clip_before_nms, detections_per_image=3)
+        assert found.valid[0].tolist() == expected
+        kept = [[0, 0, 10, 20], [40, 40, 40, 40]] if clip_before_nms else [[0, 0, 10, 20]] * 2
+        assert found.boxes[0][found.valid[0]].tolist() == kept
+
+
+def test_boxes_beyond_the_image_suppress_no_other_class():
+    boxes = torch.tensor([[[10.0, 10, 20, 20], [-95, -95, -85, -85], [-1, 10, 20, 20], [10, 10, 20, 20]]])
     keep = nms(boxes, torch.tensor([[0.9, 0.8, 0.7, 0.6]]), torch.ones(1, 4, dtype=torch.bool), 0.5,
                torch.tensor([[0, 5, 1, 0]]))
     assert keep.tolist() == [[True, True, True, False]]
@@ -253,5 +264,7 @@ def test_configs_that_make_no_sense():
         dense("fcos", dense_head={"box_loss": "l1"})
     with pytest.raises(ValueError, match="fpn.top must be pool.*got c5 for name=mask_rcnn"):
         small_config("mask_rcnn", fpn={"top": "c5"})
+    with pytest.raises(ValueError, match="eval.test_scales must be null.*got .200. for model.name=retinanet"):
+        Config(model=dense("retinanet"), eval={"test_scales": [200]})
     with pytest.raises(ValueError, match="bg_iou must be at most fg_iou"):
         dense("retinanet", dense_head={"bg_iou": 0.6})
