@@ -91,6 +91,15 @@ class Batch(Movable):
     image_ids: tuple[int | str, ...]  # ids of the data set
     paths: tuple[str, ...]  # image files, for messages
     original_sizes: Tensor  # (N, 2) int64, height and width of the image on disk (EXIF applied)
+    pixel_truths: PixelTruths | None = None  # in evaluation of segmentation
+
+
+@dataclass(frozen=True)
+class PixelTruths(Movable):
+    """Ground truth of pixels that evaluation compares with: of each image at its original size, so in N tensors."""
+
+    semantic: tuple[Tensor, ...]  # (H, W) uint8 labels, 255 ignored
+    segments: tuple[Tensor, ...] = ()  # of panoptic data (H, W) int32 ids, 0 void
 
 
 @dataclass(frozen=True)
