@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from detres.config import CASCADES, RCNNS, SEMANTIC, ModelConfig, PoolConfig
+from detres.config import CASCADES, RCNNS, SEMANTIC, ModelConfig, PanopticConfig, PoolConfig
 from detres.models.anchors import AnchorGenerator
 from detres.models.backbone import AllStagesBackbone, FPNBackbone, LastStageBackbone
 from detres.models.classifier import Classifier
@@ -15,7 +15,7 @@ from detres.models.dense_head import DenseHead
 from detres.models.faster_rcnn import FasterRCNN, Normalize
 from detres.models.fcos import FCOS
 from detres.models.localizer import Localizer, PerClassHead
-from detres.models.panoptic import PanopticFPN
+from detres.models.panoptic import PanopticFPN, PanopticSegments, merge_panoptic
 from detres.models.proposal_network import ProposalNetwork
 from detres.models.region_classifier import RegionClassifier
 from detres.models.resnet import ResNet, cifar_resnet, resnet
@@ -119,6 +119,11 @@ def build_panoptic_fpn(config: ModelConfig, num_classes: int, num_semantic: int)
     head = SemanticFPNHead(parts[1].channels, num_semantic, **semantic_options(config, "channels", "norm", "dropout"))
     options = config.semantic_head
     return PanopticFPN(*parts, semantic_head=head, loss=options.loss, loss_weight=options.loss_weight)
+
+
+def build_merge(options: PanopticConfig) -> Callable[..., tuple[Tensor, PanopticSegments]]:
+    """`merge_panoptic` with its thresholds."""
+    return partial(merge_panoptic, **options.model_dump())
 
 
 def build_segmenter(config: ModelConfig, num_classes: int) -> SemanticSegmenter:
