@@ -166,6 +166,8 @@ def test_every_field_is_read(tmp_path, monkeypatch):
                 "train.steps=1", "train.batch_size=2", "train.reference_batch_size=2",
                 "model.input.min_size=48", "model.input.max_size=64"]
     alternating = [*detector, "train.alternate=true", f"output={tmp_path / 'alternating'}"]
+    segmenter = [*detector, "data.augment.crop_size=64", f"output={tmp_path / 'semantic'}"]
+    panoptic = [*segmenter, f"output={tmp_path / 'panoptic'}"]
     labelled_images(tmp_path / "images")
     classifier = ["model.name=classifier", "model.input.min_size=32", "model.input.crop=32", "data.workers=0",
                   "model.backbone.weights=null", "model.backbone.width=8", "train.steps=1",
@@ -182,6 +184,8 @@ def test_every_field_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Section, "model_dump", watched_dump, raising=False)
     for overrides in (detector, alternating):
         train(load_config("configs/demo.yaml", overrides).config)
+    train(load_config("configs/shapes_deeplabv3_r18.yaml", segmenter).config)
+    train(load_config("configs/shapes_panoptic_fpn_r18.yaml", panoptic).config)
     for overrides in (classifier, localizer, regions):
         train(load_config(None, overrides).config)
     with torch.device("meta"):
