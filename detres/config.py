@@ -494,8 +494,8 @@ class TrainConfig(Section):
     log_every: Count = Field(20, description="steps")
     checkpoint_every: Count = Field(1000, description="steps")
     eval_every: Count | None = Field(None, description="steps; null: at the end only")
-    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: panoptic/PQ, keypoints/AP, segm/AP, "
-                                               "bbox/AP, voc/AP, ilsvrc/AP, sem_seg/mIoU, box_proposals/AR@1000, "
+    keep_best: str = Field("auto", description="metric of the best checkpoint; auto: panoptic/PQ, keypoints/AP, "
+                                               "segm/AP, bbox/AP, voc/AP, ilsvrc/AP, sem_seg/mIoU, box_proposals/AR@1000, "
                                                "cls/top1 or loc/gt_class_error")
     patience: Count | None = Field(None, description="evaluations without a better keep_best before stopping early")
     seed: Annotated[int, Field(ge=0)] = 0
@@ -543,7 +543,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _scales_have_regions(self):
         if self.eval.test_scales is not None and (self.model.name in ALL_LEVELS or self.model.is_semantic):
-            raise ValueError("eval.test_scales must be null for retinanet, fcos, rpn and semantic segmentation, which look "
-                             f"at an image at one size, got {list(self.eval.test_scales)} for "
+            raise ValueError("eval.test_scales must be null for retinanet, fcos, rpn and semantic segmentation, which "
+                             f"look at an image at one size, got {list(self.eval.test_scales)} for "
                              f"model.name={self.model.name}")
         return self

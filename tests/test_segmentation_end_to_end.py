@@ -144,7 +144,8 @@ def test_coco_panoptic(shared_data, tmp_path):
 
 PAGE = (ROOT / "docs/segmentation.md").read_text(encoding="utf-8")
 SHORT = ["train.steps=1", "train.eval_every=1", "train.batch_size=2", "train.reference_batch_size=2",
-         "train.warmup_steps=0", "model.backbone.width=8", "model.rpn.post_nms_topk_test=2", "data.augment.crop_size=64"]
+         "train.warmup_steps=0", "model.backbone.width=8", "model.rpn.post_nms_topk_test=2",
+         "data.augment.crop_size=64"]
 
 
 def test_the_guide_runs_as_written(tmp_path, monkeypatch, capsys):

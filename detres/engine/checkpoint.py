@@ -160,8 +160,8 @@ class TrainState:
     def is_best(self, metrics: dict[str, float], keep_best: str) -> bool:
         """Takes note of an evaluation at this step; says whether it is the best so far by the metric `keep_best`.
 
-        "auto": panoptic quality, the AP of keypoints, of masks, of boxes, of VOC or of ILSVRC, mIoU, the AR of proposals,
-        top-1, or the localization error, the first that there is. Losses and errors are better when lower.
+        "auto": panoptic quality, the AP of keypoints, of masks, of boxes, of VOC or of ILSVRC, mIoU, the AR of
+        proposals, top-1, or the localization error, the first that there is. Losses and errors are better when lower.
         A value that is not finite is never the best: such an evaluation counts as stale.
         """
         name = keep_best
