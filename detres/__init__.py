@@ -20,6 +20,8 @@ _PUBLIC = {
     "Prediction": "detres.inference.predictor",
     "ClassPredictor": "detres.inference.classify",
     "Classification": "detres.inference.classify",
+    "SemanticPredictor": "detres.inference.segment",
+    "SemanticPrediction": "detres.inference.segment",
     "load_config": "detres.config_file",
     "load_dataset": "detres.data.dataset",
     "build_model": "detres.build",
@@ -35,13 +37,14 @@ if TYPE_CHECKING:
     from detres.evaluation.run import evaluate_weights
     from detres.inference.classify import Classification, ClassPredictor
     from detres.inference.predictor import Prediction, Predictor
+    from detres.inference.segment import SemanticPrediction, SemanticPredictor
 
 __all__ = [*_PUBLIC, "load", "__version__"]
 
 
 def load(path: str | os.PathLike | Sequence[str | os.PathLike], device: str = "auto",
-         overrides: Sequence[str] = ()) -> Predictor | ClassPredictor:
-    """A detector or classifier ready to predict, from a weights file or a run folder: they carry model, classes, preprocessing.
+         overrides: Sequence[str] = ()) -> Predictor | ClassPredictor | SemanticPredictor:
+    """A model ready to predict, from a weights file or a run folder: they carry model, classes, preprocessing.
 
     Several paths make an ensemble. device: auto (a GPU where there is one), cpu, cuda, cuda:1 ... `overrides` are of
     the config that weights carry, such as "model.box_head.nms_thresh=0.3". Raises FileNotFoundError, or ValueError for

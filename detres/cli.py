@@ -172,7 +172,8 @@ def _train(args: argparse.Namespace) -> None:
 def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser = _command(commands, name, _eval, "measure weights, or a results file of any program, on a data set",
                       "Of weights: prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class; "
-                      "of a classifier top-1 and top-5; without --data, on what they were validated on in training. "
+                      "of a classifier top-1 and top-5; of semantic segmentation mean IoU, of panoptic also panoptic "
+                      "quality; without --data, on what they were validated on in training. "
                       "Several are an ensemble.\n\nOf a results file (--gt and --results): prints pycocotools' "
                       "numbers, and warns of what makes them wrong.",
                       rest="more")
@@ -226,8 +227,9 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _predict, "detect in images, or name them",
-                      "Writes an annotated picture of each image, and predictions.json.", rest="images")
+    parser = _command(commands, name, _predict, "detect in images, segment or name them",
+                      "Writes an annotated picture of each image, and predictions.json; of segmentation, PNG files of "
+                      "labels or segments, too.", rest="images")
     _add_weights(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGES",
                         help="files, folders or globs; before them, further weights, for an ensemble; fields of the "

@@ -65,6 +65,7 @@ class Targets(Movable):
     masks: Tensor | None = None  # (M, H, W) uint8 bitmaps of the valid rows, in row-major (image, row) order
     keypoints: Tensor | None = None  # (N, G, J, 3) x, y, visibility
     proposals: Proposals | None = None  # of another model, to draw regions from (region classifiers)
+    semantic: Tensor | None = None  # (N, H, W) uint8 channels of a panoptic model, 255 ignored and where padded
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,30 @@ class ClassTargets(Movable):
 
 
 @dataclass(frozen=True)
+class SemanticTargets(Movable):
+    """Ground truth of semantic segmentation."""
+
+    labels: Tensor  # (N, H, W) uint8, 255 ignored and where padded
+
+
+@dataclass(frozen=True)
 class Batch(Movable):
     """What a loader yields."""
 
     images: ImageBatch
-    targets: Targets | ClassTargets | None
+    targets: Targets | ClassTargets | SemanticTargets | None
     image_ids: tuple[int | str, ...]  # ids of the data set
     paths: tuple[str, ...]  # image files, for messages
     original_sizes: Tensor  # (N, 2) int64, height and width of the image on disk (EXIF applied)
+    pixel_truths: PixelTruths | None = None  # in evaluation of segmentation
+
+
+@dataclass(frozen=True)
+class PixelTruths(Movable):
+    """Ground truth of pixels that evaluation compares with: of each image at its original size, so in N tensors."""
+
+    semantic: tuple[Tensor, ...]  # (H, W) uint8 labels, 255 ignored
+    segments: tuple[Tensor, ...] = ()  # of panoptic data (H, W) int32 ids, 0 void
 
 
 @dataclass(frozen=True)
@@ -105,6 +122,7 @@ class Detections(Movable):
     masks: Tensor | None = None  # (N, D, S, S) probabilities inside the box; `ops.paste_masks` makes bitmaps
     keypoints: Tensor | None = None  # (N, D, J, 3) x, y, score
     paste: Literal["detectron2", "torchvision"] = "detectron2"  # how `masks` become bitmaps: `ops.paste_masks`
+    semantic: Tensor | None = None  # (N, C, H, W) logits of a panoptic model, on the canvas
 
     def rescale(self, sizes: Tensor, original_sizes: Tensor) -> Detections:
         """Boxes and keypoints in pixels of the original images (N, 2), clipped to them.

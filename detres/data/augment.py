@@ -28,7 +28,8 @@ class Albumentations:
 
     After a geometric transform the boxes of objects with masks fit these again (a rotated box would be too large), and
     objects that left the image are dropped. Mirrored keypoints change places as `flip_pairs` say, which albumentations
-    alone does not do.
+    alone does not do. Of a label map, what comes from beyond the image is ignored, unless `fill_mask` says another
+    value: k there is the label k - 1.
     """
 
     def __init__(self, entries: Sequence[Mapping[str, Any]], flip_pairs: Sequence[tuple[int, int]] = ()):
@@ -59,6 +60,8 @@ class Albumentations:
             after = replace(after, masks=masks)
         if sample.keypoints is not None:
             after = replace(after, keypoints=self._keypoints(sample, out["keypoints"], image.shape)[rows])
+        if sample.semantic is not None:
+            after = replace(after, semantic=out["mask"] - np.uint8(1))
         return settle(after, None if sample.masks is None else before.masks.any((1, 2)), moved)
 
     def _run(self, sample: Sample) -> dict[str, Any]:
@@ -70,6 +73,8 @@ class Albumentations:
             corner = np.array([[1, 1], [2, 1], [1, 2]]) / 4 * (width, height)  # tells a mirror, see _keypoints
             points = np.concatenate([corner, sample.keypoints[..., :2].reshape(-1, 2)])
             fields["keypoints"] = (points - 0.5).astype(np.float32)  # whole numbers are pixel centres there
+        if sample.semantic is not None:
+            fields["mask"] = sample.semantic + np.uint8(1)  # 0, with which it fills, is 255 here: ignored
         try:
             return self.pipeline(image=sample.image, **fields)
         except Exception as error:

@@ -74,10 +74,10 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
-    content = _parse(file)
+    content = parse(file)
     problems = Problems(file.stem)
-    categories = _categories(content["categories"], file)
-    images_by_id = _images(content["images"], file, images, problems)
+    categories = parse_categories(content["categories"], file)
+    images_by_id = parse_images(content["images"], file, images, problems)
     label_of = {category["id"]: label for label, category in enumerate(categories)}
     names, pairs, skeleton = _keypoints(categories, file.stem, problems)
     annotations = _Reader(file, problems, images_by_id, label_of, len(names)).read(content.get("annotations", []))
@@ -103,8 +103,8 @@ def json_files(folder: Path) -> list[Path]:
 def find_annotations(folder: Path, role: str, split: str | None) -> Path:
     """The instances file of a split, or of a role, in a folder. Raises FileNotFoundError if it is not clear which."""
     files = json_files(folder)
-    matches = [file for file in files if _names_split(file, role, split)]
-    if not matches and split is None and len(files) == 1 and not any(_names_split(files[0], r, None) for r in SPLITS):
+    matches = [file for file in files if names_split(file, role, split)]
+    if not matches and split is None and len(files) == 1 and not any(names_split(files[0], r, None) for r in SPLITS):
         matches = files  # one file for everything
     instances = [file for file in matches if not file.stem.startswith(_OTHER_TASKS)] or matches
     instances = [file for file in instances if file.stem.startswith("instances")] or instances
@@ -117,7 +117,7 @@ def find_annotations(folder: Path, role: str, split: str | None) -> Path:
     return instances[0]
 
 
-def _names_split(file: Path, role: str, split: str | None) -> bool:
+def names_split(file: Path, role: str, split: str | None) -> bool:
     words = file.parent.name if file.stem.startswith("_annotations") else file.stem
     if split is not None:
         return words == split or words.endswith(f"_{split}") or words.startswith(f"{split}_")
@@ -149,7 +149,7 @@ def _image_folder(file: Path, images: str | None, names: Sequence[str]) -> Path:
 # Reading
 
 
-def _parse(file: Path) -> dict[str, Any]:
+def parse(file: Path) -> dict[str, Any]:
     """The JSON, with polygons packed as they come by."""
     try:
         with open(file, encoding="utf-8") as stream:
@@ -175,7 +175,7 @@ def _pack(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _categories(entries: list[Any], file: Path) -> list[dict[str, Any]]:
+def parse_categories(entries: list[Any], file: Path) -> list[dict[str, Any]]:
     """In the order of their ids. What is wrong here leaves nothing to drop, so it stops at once."""
     for entry in entries:
         if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("name"), str):
@@ -206,12 +206,13 @@ def _keypoints(categories: list[dict[str, Any]], name: str, problems: Problems
     return names, pairs, tuple((a - 1, b - 1) for a, b in bones if a in places and b in places)
 
 
-def _images(entries: list[Any], file: Path, images: str | None, problems: Problems) -> dict[Any, ImageRecord | None]:
+def parse_images(entries: list[Any], file: Path, images: str | None,
+                 problems: Problems) -> dict[Any, ImageRecord | None]:
     """Images by id, without annotations; None for an image that cannot be used."""
     found: dict[Any, ImageRecord | None] = {}
     usable = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
     folder = _image_folder(file, images, [entry["file_name"] for entry in usable])
-    exists = _existence()
+    exists = existence()
     for number, entry in enumerate(entries):
         entry = entry if isinstance(entry, dict) else {}
         image_id, name = entry.get("id"), entry.get("file_name")
@@ -236,7 +237,7 @@ def _images(entries: list[Any], file: Path, images: str | None, problems: Proble
     return found
 
 
-def _existence() -> Callable[[Path], bool]:
+def existence() -> Callable[[Path], bool]:
     """Whether a file exists, by listing each folder once: quick for many files on slow disks."""
     listed: dict[Path, set[str]] = {}
 

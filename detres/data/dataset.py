@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from detres.config import SourceConfig
+from detres.data.label_maps import LabelMap
+from detres.data.masks import PNGSegment
 from detres.data.problems import InvalidDataError, OnInvalid, Problem
 
 __all__ = ["Annotation", "Dataset", "ImageRecord", "InvalidDataError", "Problem", "Role", "load_dataset"]
@@ -25,16 +27,16 @@ class Annotation:
 
     `box` is xyxy in continuous 0-based pixels of the image as a viewer shows it, as annotated: it may reach past the
     image (training clips it). `segmentation` is COCO's: polygons, each a flat sequence x1, y1, x2, y2 ... (the readers
-    give `array('d')`: an eighth of the memory, and worker processes do not copy it), or an RLE dict. `keypoints` are
-    the file's: x, y, visibility for each of the data set's J names. `crowd` (COCO) and `difficult` (VOC) objects do
-    not train; evaluation handles them as its protocol says. `size` is width and height as a file gives them, from
-    which x2 - x1 and y2 - y1 may differ in the last bit; None where it gives corners.
+    give `array('d')`: an eighth of the memory, and worker processes do not copy it), an RLE dict, or a segment of a
+    PNG. `keypoints` are the file's: x, y, visibility for each of the data set's J names. `crowd` (COCO) and `difficult`
+    (VOC) objects do not train; evaluation handles them as its protocol says. `size` is width and height as a file gives
+    them, from which x2 - x1 and y2 - y1 may differ in the last bit; None where it gives corners.
     """
 
     id: int
     label: int
     box: tuple[float, float, float, float]
-    segmentation: list[Sequence[float]] | dict[str, Any] | None = None
+    segmentation: list[Sequence[float]] | dict[str, Any] | PNGSegment | None = None
     keypoints: tuple[float, ...] | None = None
     area: float = 0.0
     crowd: bool = False
@@ -52,6 +54,7 @@ class ImageRecord:
     width: int
     annotations: tuple[Annotation, ...] = ()
     label: int | None = None  # class of the image as a whole, in data sets for localization
+    label_map: LabelMap | None = None  # class of each pixel, in data sets for segmentation
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Dataset:
     """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1."""
 
     name: str
-    format: Literal["coco", "voc", "yolo", "ilsvrc", "table"]
+    format: Literal["coco", "voc", "yolo", "ilsvrc", "table", "panoptic"]
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     records: tuple[ImageRecord, ...]
@@ -69,6 +72,8 @@ class Dataset:
     skeleton: tuple[tuple[int, int], ...] = ()  # keypoints that a line joins in pictures
     keypoint_classes: tuple[str, ...] = ()  # those whose objects have keypoints
     keypoint_offset: float = 0.0  # what was added to the file's
+    semantic_classes: tuple[str, ...] = ()  # of panoptic data: "things", then each kind of stuff
+    semantic_ids: tuple[int, ...] = ()  # their original ids, 0 for "things"
 
     def moved_keypoints(self, offset: float) -> Dataset:
         """With `offset` added to x and y of all keypoints that are labelled."""

@@ -27,16 +27,18 @@ from torch.utils.data import DataLoader
 from detres.config import DataConfig, InputConfig
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import ImageError, read_image
+from detres.data.label_maps import IGNORED, SegmentImage
 from detres.data.masks import rasterize
 from detres.data.transforms import ResizeShortSide, Sample, Transform, build_train_transforms, resize_for_eval
-from detres.structures import Batch, ImageBatch, Targets
+from detres.structures import Batch, ImageBatch, PixelTruths, SemanticTargets, Targets
 
 Key = tuple[int, int]  # epoch, number of the record in the data set
 
 
 def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *, batch_size: int, training: bool,
-                 with_masks: bool, with_keypoints: bool = False, pyramid: Sequence[InputConfig] = (), seed: int = 0,
-                 rank: int = 0, world_size: int = 1, start_step: int = 0, device_type: str = "cpu") -> Loader:
+                 with_masks: bool, with_keypoints: bool = False, with_boxes: bool = True, with_semantic: bool = False,
+                 pyramid: Sequence[InputConfig] = (), seed: int = 0, rank: int = 0, world_size: int = 1,
+                 start_step: int = 0, device_type: str = "cpu") -> Loader:
     """An iterable of `Batch` on the CPU, in pinned memory if `device_type` is cuda.
 
     Training: endless, from `start_step` on. `batch_size` images make a step over all ranks, of which this rank gets its
@@ -45,22 +47,24 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     Evaluation: one pass in the order of the data set, `batch_size` images at a time; this rank gets every
     `world_size`-th. The targets are there too, for validation losses. `pyramid` (`transforms.scale_pyramid`): how each
     image is resized besides, for multi-scale testing.
+    `with_semantic` adds label maps to the targets, and in evaluation `Batch.pixel_truths`; without boxes the targets
+    are `SemanticTargets`.
 
     Raises ValueError for arguments or data that do not fit; while iterating, ImageError for an image that cannot be
     used.
     """
-    _check_data(dataset, with_masks, with_keypoints)
+    _check_data(dataset, with_masks, with_keypoints, with_semantic)
     if training:
         transform = build_train_transforms(data.augment, model_input, dataset)
         wide = [record.width > record.height for record in dataset.records] if data.aspect_ratio_grouping else None
-        numbers = _train_numbers(dataset, data.skip_empty, with_keypoints)
-        batches: Iterable[list[Key]] = TrainingBatches(numbers, batch_size, seed, rank, world_size,
-                                                       start_step, wide)
+        numbers = _train_numbers(dataset, data.skip_empty, with_boxes, with_keypoints)
+        batches: Iterable[list[Key]] = TrainingBatches(numbers, batch_size, seed, rank, world_size, start_step, wide)
     else:
         transform = ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias)
         batches = in_order(range(rank, len(dataset.records), world_size), batch_size)
-    reader = _Reader(dataset.records, transform, with_masks, len(dataset.keypoint_names) if with_keypoints else 0, seed,
-                     model_input.size_divisor, data.augment.crop_size or 0 if training else 0, pyramid)
+    reader = _Reader(dataset.records, transform, with_masks, len(dataset.keypoint_names) if with_keypoints else 0,
+                     with_boxes, with_semantic, seed, model_input.size_divisor,
+                     data.augment.crop_size or 0 if training else 0, with_semantic and not training, pyramid)
     return Loader(reader, batches, data.workers, device_type == "cuda", seed)
 
 
@@ -108,13 +112,16 @@ def _quiet_if_hung_up(kind: type[BaseException], error: BaseException, trace: Tr
         sys.__excepthook__(kind, error, trace)
 
 
-def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool) -> None:
+def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool, with_semantic: bool) -> None:
     if not dataset.records:
         raise ValueError(f"data set must have images, got none ({dataset.name}). Check its path and split.")
     if with_keypoints and not dataset.keypoint_names:
         raise ValueError(f"data set must have keypoints for a model with keypoints, got none ({dataset.name}). Give a "
                          "file that names them in its categories, of COCO person_keypoints_*.json, or use "
                          "model.name=faster_rcnn.")
+    if with_semantic and any(record.label_map is None for record in dataset.records):
+        raise ValueError(f"data set must have label maps for a model of pixels, got none ({dataset.name}). Read it "
+                         "with load_semantic or load_panoptic.")
     if with_masks:
         bare = [(record, item) for record in dataset.records for item in trainable(record) if not item.segmentation]
         if bare:
@@ -128,13 +135,15 @@ def trainable(record: ImageRecord) -> list[Annotation]:
     return [item for item in record.annotations if not (item.crowd or item.difficult)]
 
 
-def _train_numbers(dataset: Dataset, skip_empty: bool, with_keypoints: bool) -> list[int]:
-    """Which records train. Raises ValueError if none does."""
+def _train_numbers(dataset: Dataset, skip_empty: bool, with_boxes: bool, with_keypoints: bool) -> list[int]:
+    """Which records train. Raises ValueError if none does. Label maps in files are not taken for empty: they would have
+    to be read."""
     def teaches(item: Annotation) -> bool:
         return not with_keypoints or any((item.keypoints or ())[2::3])
 
     numbers = [number for number, record in enumerate(dataset.records)
-               if not skip_empty or any(map(teaches, trainable(record)))]
+               if not skip_empty or any(map(teaches, trainable(record)))
+               or not with_boxes and hasattr(record.label_map, "path")]
     if not numbers:
         raise ValueError(f"data set must have images with objects to train on, got none ({dataset.name}). "
                          "Check its annotations, or set data.skip_empty=false.")
@@ -217,33 +226,43 @@ class _Reader:
     transform: Transform
     with_masks: bool
     keypoints: int  # J, 0: none
+    with_boxes: bool
+    with_semantic: bool
     seed: int
     size_divisor: int
     canvas: int  # least side of the canvas
+    keeps_truths: bool
     pyramid: Sequence[InputConfig] = ()
 
     def __getitems__(self, keys: list[Key]) -> Batch | ImageError:
         """The error is given back rather than raised: it reaches the main process without the worker's traceback."""
         try:
             seeds = [sample_seed(self.seed, *key) for key in keys]
-            pairs = [self._sample(self.records[number], seed) for (_, number), seed in zip(keys, seeds)]
+            records = [self.records[number] for _, number in keys]
+            read = [self._sample(record, seed) for record, seed in zip(records, seeds)]
         except ImageError as error:
             return error
-        samples, scaled = zip(*pairs)
-        batch = collate(samples, [self.records[number] for _, number in keys], seeds, self.size_divisor, self.canvas)
+        samples, scaled, label_maps = zip(*read)
+        batch = collate(samples, records, seeds, self.size_divisor, self.canvas, self.with_boxes)
         pyramid = tuple(pad_images(images, self.size_divisor) for images in zip(*scaled))
-        return replace(batch, images=replace(batch.images, pyramid=pyramid))
+        return replace(batch, images=replace(batch.images, pyramid=pyramid),
+                       pixel_truths=self._truths(records, label_maps) if self.keeps_truths else None)
 
-    def _sample(self, record: ImageRecord, seed: int) -> tuple[Sample, list[np.ndarray]]:
-        """The sample, and its image at the scales of the pyramid."""
+    def _sample(self, record: ImageRecord, seed: int) -> tuple[Sample, list[np.ndarray], np.ndarray | None]:
+        """The sample, its image at the scales of the pyramid, and its label map at the original size."""
         image = read_image(record.path)
         _check_size(record, image)
-        sample = make_sample(record, image, self.with_masks, self.keypoints)
+        sample = make_sample(record, image, self.with_masks, self.keypoints, self.with_boxes, self.with_semantic)
         try:
-            sample = self.transform(sample, np.random.default_rng(seed))
+            out = self.transform(sample, np.random.default_rng(seed))
         except ImageError as error:
             raise ImageError(f"{error} ({record.path})") from error
-        return sample, [resize_for_eval(image, scale) for scale in self.pyramid]
+        return out, [resize_for_eval(image, scale) for scale in self.pyramid], sample.semantic
+
+    def _truths(self, records: Sequence[ImageRecord], label_maps: Sequence[np.ndarray]) -> PixelTruths:
+        ids = [torch.from_numpy(record.label_map.ids(record).copy()) for record in records
+               if self.with_boxes and isinstance(record.label_map, SegmentImage)]
+        return PixelTruths(tuple(map(torch.from_numpy, label_maps)), tuple(ids))
 
 
 def _check_size(record: ImageRecord, image: np.ndarray) -> None:
@@ -256,9 +275,10 @@ def _check_size(record: ImageRecord, image: np.ndarray) -> None:
                          f"px (width x height), got {size[1]} x {size[0]} ({record.path}). {fix}")
 
 
-def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoints: int = 0) -> Sample:
-    """The image (H, W, 3) with its trainable annotations; boxes clipped to it."""
-    items = trainable(record)
+def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoints: int = 0, with_boxes: bool = True,
+                with_semantic: bool = False) -> Sample:
+    """The image (H, W, 3) with its trainable annotations, boxes clipped to it, and its label map."""
+    items = trainable(record) if with_boxes else []
     height, width = image.shape[:2]
     boxes = np.array([item.box for item in items], np.float32).reshape(-1, 4)
     boxes = boxes.clip(0, np.array([width, height] * 2, np.float32))
@@ -270,16 +290,18 @@ def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoi
     if keypoints:
         absent = (0.0,) * 3 * keypoints
         points = np.array([item.keypoints or absent for item in items], np.float32).reshape(-1, keypoints, 3)
-    return Sample(image, boxes, np.array([item.label for item in items], np.int64), masks, points)
+    semantic = record.label_map.read(record) if with_semantic else None
+    return Sample(image, boxes, np.array([item.label for item in items], np.int64), masks, points, semantic)
 
 
 # Batching
 
 
 def collate(samples: Sequence[Sample], records: Sequence[ImageRecord], seeds: Sequence[int], size_divisor: int,
-            canvas: int = 0) -> Batch:
+            canvas: int = 0, with_boxes: bool = True) -> Batch:
     images = pad_images([sample.image for sample in samples], size_divisor, canvas)
-    targets = _targets(samples, seeds, images.pixels.shape[-2:])
+    size = images.pixels.shape[-2:]
+    targets = _targets(samples, seeds, size) if with_boxes else SemanticTargets(_label_maps(samples, size))
     original = torch.tensor([(record.height, record.width) for record in records])
     return Batch(images, targets, tuple(record.id for record in records), tuple(str(record.path) for record in records),
                  original)
@@ -315,6 +337,16 @@ def _targets(samples: Sequence[Sample], seeds: Sequence[int], size: Sequence[int
         masks = torch.from_numpy(bitmaps)
     if samples[0].keypoints is not None:
         keypoints = rows([sample.keypoints for sample in samples])
+    semantic = None if samples[0].semantic is None else _label_maps(samples, size)
     valid = torch.arange(padded) < torch.tensor(count)[:, None]
     return Targets(rows([sample.boxes for sample in samples]), rows([sample.labels for sample in samples]), valid,
-                   torch.tensor(seeds), masks, keypoints)
+                   torch.tensor(seeds), masks, keypoints, semantic=semantic)
+
+
+def _label_maps(samples: Sequence[Sample], size: Sequence[int]) -> torch.Tensor:
+    """(N, H, W) uint8, ignored where padded."""
+    out = np.full((len(samples), *size), IGNORED, np.uint8)
+    for padded, sample in zip(out, samples):
+        height, width = sample.size
+        padded[:height, :width] = sample.semantic
+    return torch.from_numpy(out)

@@ -3,17 +3,47 @@
 from __future__ import annotations
 
 import re
+import threading
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
+from detres.data.images import read_image
+
 _COMPRESSED = re.compile("(?:[P-o]{0,7}[0-O])+")
 
 
-def rasterize(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class PNGSegment:
+    """A segmentation that is a segment of a PNG in COCO's panoptic format; the file is read when it is asked for."""
+
+    path: Path
+    id: int
+
+
+_last = threading.local()
+
+
+def read_segment_ids(path: Path) -> np.ndarray:
+    """Segment ids (H, W) int32 of a PNG in COCO's panoptic format, R + 256 G + 65536 B, not to be written to.
+
+    Each thread keeps the last, as the segments of an image are asked for one after another. Raises ImageError.
+    """
+    if getattr(_last, "path", None) != path:
+        red, green, blue = np.moveaxis(read_image(path), 2, 0).astype(np.int32)
+        _last.ids = red + (green << 8) + (blue << 16)
+        _last.path = path
+    return _last.ids
+
+
+def rasterize(segmentation: list[Any] | dict[str, Any] | PNGSegment, height: int, width: int) -> np.ndarray:
     """(H, W) uint8, 1 inside; of several polygons the union. An RLE must be sound, as `run_lengths` tells."""
+    if isinstance(segmentation, PNGSegment):
+        return (read_segment_ids(segmentation.path) == segmentation.id).view(np.uint8)
     return coco_mask.decode(compressed(segmentation, height, width))
 
 
@@ -22,8 +52,10 @@ def mask_area(segmentation: list[Any] | dict[str, Any], height: int, width: int)
     return int(coco_mask.area(compressed(segmentation, height, width)))
 
 
-def compressed(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+def compressed(segmentation: list[Any] | dict[str, Any] | PNGSegment, height: int, width: int) -> dict[str, Any]:
     """As compressed run lengths, {"size": [height, width], "counts": ...}."""
+    if isinstance(segmentation, PNGSegment):
+        return coco_mask.encode(np.asfortranarray(rasterize(segmentation, height, width)))
     if isinstance(segmentation, list):
         return coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
     if isinstance(segmentation["counts"], list):

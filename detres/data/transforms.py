@@ -3,7 +3,8 @@
 Training: albumentations (on the image as it is on disk), then a resize of the short side, and a random crop if asked, or
 large-scale jitter, then the flip. Evaluation: the resize only. Normalisation is the model's, on its device.
 
-Legend: H, W the image; G objects; J keypoints. Coordinates are continuous: the image spans 0..W and 0..H.
+A label map follows the image as masks do. Legend: H, W the image; G objects; J keypoints. Coordinates are continuous:
+the image spans 0..W and 0..H.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Sample:
     labels: np.ndarray  # (G,) int64
     masks: np.ndarray | None = None  # (G, H, W) uint8, 1 inside
     keypoints: np.ndarray | None = None  # (G, J, 3) float32 x, y, visibility (0: not labelled, all zero)
+    semantic: np.ndarray | None = None  # (H, W) uint8 labels of pixels, 255 ignored
 
     @property
     def size(self) -> tuple[int, int]:
@@ -176,7 +178,7 @@ def resize_image(image: np.ndarray, size: tuple[int, int], antialias: bool) -> n
 
 
 def resize(sample: Sample, size: tuple[int, int], antialias: bool) -> Sample:
-    """The sample at a size (height, width); masks by the nearest pixel centre."""
+    """The sample at a size (height, width); masks and label map by the nearest pixel centre."""
     height, width = sample.size
     ratio = np.array([size[1] / width, size[0] / height], np.float32)
     masks, keypoints = sample.masks, sample.keypoints
@@ -186,8 +188,11 @@ def resize(sample: Sample, size: tuple[int, int], antialias: bool) -> Sample:
             cv2.resize(mask, size[::-1], dst=masks[row], interpolation=cv2.INTER_NEAREST_EXACT)
     if keypoints is not None:
         keypoints = keypoints * np.append(ratio, 1)
+    semantic = sample.semantic
+    if semantic is not None:
+        semantic = cv2.resize(semantic, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
     return Sample(resize_image(sample.image, size, antialias), sample.boxes * np.tile(ratio, 2), sample.labels, masks,
-                  keypoints)
+                  keypoints, semantic)
 
 
 def flip(sample: Sample, flip_pairs: Sequence[tuple[int, int]] = ()) -> Sample:
@@ -203,7 +208,8 @@ def flip(sample: Sample, flip_pairs: Sequence[tuple[int, int]] = ()) -> Sample:
     if keypoints is not None:
         keypoints = swap_pairs(keypoints, flip_pairs)
         keypoints[..., 0] = np.where(keypoints[..., 2] > 0, width - keypoints[..., 0], 0)
-    return Sample(cv2.flip(sample.image, 1), boxes, sample.labels, masks, keypoints)
+    semantic = None if sample.semantic is None else cv2.flip(sample.semantic, 1)
+    return Sample(cv2.flip(sample.image, 1), boxes, sample.labels, masks, keypoints, semantic)
 
 
 def swap_pairs(keypoints: np.ndarray, flip_pairs: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -223,7 +229,8 @@ def crop_sample(sample: Sample, y: int, x: int, height: int, width: int) -> Samp
         masks = masks[:, y:y + height, x:x + width]
     if keypoints is not None:
         keypoints = hide_outside(keypoints - np.array([x, y, 0], np.float32), height, width)
-    cropped = Sample(image, boxes, sample.labels, masks, keypoints)
+    semantic = None if sample.semantic is None else sample.semantic[y:y + height, x:x + width]
+    cropped = Sample(image, boxes, sample.labels, masks, keypoints, semantic)
     return settle(cropped, had_mask=None if masks is None else sample.masks.any((1, 2)))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from detres.data import voc_xml
@@ -26,7 +26,7 @@ def is_root(folder: Path) -> bool:
     return (folder / "Annotations").is_dir() and (folder / "ImageSets" / "Main").is_dir()
 
 
-def find_roots(folder: Path) -> list[Path]:
+def find_roots(folder: Path, is_root: Callable[[Path], bool] = is_root) -> list[Path]:
     """Data sets in a folder: in a VOCdevkit, one for each year."""
     return [path for path in sorted([*folder.glob("*/"), *folder.glob("VOCdevkit/*/")]) if is_root(path)]
 
@@ -43,7 +43,7 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
     An image set `test` of which no image has an XML file is VOC 2012's, whose annotations are not public: unless it is
     to be trained on, its images are there, without objects.
     """
-    parts = _image_sets(roots, role, split)
+    parts = image_sets(roots, role, split)
     problems = Problems("+".join(f"{root.name} {file.stem}" for root, file in parts))
     trees = {root: {file.stem: voc_xml.parse(file) for file in sorted((root / "Annotations").glob("*.xml"))}
              for root in dict.fromkeys(root for root, _ in parts)}
@@ -54,10 +54,10 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
     seen: set[str] = set()
     for root, file in parts:
         folder = Path(images).expanduser() if images else root / "JPEGImages"
-        own, image_ids = trees[root], list(_ids(file))
-        if role != "train" and file.stem == "test" and own.keys().isdisjoint(image_ids):
+        own, listed = trees[root], list(image_ids(file))
+        if role != "train" and file.stem == "test" and own.keys().isdisjoint(listed):
             log.warning("%s test: without annotations, so detections can be saved but not measured", root.name)
-            own = {image_id: voc_xml.Tree(root / f"Annotations/{image_id}.xml") for image_id in image_ids}
+            own = {image_id: voc_xml.Tree(root / f"Annotations/{image_id}.xml") for image_id in listed}
         readable += _readable(file, folder, root / "Annotations", own, seen, problems)
     label_of = {name: label for label, name in enumerate(classes)}
     records = voc_xml.records(readable, label_of, _continuous, problems)
@@ -72,19 +72,20 @@ def _continuous(corners: voc_xml.Box) -> voc_xml.Box | None:
     return [x1 - 1, y1 - 1, x2, y2]
 
 
-def _image_sets(roots: Sequence[Path], role: str, split: str | None) -> list[tuple[Path, Path]]:
-    """Root and list file of each part of the split."""
-    return [_image_set(roots, [name] if name else SPLITS[role]) for name in (split.split("+") if split else [None])]
+def image_sets(roots: Sequence[Path], role: str, split: str | None, task: str = "Main") -> list[tuple[Path, Path]]:
+    """Root and list file of each part of the split. `task` is the folder of the lists."""
+    return [_image_set(roots, [name] if name else SPLITS[role], task)
+            for name in (split.split("+") if split else [None])]
 
 
-def _image_set(roots: Sequence[Path], names: Sequence[str]) -> tuple[Path, Path]:
+def _image_set(roots: Sequence[Path], names: Sequence[str], task: str) -> tuple[Path, Path]:
     year = re.fullmatch(r"(\d{4})_(.+)", names[0])
     if year:
         roots, names = [root for root in roots if root.name.endswith(year[1])], [year[2]]
     if len(roots) != 1:
         raise FileNotFoundError(f"VOC data set must be of one year, got {[str(root) for root in roots]} for "
                                 f"'{names[0]}'. Give its folder as path, or the year in the split, as in '2007_train'.")
-    folder = roots[0] / "ImageSets" / "Main"
+    folder = roots[0] / "ImageSets" / task
     for name in names:
         if (folder / f"{name}.txt").is_file():
             return roots[0], folder / f"{name}.txt"
@@ -95,11 +96,9 @@ def _image_set(roots: Sequence[Path], names: Sequence[str]) -> tuple[Path, Path]
 def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, voc_xml.Tree | str],
               seen: set[str], problems: Problems) -> Iterator[tuple[ImageRecord, voc_xml.Tree]]:
     """The images of a list file that can be used, still without annotations. `seen`: ids of all lists so far."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"image folder must exist, got {folder} (for {image_set}). Give it as data.*.images.")
-    images = {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
+    images = image_files(folder, image_set)
     stems = {path.stem: path for path in images.values()}
-    for image_id in _ids(image_set):
+    for image_id in image_ids(image_set):
         tree = trees.get(image_id, "no such file")
         if image_id in seen:
             problems.add(image_set, image_id, None, "image id", image_id, "must be listed once (delete the line)")
@@ -114,7 +113,14 @@ def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, 
         seen.add(image_id)
 
 
-def _ids(image_set: Path) -> Iterator[str]:
+def image_files(folder: Path, image_set: Path) -> dict[str, Path]:
+    """The images of a folder by file name. Raises FileNotFoundError if there is no such folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"image folder must exist, got {folder} (for {image_set}). Give it as data.*.images.")
+    return {path.name: path for path in sorted(folder.iterdir()) if path.suffix.lower() in IMAGE_SUFFIXES}
+
+
+def image_ids(image_set: Path) -> Iterator[str]:
     """A line is an image id; in lists for one class a flag follows: -1 for images without it."""
     for line in image_set.read_text(encoding="utf-8").splitlines():
         words = line.split()

@@ -160,14 +160,14 @@ class TrainState:
     def is_best(self, metrics: dict[str, float], keep_best: str) -> bool:
         """Takes note of an evaluation at this step; says whether it is the best so far by the metric `keep_best`.
 
-        "auto": the AP of keypoints, of masks, of boxes, of VOC or of ILSVRC, the AR of proposals, top-1, or the
-        localization error, the first that there is. Losses and errors are better when lower.
+        "auto": panoptic quality, the AP of keypoints, of masks, of boxes, of VOC or of ILSVRC, mIoU, the AR of
+        proposals, top-1, or the localization error, the first that there is. Losses and errors are better when lower.
         A value that is not finite is never the best: such an evaluation counts as stale.
         """
         name = keep_best
         if name == "auto":
-            order = ("keypoints/AP", "segm/AP", "bbox/AP", "voc/AP", "ilsvrc/AP", "box_proposals/AR@1000", "cls/top1",
-                     "loc/gt_class_error")
+            order = ("panoptic/PQ", "keypoints/AP", "segm/AP", "bbox/AP", "voc/AP", "ilsvrc/AP", "sem_seg/mIoU",
+                     "box_proposals/AR@1000", "cls/top1", "loc/gt_class_error")
             name = next(known for known in order if known in metrics)
         sign = -1 if name.startswith("val/") or name.endswith("error") else 1
         value, before = metrics[name], self.best.get(name, math.nan)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from detres.config import TrainConfig
 from detres.engine.distributed import is_distributed
-from detres.structures import Batch, ClassTargets, ImageBatch, Proposals, Targets
+from detres.structures import Batch, ClassTargets, ImageBatch, Proposals, SemanticTargets, Targets
 
 
 def backward(model: nn.Module, batch: Batch, device: torch.device, options: TrainConfig) -> dict[str, Tensor]:
@@ -42,8 +42,9 @@ def split(batch: Batch, parts: int) -> list[Batch]:
     if parts == 1:
         return [batch]
     size = len(batch.images.pixels) // parts
-    if isinstance(batch.targets, ClassTargets):
-        return [replace(batch, images=_rows(batch.images, rows), targets=ClassTargets(batch.targets.labels[rows]))
+    if isinstance(batch.targets, (ClassTargets, SemanticTargets)):
+        return [replace(batch, images=_rows(batch.images, rows), targets=replace(
+            batch.targets, labels=batch.targets.labels[rows]))
                 for rows in (slice(i * size, (i + 1) * size) for i in range(parts))]
     instances = batch.targets.valid.sum(1).split(size)
     ends = torch.tensor([int(counts.sum()) for counts in instances]).cumsum(0).tolist()
@@ -57,7 +58,8 @@ def split(batch: Batch, parts: int) -> list[Batch]:
             masks=None if targets.masks is None else targets.masks[begin:end],
             keypoints=None if targets.keypoints is None else targets.keypoints[rows],
             proposals=None if targets.proposals is None else Proposals(
-                targets.proposals.boxes[rows], targets.proposals.scores[rows], targets.proposals.valid[rows]))
+                targets.proposals.boxes[rows], targets.proposals.scores[rows], targets.proposals.valid[rows]),
+            semantic=None if targets.semantic is None else targets.semantic[rows])
         pieces.append(Batch(_rows(batch.images, rows), targets, batch.image_ids[rows], batch.paths[rows],
                             batch.original_sizes[rows]))
     return pieces

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from detres.config import RCNNS, Config
+from detres.config import PANOPTIC, RCNNS, SEMANTIC, Config
 from detres.data.class_dataset import align_labels, load_class_dataset
 from detres.data.class_loader import build_class_loader
 from detres.data.dataset import Dataset, load_dataset
@@ -22,7 +22,7 @@ from detres.evaluation.classification import ClassificationEvaluator
 from detres.evaluation.base import eval_mode
 from detres.evaluation.classify import evaluate_classifier
 from detres.evaluation.localization import LocTruths, check_one_class, evaluate_localizer, load_proposer
-from detres.evaluation.run import align_classes, check_keypoints, evaluate, evaluators_for, load_for
+from detres.evaluation.run import align_classes, align_to, evaluate, evaluators_for, load_for, reads_of
 from detres.inference.localize import build_locate, with_proposals
 from detres.structures import Batch
 
@@ -40,21 +40,25 @@ class Task:
     validate: Callable[[nn.Module], Metrics] | None = None  # on data.val, with "val/loss_..."; None: there is none
     metric_names: tuple[str, ...] = ()  # of `validate`, but for the losses
     keypoints: dict[str, list] = field(default_factory=dict)  # as in `WeightsMeta`
+    semantic_classes: tuple[str, ...] = ()  # of a panoptic model
+    semantic_ids: tuple[int, ...] = ()
 
 
 def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
-    data, with_masks, with_keypoints = config.data, config.model.has_masks, config.model.has_keypoints
-    dataset = load_for(config.model, data.train, "train", data.on_invalid)
-    check_keypoints(dataset, config.model)
-    options = {"with_masks": with_masks, "with_keypoints": with_keypoints, "device_type": device.type, **_rank()}
+    """Of detectors, and of semantic and panoptic models, for which only data and evaluators are others."""
+    data, kind = config.data, config.model
+    dataset = load_for(kind, data.train, "train", data.on_invalid)
+    options = {"with_masks": kind.has_masks, "with_keypoints": kind.has_keypoints, **reads_of(kind),
+               "device_type": device.type, **_rank()}
     loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
                      seed=config.train.seed, **options)
     task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids,
-                lambda step: loader(start_step=step), keypoints=_keypoints(dataset) if with_keypoints else {})
+                lambda step: loader(start_step=step), keypoints=_keypoints(dataset) if kind.has_keypoints else {},
+                semantic_classes=dataset.semantic_classes, semantic_ids=dataset.semantic_ids)
     if data.val is None:
         return task
-    val = align_classes(load_for(config.model, data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids)
-    check_keypoints(val, config.model)
+    val = align_to(kind, load_for(kind, data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids,
+                   dataset.semantic_classes)
     evaluators = evaluators_for(config, val)
     batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False,
                            pyramid=scale_pyramid(config.model.input, config.eval), **options)
@@ -132,6 +136,5 @@ def localization(config: Config, device: torch.device, interrupt: Interrupt) -> 
     return Task(task.about, task.classes, task.category_ids, task.loader, validate, ("loc/gt_class_error",))
 
 
-TASKS = {**dict.fromkeys([*RCNNS, "retinanet", "fcos", "rpn"], detection), "classifier": classification,
-         "localizer": localization,
-         "region_classifier": localization}
+TASKS = {**dict.fromkeys([*RCNNS, *SEMANTIC, *PANOPTIC, "retinanet", "fcos", "rpn"], detection),
+         "classifier": classification, "localizer": localization, "region_classifier": localization}

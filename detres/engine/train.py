@@ -33,11 +33,14 @@ from detres.engine.optim import EMA, Schedule, build_optimizer, clip_gradients, 
 from detres.engine.plots import plot_curves
 from detres.engine.run_folder import open_run, resume_command, write_config
 from detres.engine.step import backward
-from detres.engine.tasks import TASKS, Metrics
+from detres.engine.tasks import TASKS, Metrics, Task
 from detres.evaluation.base import EvalResult
 from detres.structures import Batch
 from detres.weights.finetune import load_start
 from detres.weights.backbone import load_backbone
+
+
+OF_CLASSES = ("classes", "category_ids", "semantic_classes", "semantic_ids")  # what weights say of theirs
 
 
 def train(config: Config, *, resume: bool = False) -> Metrics:
@@ -62,13 +65,13 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
         interrupt = Interrupt()
         task = TASKS[config.model.name](config, device, interrupt)
         tell(f"Training on {task.about}, {len(task.classes)} classes")
-        model = build_model(config.model, len(task.classes))
+        model = build_model(config.model, len(task.classes), len(task.semantic_classes))
         if alternates:
             model = alternate.FastRCNNStep(model, ("roi_heads",))
         if task.validate:
             _check_keep_best(config.train.keep_best, task.metric_names, model.loss_names)
-        about = {"classes": list(task.classes), "category_ids": list(task.category_ids), "keypoints": task.keypoints}
-        load_initial = partial(_load_initial, config, task.classes)
+        about = {**{name: list(getattr(task, name)) for name in OF_CLASSES}, "keypoints": task.keypoints}
+        load_initial = partial(_load_initial, config, task)
         if alternates and saved is None:
             steps = alternate.FirstSteps(config, load_initial, task, device, interrupt, about)
             model.load_state_dict(steps.run())
@@ -77,12 +80,13 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
         return fit(config, model, task.loader, task.validate, device, interrupt, about, saved)
 
 
-def _load_initial(config: Config, classes: Sequence[str], model: nn.Module) -> None:
+def _load_initial(config: Config, task: Task, model: nn.Module) -> None:
     with distributed.first_on_each_machine():
         if config.model.weights is None:
             load_backbone(model, config.model)
         else:
-            tell(f"Weights {config.model.weights}: {load_start(model, config.model.weights, classes)}")
+            told = load_start(model, config.model.weights, task.classes, task.semantic_classes)
+            tell(f"Weights {config.model.weights}: {told}")
 
 
 def fit(config: Config, model: nn.Module, loader: Callable[[int], Iterable[Batch]],
@@ -211,7 +215,7 @@ def _check_keep_best(name: str, metric_names: Sequence[str], loss_names: Sequenc
 
 
 def _evaluated(state: TrainState, metrics: Metrics) -> str:
-    shown = ("/AP", "/AP50", "/AR@1000", "/top1", "/gt_class_error", "/loss")
+    shown = ("/PQ", "/AP", "/AP50", "/mIoU", "/AR@1000", "/top1", "/gt_class_error", "/loss")
     main = [f"{name} {value:.3f}" for name, value in metrics.items() if name.endswith(shown)]
     best = f"best: step {state.best['step']:.0f}" if state.best else "no best yet: not finite"
     stale = f"  ({best})" if state.stale else ""
@@ -221,8 +225,9 @@ def _evaluated(state: TrainState, metrics: Metrics) -> str:
 def _write_weights(folder: Path, name: str, state: TrainState, about: dict[str, Any]) -> None:
     if distributed.rank() == 0:
         metrics = state.metrics if state.evaluated == state.step else {}
-        meta = WeightsMeta(about["config"], tuple(about["classes"]), tuple(about["category_ids"]), state.step, metrics,
-                           about["keypoints"])
+        classes = {name: tuple(about[name]) for name in OF_CLASSES if name in about}
+        meta = WeightsMeta(about["config"], step=state.step, metrics=metrics, **classes,
+                           keypoints=about.get("keypoints", {}))
         save_weights(folder / "checkpoints" / f"{name}.safetensors", state.averaged.state_dict(), meta)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from detres.evaluation.coco_engine import Arrays, Protocol, accumulate, match
 from detres.evaluation.coco_masks import BitmapComparer, PairOverlaps, RunLengths, code_overlaps, encode, truth_codes
 from detres.evaluation.coco_numbers import IouType, protocol_of, rows_of
 from detres.evaluation.flat import Found, Truths
-from detres.evaluation.mask_overlaps import rle_areas
+from detres.evaluation.mask_overlaps import Rle, rle_areas
 from detres.evaluation.overlaps import COCO_SIGMAS, Overlaps, box_overlaps, oks_pairs
 from detres.structures import Detections
 
@@ -55,8 +56,15 @@ class CocoEvaluator(Evaluator):
             self._points = points - self._offset * (points[..., 2:] > 0)  # as in the file
         if self.mask_types:
             _require_masks(dataset)
-            self._codes = truth_codes(self.records)
-            self._comparer = BitmapComparer(self.records, self._codes, self.mask_types)
+
+    @cached_property
+    def _codes(self) -> list[Rle]:
+        """Of the truths: made when they are needed, as masks may be in files."""
+        return truth_codes(self.records)
+
+    @cached_property
+    def _comparer(self) -> BitmapComparer:
+        return BitmapComparer(self.records, self._codes, self.mask_types)
 
     def _extras(self, detections: Detections, images: list[int]) -> dict[str, Rows]:
         extras: dict[str, Rows] = {}

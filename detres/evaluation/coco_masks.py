@@ -9,6 +9,7 @@ Legend: n rows of a part (detections), G truths of the data set, P pairs, D dete
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -90,9 +91,12 @@ def encode(masks: Tensor, boxes: Tensor, valid: Tensor, record: ImageRecord,
 
 
 def truth_codes(records: Sequence[ImageRecord]) -> list[Rle]:
-    """Run lengths of all annotations of images."""
-    return [compressed(item.segmentation, record.height, record.width)
-            for record in records for item in record.annotations]
+    """Run lengths of all annotations of images. Files are read by several threads at once."""
+    def of(record: ImageRecord) -> list[Rle]:
+        return [compressed(item.segmentation, record.height, record.width) for item in record.annotations]
+
+    with ThreadPoolExecutor() as pool:
+        return [code for codes in pool.map(of, records) for code in codes]
 
 
 def code_overlaps(iou_type: str, codes: Sequence[Rle], areas: Tensor, truth: Sequence[Rle], truths: Truths,

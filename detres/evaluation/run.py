@@ -13,10 +13,13 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from detres.build import build_merge
 from detres.config import Config, ModelConfig, Protocol, SourceConfig
 from detres.data.dataset import Dataset, ImageRecord, Role, load_dataset, one_class
 from detres.data.loader import build_loader
+from detres.data.panoptic import align_panoptic, load_panoptic
 from detres.data.problems import OnInvalid
+from detres.data.semantic import align_semantic, load_semantic
 from detres.data.transforms import scale_pyramid
 from detres.engine.distributed import gather, rank, world_size
 from detres.engine.failures import explain_out_of_memory, of_evaluation
@@ -28,6 +31,7 @@ from detres.evaluation.files import save_errors, save_numbers
 from detres.evaluation.ilsvrc import IlsvrcDetectionEvaluator
 from detres.evaluation.overlaps import COCO_SIGMAS, box_overlaps
 from detres.evaluation.proposals import ProposalEvaluator
+from detres.evaluation.segmentation import PanopticTest, SemanticTest
 from detres.evaluation.voc import VocEvaluator, save_for_server
 from detres.inference.localize import refuse_localizers
 from detres.inference.predictor import load_model
@@ -75,16 +79,28 @@ def check_keypoints(dataset: Dataset, config: ModelConfig) -> None:
 
 def load_for(model: ModelConfig, source: SourceConfig, role: Role, on_invalid: OnInvalid) -> Dataset:
     """The data set as this kind of model reads it."""
-    dataset = load_dataset(source, role, on_invalid)
+    read = load_semantic if model.is_semantic else load_panoptic if model.is_panoptic else load_dataset
+    dataset = read(source, role, on_invalid)
+    check_keypoints(dataset, model)
     return one_class(dataset) if model.name == "rpn" else dataset
+
+
+def reads_of(model: ModelConfig) -> dict[str, bool]:
+    """Options of `build_loader` for this kind of model."""
+    return {"with_boxes": not model.is_semantic, "with_semantic": model.is_semantic or model.is_panoptic}
 
 
 def evaluators_for(config: Config, dataset: Dataset, keep_masks: bool = False) -> list[Evaluator]:
     """What this kind of model is measured by. `keep_masks` is for results with masks."""
     if config.model.name == "rpn":
         return [ProposalEvaluator(dataset)]
-    return build_evaluators(dataset, config.eval.metrics, config.model.has_masks, keep_masks,
-                            config.model.has_keypoints)
+    if config.model.is_semantic:
+        return [SemanticTest(dataset)]
+    evaluators = build_evaluators(dataset, config.eval.metrics, config.model.has_masks, keep_masks,
+                                  config.model.has_keypoints)
+    if config.model.is_panoptic:
+        evaluators.append(PanopticTest(dataset, build_merge(config.model.panoptic)))
+    return evaluators
 
 
 @torch.no_grad()
@@ -166,6 +182,8 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
         if numbers is not None:
             save_numbers(result.metrics, numbers)
         return result.metrics
+    if config.model.is_semantic:
+        _refuse_options(config.model.name, save=save, metrics=metrics, errors=errors)
     if config.eval.crops != 1:
         raise ValueError(f"eval.crops must be 1 but for classifiers and localizers, got {config.eval.crops} for a "
                          f"{config.model.name}. Several sizes are eval.test_scales.")
@@ -173,14 +191,13 @@ def evaluate_weights(path: str | Path | Sequence[str | Path], *, data: str | Sou
         _refuse_options(config.model.name, metrics=metrics)
     if metrics is not None:
         config = config.model_copy(update={"eval": config.eval.model_copy(update={"metrics": tuple(metrics)})})
-    dataset = load_for(config.model, source, "val", config.data.on_invalid)
-    dataset = align_classes(dataset, meta.classes, meta.category_ids)
+    dataset = align_to(config.model, load_for(config.model, source, "val", config.data.on_invalid), meta.classes,
+                       meta.category_ids, meta.semantic_classes)
     if save is not None and Path(save).suffix != ".json" and dataset.format != "voc":
         raise ValueError(f"save must be a .json file, or, for data in VOC's format alone, a folder, got {save}. "
                          f"Say {save}.json.")
-    check_keypoints(dataset, config.model)
     evaluators = evaluators_for(config, dataset, save is not None)
-    loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size,
+    loader = build_loader(dataset, config.model.input, config.data, batch_size=batch_size, **reads_of(config.model),
                           training=False, with_masks=False, pyramid=scale_pyramid(config.model.input, config.eval),
                           device_type=device_of(model).type)
     result = evaluate(model, loader, evaluators, device_of(model), precision=config.train.precision)
@@ -223,6 +240,15 @@ def save_results(evaluator: Evaluator, path: str | Path) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(evaluator.results()))
+
+
+def align_to(model: ModelConfig, dataset: Dataset, classes: Sequence[str], category_ids: Sequence[int],
+             semantic_classes: Sequence[str]) -> Dataset:
+    """The data set with all its labels renumbered to those of a model. Raises as `align_classes`."""
+    if model.is_semantic:
+        return align_semantic(dataset, classes)
+    aligned = align_classes(dataset, classes, category_ids)
+    return align_panoptic(dataset, aligned, semantic_classes) if model.is_panoptic else aligned
 
 
 def align_classes(dataset: Dataset, classes: Sequence[str], category_ids: Sequence[int]) -> Dataset:

@@ -82,9 +82,41 @@ def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None
         _draw_keypoints(canvas, points, prediction.skeleton, color, style, keypoint_thresh)
     picture = Image.fromarray(canvas)
     if labels:
-        texts = [f"{name} {score:.2f}" if scores else name for name, score in zip(prediction.names, found["scores"])]
+        texts = [f"{name} {score:.2f}" if scores and not np.isnan(score) else name
+                 for name, score in zip(prediction.names, found["scores"])]
         middles = [None] * len(texts) if bitmaps is None else [_middle(mask, style.scale) for mask in bitmaps]
         _draw_labels(picture, corners, middles, texts, colors, style)
+    return picture
+
+
+def draw_labels(image: np.ndarray, labels: np.ndarray, classes: Sequence[str], *, legend: bool = True,
+                scale: int | None = None) -> Image.Image:
+    """A picture of an image (H, W, 3) RGB uint8 with the classes (H, W) of its pixels, all but one called background,
+    and a legend at its right, the largest first. `scale` as in `draw`."""
+    style = _Style.of(*image.shape[:2], scale)
+    canvas = _enlarged(image, style)
+    present, counts = np.unique(labels[labels < len(classes)], return_counts=True)
+    order = [k for k in present[np.argsort(-counts, kind="stable")].tolist() if classes[k] != "background"]
+    for k in order:
+        _draw_mask(canvas, labels == k, color_of(k), style)
+    return _with_legend(canvas, order, classes, style) if legend and order else Image.fromarray(canvas)
+
+
+def _with_legend(canvas: np.ndarray, order: Sequence[int], classes: Sequence[str], style: _Style) -> Image.Image:
+    """A panel beside the canvas with the colours of the classes; those for which there is no room are left out."""
+    height, width = canvas.shape[:2]
+    font = _font(style.font)
+    pad, line = max(2, round(font.size * 0.5)), round(sum(font.getmetrics()) * 1.3)
+    shown = order[:max(1, (height - pad) // line)]
+    side = line - pad
+    panel = 3 * pad + side + max(round(font.getlength(classes[k])) for k in shown)
+    picture = Image.new("RGB", (width + panel, height), "white")
+    picture.paste(Image.fromarray(canvas))
+    pen = ImageDraw.Draw(picture)
+    for row, k in enumerate(shown):
+        x, y = width + pad, pad + row * line
+        pen.rectangle((x, y, x + side, y + side), fill=color_of(k))
+        pen.text((x + side + pad, y + side / 2), classes[k], fill="black", font=font, anchor="lm")
     return picture
 
 

@@ -9,6 +9,7 @@ Legend: N images, D detections, (H, W) size of the image as given.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,13 +22,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from detres.build import build_model
+from detres.build import build_merge, build_model
 from detres.config import Config, InputConfig, ModelConfig
 from detres.config_file import override
 from detres.data.images import to_rgb_array
 from detres.data.loader import pad_images
 from detres.data.masks import encode_masks
-from detres.data.transforms import resize_for_eval, scale_pyramid
+from detres.data.transforms import resize_for_eval, scale_pyramid, tight_box
 from detres.engine.checkpoint import WeightsMeta
 from detres.engine.distributed import pick_device
 from detres.engine.failures import explain_out_of_memory, of_prediction
@@ -36,6 +37,7 @@ from detres.inference.classify import ClassPredictor
 from detres.inference.draw import draw
 from detres.inference.ensemble import build_ensemble
 from detres.inference.localize import refuse_localizers
+from detres.inference.segment import PanopticMerger, SemanticPredictor, original_labels, resized
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Detections
 from detres.weights.importers import read_weights
@@ -56,6 +58,8 @@ class Prediction:
     keypoints: Tensor | None = None  # (D, J, 3) x, y, score; all 0 for classes that have none
     keypoint_names: tuple[str, ...] = ()  # J
     skeleton: tuple[tuple[int, int], ...] = ()  # keypoints that a line joins
+    panoptic: Tensor | None = None  # of a panoptic model: (H, W) int32 ids of its segments, 0 where there is none
+    segments: list[dict[str, Any]] = field(default_factory=list)  # id, name, category_id, isthing, score, area
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -71,7 +75,7 @@ class Prediction:
         return self[self.scores >= score]
 
     def __getitem__(self, which: Tensor | slice | list[int]) -> Prediction:
-        """Some of the detections: a slice, indices, or a mask of D booleans."""
+        """Some of the detections: a slice, indices, or a mask of D booleans. The panoptic map stays as it is."""
         rows = torch.arange(len(self))[which]
         return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows],
                        names=[self.names[i] for i in rows], category_ids=[self.category_ids[i] for i in rows],
@@ -79,8 +83,22 @@ class Prediction:
                        keypoints=None if self.keypoints is None else self.keypoints[rows])
 
     def draw(self, **options: Any) -> Image.Image:
-        """The image with what was found; options are those of `detres.inference.draw.draw`."""
-        return draw(self.image, self, **options)
+        """The image with what was found, by a panoptic model its segments; options are those of
+        `detres.inference.draw.draw`."""
+        return draw(self.image, self if self.panoptic is None else self.of_segments(), **options)
+
+    def of_segments(self) -> Prediction:
+        """The segments of the panoptic map as detections: those of stuff have no score, nan, and labels after things.
+        """
+        maps = [self.panoptic == segment["id"] for segment in self.segments]
+        boxes = [tight_box(inside.numpy()) for inside in maps]
+        scores = [math.nan if segment["score"] is None else segment["score"] for segment in self.segments]
+        labels = [segment["label"] for segment in self.segments]
+        return Prediction(torch.tensor(np.array(boxes, np.float32).reshape(-1, 4)), torch.tensor(scores),
+                          torch.tensor(labels, dtype=torch.int64), [segment["name"] for segment in self.segments],
+                          [segment["category_id"] for segment in self.segments],
+                          torch.stack(maps) if maps else self.panoptic.new_zeros(0, *self.panoptic.shape).bool(),
+                          self.image, self.path)
 
     def numpy(self) -> dict[str, np.ndarray | None]:
         """Arrays "boxes", "scores", "labels", "masks" and "keypoints" (None for a model without them)."""
@@ -104,14 +122,14 @@ class Prediction:
 
 class Predictor:
     """A model with its classes and preprocessing; `pyramid` (`transforms.scale_pyramid`) for multi-scale testing;
-    `keypoints` as in `WeightsMeta`."""
+    `keypoints` as in `WeightsMeta`; `panoptic` for panoptic models."""
 
     def __init__(self, model: nn.Module, classes: Sequence[str], category_ids: Sequence[int],
                  preprocessing: InputConfig, pyramid: Sequence[InputConfig] = (),
-                 keypoints: Mapping[str, Sequence] | None = None):
+                 keypoints: Mapping[str, Sequence] | None = None, panoptic: PanopticMerger | None = None):
         self.model = model.eval()
         self.classes, self.category_ids, self.preprocessing = tuple(classes), tuple(category_ids), preprocessing
-        self.pyramid = tuple(pyramid)
+        self.pyramid, self.panoptic = tuple(pyramid), panoptic
         layout = keypoints or {}
         self.keypoint_names = tuple(layout.get("names", ()))
         self.skeleton = tuple(map(tuple, layout.get("skeleton", ())))
@@ -124,15 +142,15 @@ class Predictor:
         """Detect in an image (a path, a PIL image, or an RGB array (H, W, 3) uint8), or in each of a list of them.
 
         `score_thresh` 0.5 keeps what is worth looking at; 0 keeps all that the model gives (its own threshold, 0.05 by
-        default, is meant for evaluation). `min_size` and `max_size` replace the side lengths in pixels that images
+        default, is meant for evaluation); of a panoptic model what is not kept is not in the map, for which thresholds
+        of the model's own count besides. `min_size` and `max_size` replace the side lengths in pixels that images
         are resized to. A list is run in padded batches of `batch_size`. `paths` says where arrays of a list were read
         from.
 
         Raises ImageError for a file that is no readable image, ValueError or TypeError for what is no RGB image,
         torch.OutOfMemoryError that names the batch and what to change.
         """
-        changes = {name: side for name, side in (("min_size", min_size), ("max_size", max_size)) if side is not None}
-        preprocessing = InputConfig(**{**self.preprocessing.model_dump(), **changes})
+        preprocessing = resized(self.preprocessing, min_size, max_size)
         predict = partial(self._predict, score_thresh=score_thresh, preprocessing=preprocessing)
         return in_batches(predict, images, paths, batch_size)
 
@@ -144,38 +162,49 @@ class Predictor:
                            for scale in (preprocessing, *self.pyramid))
         batch = replace(batch, pyramid=tuple(pyramid))
         sizes = torch.tensor([image.shape[:2] for image in images])
-        device = next(self.model.parameters()).device
+        contents, device = batch.sizes.tolist(), next(self.model.parameters()).device
         with explain_out_of_memory(of_prediction, batch, sizes, paths, device):
             batch = batch.to(device)
             detections = self.model(batch).rescale(batch.sizes, sizes)
-            return [self._prediction(detections, i, image, path, score_thresh)
+            return [self._prediction(detections, i, image, path, score_thresh, contents[i])
                     for i, (image, path) in enumerate(zip(images, paths))]
 
-    def _prediction(self, found: Detections, i: int, image: np.ndarray, path: str | None,
-                    score_thresh: float) -> Prediction:
+    def _prediction(self, found: Detections, i: int, image: np.ndarray, path: str | None, score_thresh: float,
+                    content: Sequence[int]) -> Prediction:
         keep = found.valid[i] & (found.scores[i] >= score_thresh)
         boxes, labels = found.boxes[i, keep].float(), found.labels[i, keep].cpu()
         masks = None
         if found.masks is not None:
-            masks = paste_masks(found.masks[i, keep], boxes, image.shape[:2], convention=found.paste).cpu()
+            masks = paste_masks(found.masks[i, keep], boxes, image.shape[:2], convention=found.paste)
         points = None
         if found.keypoints is not None:
             points = found.keypoints[i, keep].float().cpu() * self.has_keypoints[labels, None, None]
+        panoptic, segments = None, []
+        if found.semantic is not None:
+            semantic = original_labels(found.semantic[i], content, image.shape[:2])
+            panoptic, segments = self.panoptic(found.scores[i, keep].float(), found.labels[i, keep], masks, semantic)
         return Prediction(boxes.cpu(), found.scores[i, keep].float().cpu(), labels, [self.classes[k] for k in labels],
-                          [self.category_ids[k] for k in labels], masks, image, path, points, self.keypoint_names,
-                          self.skeleton)
+                          [self.category_ids[k] for k in labels], None if masks is None else masks.cpu(), image, path,
+                          points, self.keypoint_names, self.skeleton, None if panoptic is None else panoptic.cpu(),
+                          segments)
 
 
 def load_predictor(path: str | Path | Sequence[str | Path], device: str = "auto",
-                   overrides: Sequence[str] = ()) -> Predictor | ClassPredictor:
+                   overrides: Sequence[str] = ()) -> Predictor | ClassPredictor | SemanticPredictor:
     """From a weights file or a run folder, which carry all that is needed, or an ensemble of several (`load_model`)."""
     model, meta, config = load_model(path, device, overrides)
     refuse_localizers(config.model.name, path)
     if config.model.name == "classifier":
         return ClassPredictor(model, meta.classes, config)
     preprocessing = config.model.input
+    if config.model.is_semantic:
+        return SemanticPredictor(model, meta.classes, preprocessing)
+    panoptic = None
+    if config.model.is_panoptic:
+        panoptic = PanopticMerger(build_merge(config.model.panoptic), meta.classes, meta.category_ids,
+                                  meta.semantic_classes, meta.semantic_ids)
     return Predictor(model, meta.classes, meta.category_ids, preprocessing, scale_pyramid(preprocessing, config.eval),
-                     meta.keypoints)
+                     meta.keypoints, panoptic)
 
 
 def load_model(path: str | Path | Sequence[str | Path], device: str = "auto",
@@ -199,21 +228,21 @@ def _load_one(path: str | Path, device: str, overrides: Sequence[str]) -> tuple[
     file, tensors, meta = weights.file, weights.tensors, weights.meta
     try:
         own = Config.model_validate({**meta.config, "device": device})
-        model = build_model(own.model, len(meta.classes))
+        model = build_model(own.model, len(meta.classes), len(meta.semantic_classes))
         model.load_state_dict(tensors)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"weights must fit the model that they describe, got {file}: {error}. "
                          "They are probably of another version of detres; use that one, or train again.") from None
     config = override(own, overrides, str(file)) if overrides else own
     if config.model != own.model:
-        model = _rebuilt(model, config.model, len(meta.classes), overrides, file)
+        model = _rebuilt(model, config.model, meta, overrides, file)
     return model.to(pick_device(config.device)).eval(), meta, config
 
 
-def _rebuilt(model: nn.Module, config: ModelConfig, num_classes: int, overrides: Sequence[str],
+def _rebuilt(model: nn.Module, config: ModelConfig, meta: WeightsMeta, overrides: Sequence[str],
              file: Path) -> nn.Module:
     """A model of another config with the same weights."""
-    other = build_model(config, num_classes)
+    other = build_model(config, len(meta.classes), len(meta.semantic_classes))
     weights = model.state_dict()
     shapes, wanted = ({name: tuple(tensor.shape) for name, tensor in state.items()}
                       for state in (weights, other.state_dict()))

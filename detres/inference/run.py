@@ -9,11 +9,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from detres.data.images import IMAGE_SUFFIXES, ImageError, read_image
 from detres.inference.classify import Classification, ClassPredictor
 from detres.inference.predictor import Prediction, Predictor, load_predictor
+from detres.inference.segment import SemanticPrediction, SemanticPredictor
 from detres.progress import track
 
 
@@ -37,8 +40,9 @@ def predict_files(weights: str | Path | Sequence[str | Path], inputs: Sequence[s
     "name", "category_id", "score", "box" (xyxy in pixels) and, from a model with masks, "segmentation" (COCO's RLE),
     from a model with keypoints, "keypoints" (x, y, score one after another, in the order of the image's
     "keypoint_names"); from a classifier with "classes" instead, the five likeliest, each of which has "name" and
-    "probability".
-    `score_thresh` (None: 0.5) is of detections.
+    "probability"; from a model of semantic segmentation with "labels", a PNG of the class of each pixel, and "classes",
+    each of which has "name", "label" and "share" of the pixels; from a panoptic model besides with "panoptic", a PNG of
+    segment ids, R + 256 G + 65536 B, and "segments". `score_thresh` (None: 0.5) is of detections.
 
     Returns the path of the JSON. Raises FileNotFoundError for an input that matches no image, and, after all others
     are done, UnreadableImages.
@@ -59,7 +63,7 @@ def predict_files(weights: str | Path | Sequence[str | Path], inputs: Sequence[s
                                   **options)
         for file, prediction in zip(images, found):
             _save_picture(prediction.draw(), out / pictures[file])
-            entries.append(_entry(prediction, file, pictures[file]))
+            entries.append(_entry(prediction, file, pictures[file], out))
     path = out / "predictions.json"
     path.write_text("[\n" + ",\n".join(map(json.dumps, entries)) + "\n]\n", encoding="utf-8")  # an image a line
     print(f"{len(entries)} pictures and predictions.json in {out}", file=sys.stderr)
@@ -125,16 +129,21 @@ def _save_picture(picture: Image.Image, path: Path) -> None:
     picture.save(path, **({"quality": 95, "subsampling": 0} if path.suffix == ".jpg" else {}))
 
 
-def _options(predictor: Predictor | ClassPredictor, score_thresh: float | None) -> dict[str, float]:
-    if isinstance(predictor, ClassPredictor) and score_thresh is not None:
-        raise ValueError("score_thresh must be left out for a classifier, which has no detections, got "
-                         f"{score_thresh}.")
+def _options(predictor: Predictor | ClassPredictor | SemanticPredictor, score_thresh: float | None) -> dict[str, float]:
+    if not isinstance(predictor, Predictor) and score_thresh is not None:
+        raise ValueError("score_thresh must be left out for a model without detections, a classifier or one of "
+                         f"semantic segmentation, got {score_thresh}.")
     return {} if score_thresh is None else {"score_thresh": score_thresh}
 
 
-def _entry(prediction: Prediction | Classification, file: Path, picture: str) -> dict:
+def _entry(prediction: Prediction | Classification | SemanticPrediction, file: Path, picture: str, out: Path) -> dict:
     height, width = prediction.image.shape[:2]
-    found = _classes(prediction) if isinstance(prediction, Classification) else _detections(prediction, file)
+    if isinstance(prediction, Classification):
+        found = _classes(prediction)
+    elif isinstance(prediction, SemanticPrediction):
+        found = _semantic(prediction, picture, out)
+    else:
+        found = _detections(prediction, file) | _panoptic(prediction, picture, out)
     return {"file": str(file), "picture": picture, "height": height, "width": width, **found}
 
 
@@ -150,3 +159,30 @@ def _detections(prediction: Prediction, file: Path) -> dict:
         detections.append({"name": name, "box": box, **kept})
     names = {} if prediction.keypoints is None else {"keypoint_names": list(prediction.keypoint_names)}
     return {**names, "detections": detections}
+
+
+def _semantic(prediction: SemanticPrediction, picture: str, out: Path) -> dict:
+    classes = [{"name": name, "label": prediction.classes.index(name), "share": share}
+               for name, share in prediction.shares().items()]
+    return {"labels": _save_png(prediction.label_image(), "labels", picture, out), "classes": classes}
+
+
+def _panoptic(prediction: Prediction, picture: str, out: Path) -> dict:
+    if prediction.panoptic is None:
+        return {}
+    segments = [{key: value for key, value in segment.items() if key != "label"} for segment in prediction.segments]
+    return {"panoptic": _save_png(segment_image(prediction.panoptic), "panoptic", picture, out), "segments": segments}
+
+
+def segment_image(panoptic: Tensor) -> Image.Image:
+    """A map (H, W) of segment ids as COCO's panoptic format has it."""
+    ids = panoptic.numpy()
+    return Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8))
+
+
+def _save_png(image: Image.Image, kind: str, picture: str, out: Path) -> str:
+    """In a folder of its own, called as the picture; returns the path within `out`."""
+    path = out / kind / f"{Path(picture).stem}.png"
+    path.parent.mkdir(exist_ok=True)
+    image.save(path)
+    return path.relative_to(out).as_posix()
