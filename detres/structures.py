@@ -65,6 +65,7 @@ class Targets(Movable):
     masks: Tensor | None = None  # (M, H, W) uint8 bitmaps of the valid rows, in row-major (image, row) order
     keypoints: Tensor | None = None  # (N, G, J, 3) x, y, visibility
     proposals: Proposals | None = None  # of another model, to draw regions from (region classifiers)
+    semantic: Tensor | None = None  # (N, H, W) uint8 channels of a panoptic model, 255 ignored and where padded
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,18 @@ class ClassTargets(Movable):
 
 
 @dataclass(frozen=True)
+class SemanticTargets(Movable):
+    """Ground truth of semantic segmentation."""
+
+    labels: Tensor  # (N, H, W) uint8, 255 ignored and where padded
+
+
+@dataclass(frozen=True)
 class Batch(Movable):
     """What a loader yields."""
 
     images: ImageBatch
-    targets: Targets | ClassTargets | None
+    targets: Targets | ClassTargets | SemanticTargets | None
     image_ids: tuple[int | str, ...]  # ids of the data set
     paths: tuple[str, ...]  # image files, for messages
     original_sizes: Tensor  # (N, 2) int64, height and width of the image on disk (EXIF applied)
@@ -105,6 +113,7 @@ class Detections(Movable):
     masks: Tensor | None = None  # (N, D, S, S) probabilities inside the box; `ops.paste_masks` makes bitmaps
     keypoints: Tensor | None = None  # (N, D, J, 3) x, y, score
     paste: Literal["detectron2", "torchvision"] = "detectron2"  # how `masks` become bitmaps: `ops.paste_masks`
+    semantic: Tensor | None = None  # (N, C, H, W) logits of a panoptic model, on the canvas
 
     def rescale(self, sizes: Tensor, original_sizes: Tensor) -> Detections:
         """Boxes and keypoints in pixels of the original images (N, 2), clipped to them.
