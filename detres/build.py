@@ -7,14 +7,15 @@ from functools import partial
 
 from torch import nn
 
-from detres.config import CASCADES, RCNNS, ModelConfig, PoolConfig
+from detres.config import CASCADES, RCNNS, SEMANTIC, ModelConfig, PoolConfig
 from detres.models.anchors import AnchorGenerator
-from detres.models.backbone import FPNBackbone, LastStageBackbone
+from detres.models.backbone import AllStagesBackbone, FPNBackbone, LastStageBackbone
 from detres.models.classifier import Classifier
 from detres.models.dense_head import DenseHead
 from detres.models.faster_rcnn import FasterRCNN, Normalize
 from detres.models.fcos import FCOS
 from detres.models.localizer import Localizer, PerClassHead
+from detres.models.panoptic import PanopticFPN
 from detres.models.proposal_network import ProposalNetwork
 from detres.models.region_classifier import RegionClassifier
 from detres.models.resnet import ResNet, cifar_resnet, resnet
@@ -25,25 +26,33 @@ from detres.models.roi_heads.keypoint_head import KeypointHead
 from detres.models.roi_heads.mask_head import MaskHead
 from detres.models.roi_heads.standard import Pool, RoIHeads
 from detres.models.rpn import RPN, RPNHead
+from detres.models.semantic import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, SemanticFPNHead, SemanticSegmenter
 from detres.ops.roi_align import roi_align, roi_pool
 
 
-def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
-    """A detector with random weights; `weights.backbone.load_backbone` fills in those that
+def build_model(config: ModelConfig, num_classes: int, num_semantic: int = 0) -> nn.Module:
+    """A model with random weights; `weights.backbone.load_backbone` fills in those that
     `config.backbone.weights` names.
 
-    num_classes: K, without background.
+    num_classes: K, without background; of semantic segmentation all channels, background included if there is one.
+    num_semantic: channels of a panoptic model: things as one class, and each class of stuff; 0 for all others.
     """
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, got {num_classes}")
+    if config.is_panoptic:
+        return build_panoptic_fpn(config, num_classes, num_semantic)
     return MODELS[config.name](config, num_classes)
 
 
 def build_rcnn(config: ModelConfig, num_classes: int) -> FasterRCNN:
+    return FasterRCNN(*rcnn_parts(config, num_classes))
+
+
+def rcnn_parts(config: ModelConfig, num_classes: int) -> tuple:
+    """The arguments of a `FasterRCNN`."""
     backbone, conv5 = build_backbone(config)
-    return FasterRCNN(build_normalize(config), backbone, build_rpn(config, backbone),
-                      build_pool(config.pool, backbone.strides),
-                      build_roi_heads(config, num_classes, backbone.channels, conv5), config.pool.canonical_side)
+    return (build_normalize(config), backbone, build_rpn(config, backbone), build_pool(config.pool, backbone.strides),
+            build_roi_heads(config, num_classes, backbone.channels, conv5), config.pool.canonical_side)
 
 
 def build_rpn(config: ModelConfig, backbone: nn.Module) -> RPN:
@@ -102,6 +111,44 @@ def build_region_classifier(config: ModelConfig, num_classes: int) -> RegionClas
                             side=config.input.crop, **config.box_head.model_dump(include=names))
 
 
+def build_panoptic_fpn(config: ModelConfig, num_classes: int, num_semantic: int) -> PanopticFPN:
+    if num_semantic < 2:
+        raise ValueError("num_semantic must be at least 2 for a panoptic model, things and a class of stuff, got "
+                         f"{num_semantic}")
+    parts = rcnn_parts(config, num_classes)
+    head = SemanticFPNHead(parts[1].channels, num_semantic, **semantic_options(config, "channels", "norm", "dropout"))
+    options = config.semantic_head
+    return PanopticFPN(*parts, semantic_head=head, loss=options.loss, loss_weight=options.loss_weight,
+                       **config.panoptic.model_dump())
+
+
+def build_segmenter(config: ModelConfig, num_classes: int) -> SemanticSegmenter:
+    options = config.semantic_head
+    loss = {"loss": options.loss, "loss_weight": options.loss_weight, "aux_weight": options.aux_weight}
+    own = semantic_options(config, "channels", "norm", "dropout")
+    if config.name == "semantic_fpn":
+        backbone, _ = build_backbone(config)
+        head = SemanticFPNHead(backbone.channels, num_classes, **own)
+        return SemanticSegmenter(build_normalize(config), backbone, head, **loss)
+    backbone = AllStagesBackbone(build_resnet(config))
+    low, *_, before_last, last = backbone.channels
+    atrous = {"stride": backbone.strides[-1], **semantic_options(config, "rates")}
+    if config.name == "fcn":
+        head = FCNHead(last, num_classes, **own)
+    elif config.name == "deeplabv3":
+        head = DeepLabV3Head(last, num_classes, **atrous, **own)
+    else:
+        head = DeepLabV3PlusHead(low, last, num_classes, **atrous, **own)
+    aux = FCNHead(before_last, num_classes, **semantic_options(config, "norm"), stage=-2) if options.aux_weight else None
+    return SemanticSegmenter(build_normalize(config), backbone, head, aux, **loss)
+
+
+def semantic_options(config: ModelConfig, *names: str) -> dict[str, object]:
+    """Of the heads of semantic segmentation: those that are given; heads know the others."""
+    values = {name: getattr(config.semantic_head, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def build_normalize(config: ModelConfig) -> Normalize:
     options = config.input
     return Normalize(options.mean, options.std, bgr=options.channel_order == "bgr")
@@ -118,7 +165,7 @@ def build_resnet(config: ModelConfig) -> ResNet:
     body = make(options.depth, width=options.width, shortcut=options.shortcut, norm=options.norm,
                 norm_eps=options.norm_eps, stride_in_1x1=options.stride_in_1x1, groups=options.groups,
                 group_width=options.group_width, preact=options.preact, avg_down=options.avg_down,
-                deform_stages=options.deform_stages, dilated_stages=1 if options.layout == "dc5" else 0,
+                deform_stages=options.deform_stages, dilated_stages={"dc5": 1, "dc4": 2}.get(options.layout, 0),
                 activation_checkpointing=options.activation_checkpointing)
     body.freeze(options.freeze_stages)
     return body
@@ -175,6 +222,6 @@ def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
     return pool
 
 
-MODELS = {**dict.fromkeys(RCNNS, build_rcnn), "retinanet": build_retinanet, "fcos": build_fcos,
-          "rpn": build_proposal_network, "classifier": build_classifier, "localizer": build_localizer,
-          "region_classifier": build_region_classifier}
+MODELS = {**dict.fromkeys(RCNNS, build_rcnn), **dict.fromkeys(SEMANTIC, build_segmenter), "panoptic_fpn": build_panoptic_fpn,
+          "retinanet": build_retinanet, "fcos": build_fcos, "rpn": build_proposal_network, "classifier": build_classifier,
+          "localizer": build_localizer, "region_classifier": build_region_classifier}

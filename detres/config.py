@@ -59,8 +59,9 @@ class BackboneConfig(Section):
         False, description="projections average 2x2 instead of taking every other pixel (ResNet-D, arXiv 1812.01187)")
     deform_stages: Annotated[int, Field(ge=0, le=4)] = Field(
         0, description="last stages whose 3x3 are deformable and modulated: 3 in DCNv2 (arXiv 1811.11168)")
-    layout: Literal["fpn", "c4", "c5", "dc5"] = Field(
-        "fpn", description="P2..P6, or P3..P7 (fpn.top); stage 4 at stride 16; stage 5 at stride 32; dilated stage 5 at stride 16")
+    layout: Literal["fpn", "c4", "c5", "dc5", "dc4"] = Field(
+        "fpn", description="P2..P6, or P3..P7 (fpn.top); stage 4 at stride 16; stage 5 at stride 32; dilated stage 5 at "
+                           "stride 16; dilated stages 4 and 5 at stride 8")
     weights: str | None = Field("imagenet", description="'imagenet' (torchvision's), a path, or null: from scratch")
     norm: Norm = Field("frozen_bn", description="gn trains from scratch at any batch size")
     norm_eps: Annotated[float, Field(ge=0, le=1e-2)] = 1e-5
@@ -249,18 +250,51 @@ class DenseHeadConfig(Section):
         return self
 
 
+class SemanticHeadConfig(Section):
+    """Heads of semantic segmentation; null takes what the head's paper, or torchvision, does (models/semantic.py)."""
+
+    channels: Count | None = Field(
+        None, description="of the convolutions; null: a fourth of those of stage 5 in fcn, 256 in deeplabv3 and "
+                          "deeplabv3_plus, 128 in semantic_fpn and panoptic_fpn")
+    norm: Norm | None = Field(None, description="null: gn in semantic_fpn and panoptic_fpn, bn in the others")
+    dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="null: 0.1 in fcn, 0.5 in deeplabv3 and deeplabv3_plus, 0 in semantic_fpn and panoptic_fpn")
+    rates: tuple[Count, ...] | None = Field(
+        None, description="deeplabv3 and deeplabv3_plus: dilations of the 3x3 side by side; null: 12, 24, 36 at stride 8, "
+                          "half of that at 16 (arXiv 1706.05587)")
+    loss: Literal["ce", "dice", "lovasz", "ce+dice", "ce+lovasz"] = Field(
+        "ce", description="cross-entropy; Dice (V-Net, arXiv 1606.04797); Lovasz-Softmax (arXiv 1705.08790)")
+    loss_weight: Positive = Field(1.0, description="0.5 in the panoptic networks of arXiv 1901.02446 and Detectron2")
+    aux_weight: Annotated[float, Field(ge=0)] = Field(
+        0.5, description="fcn, deeplabv3, deeplabv3_plus: weight of the loss of an FCN head on stage 4, as in torchvision; "
+                         "0: no such head")
+
+
+class PanopticConfig(Section):
+    """How instances and semantic segments become one map (arXiv 1801.00868, section 7); values of Detectron2."""
+
+    score_thresh: Probability = Field(0.5, description="instances under it are left out")
+    overlap_thresh: Probability = Field(
+        0.5, description="instances of which more than this part is taken by better ones are left out")
+    stuff_area: Annotated[int, Field(ge=0)] = Field(4096, description="pixels; smaller stuff segments are void")
+
+
 # What kinds of models give, by name.
-MASKS = {"mask_rcnn", "cascade_mask_rcnn"}
+MASKS = {"mask_rcnn", "cascade_mask_rcnn", "panoptic_fpn"}
 KEYPOINTS = {"keypoint_rcnn"}
 CASCADES = {"cascade_rcnn", "cascade_mask_rcnn"}
 RCNNS = {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", *CASCADES}
 ALL_LEVELS = {"retinanet", "fcos", "rpn"}  # that read all levels there are; RCNNS pool regions from P2..P5
+SEMANTIC = {"fcn", "deeplabv3", "deeplabv3_plus", "semantic_fpn"}  # a class for each pixel, and no objects
+PANOPTIC = {"panoptic_fpn"}  # objects, and a class for each pixel: either an object's or one of stuff
 
 
 class ModelConfig(Section):
-    name: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet",
-                  "fcos", "rpn", "classifier", "localizer", "region_classifier"] = Field(
-        "mask_rcnn", description="rpn: proposals alone; localizer and region_classifier: arXiv 1512.03385, appendix C")
+    name: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "fcos",
+                  "rpn", "panoptic_fpn", "fcn", "deeplabv3", "deeplabv3_plus", "semantic_fpn", "classifier", "localizer",
+                  "region_classifier"] = Field(
+        "mask_rcnn", description="rpn: proposals alone; fcn to semantic_fpn: semantic segmentation; localizer and "
+                                 "region_classifier: arXiv 1512.03385, appendix C")
     weights: str | None = Field(
         None, description="run or weights of a model of this kind that training begins from, such as a detector of COCO "
                           "for VOC; layers of other classes begin anew; null: from backbone.weights")
@@ -275,6 +309,8 @@ class ModelConfig(Section):
     keypoint_head: KeypointHeadConfig = KeypointHeadConfig()
     cascade: CascadeConfig = CascadeConfig()
     dense_head: DenseHeadConfig = DenseHeadConfig()
+    semantic_head: SemanticHeadConfig = SemanticHeadConfig()
+    panoptic: PanopticConfig = PanopticConfig()
 
     @property
     def has_masks(self) -> bool:
@@ -284,11 +320,31 @@ class ModelConfig(Section):
     def has_keypoints(self) -> bool:
         return self.name in KEYPOINTS
 
+    @property
+    def is_semantic(self) -> bool:
+        return self.name in SEMANTIC
+
+    @property
+    def is_panoptic(self) -> bool:
+        return self.name in PANOPTIC
+
+    @model_validator(mode="after")
+    def _semantic_layouts(self):
+        layouts = ()
+        if self.name in ("semantic_fpn", "panoptic_fpn"):
+            layouts = ("fpn",)
+        elif self.is_semantic:
+            layouts = ("c5", "dc5", "dc4")
+        if layouts and self.backbone.layout not in layouts:
+            raise ValueError(f"backbone.layout must be {' or '.join(layouts)} for a {self.name}, got "
+                             f"{self.backbone.layout}. Set model.backbone.layout={layouts[-1]}.")
+        return self
+
     @model_validator(mode="after")
     def _detectors_have_four_stages(self):
-        if self.backbone.stem == "cifar" and self.name in RCNNS | ALL_LEVELS:
+        if self.backbone.stem == "cifar" and self.name not in ("classifier", "localizer", "region_classifier"):
             raise ValueError("backbone.stem cifar must go with models that read the last stage alone (classifier, "
-                             "localizer, region_classifier): detectors read four stages, and it has three, got "
+                             "localizer, region_classifier): others read four stages, and it has three, got "
                              f"name={self.name}")
         if self.name in CASCADES and self.backbone.layout == "c4":
             raise ValueError("backbone.layout must not be c4 for a cascade, each of whose stages would have a conv5 of its "
@@ -317,7 +373,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _levels(self):
         levels = 5 if self.backbone.layout == "fpn" else 1
-        if len(self.anchors.sizes) != levels:
+        if not self.is_semantic and len(self.anchors.sizes) != levels:
             raise ValueError(f"anchors.sizes must have one tuple per feature level: {levels} for layout "
                              f"'{self.backbone.layout}', got {len(self.anchors.sizes)}")
         return self

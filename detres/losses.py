@@ -181,3 +181,60 @@ def keypoint_loss(heatmaps: Tensor, cells: Tensor, seen: Tensor) -> dict[str, Te
     count = _normalizer(seen.sum())
     loss = F.cross_entropy(heatmaps.float().flatten(0, 1).flatten(1), cells.flatten(), reduction="none")
     return {"loss_keypoint": (loss.view_as(cells) * seen).sum() / count}
+
+
+# --- semantic segmentation: logits (N, C, H, W), labels (N, H, W) uint8 with IGNORED where nothing is known ---------
+
+IGNORED = 255
+
+
+def semantic_loss(logits: Tensor, labels: Tensor, kind: str) -> Tensor:
+    """The sum of the losses that `kind` names, joined by '+': keys of `SEMANTIC_LOSSES`."""
+    return sum(SEMANTIC_LOSSES[name](logits.float(), labels) for name in kind.split("+"))
+
+
+def semantic_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the pixels that are not ignored."""
+    total = F.cross_entropy(logits, labels.long(), ignore_index=IGNORED, reduction="sum")
+    return total / _normalizer((labels != IGNORED).sum())
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - Dice coefficient of softmax probabilities (V-Net, arXiv 1606.04797, section 3), mean over the classes that
+    occur in an image, of all images."""
+    truth, valid = _one_hot(labels, logits.shape[1])
+    probs = logits.softmax(1)
+    common = (probs * truth).sum((2, 3))  # (N, C)
+    area = truth.sum((2, 3))
+    dice = 2 * common / ((probs.square() * valid).sum((2, 3)) + area.clamp(min=1))
+    present = area > 0
+    return ((1 - dice) * present).sum() / _normalizer(present.sum())
+
+
+def lovasz_softmax(logits: Tensor, labels: Tensor) -> Tensor:
+    """Lovasz-Softmax (arXiv 1705.08790, section 2.2): the convex extension of 1 - IoU to errors of softmax
+    probabilities, mean over the classes that occur in an image, of all images.
+
+    Sorts all pixels for each class: memory is about five times that of the logits.
+    """
+    truth, valid = _one_hot(labels, logits.shape[1])
+    probs = logits.softmax(1)
+    errors = torch.where(truth, 1 - probs, probs).where(valid, -1.0).flatten(2)  # (N, C, P); the ignored come last
+    errors, order = errors.sort(dim=2, descending=True)
+    sorted_truth = truth.flatten(2).gather(2, order).float()
+    area = sorted_truth.sum(2, keepdim=True)  # (N, C, 1)
+    intersection = area - sorted_truth.cumsum(2)  # where the errors so far, and no others, were made
+    union = area + (1 - sorted_truth).cumsum(2)
+    jaccard = F.pad(1 - intersection / union, (1, 0))
+    weight = jaccard.diff(dim=2)  # the gradient of the extension (equation 9): what one more error costs
+    present = area[..., 0] > 0
+    return ((errors.clamp(min=0) * weight).sum(2) * present).sum() / _normalizer(present.sum())
+
+
+def _one_hot(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Whether each pixel is of each class (N, C, H, W) bool, and is not ignored (N, 1, H, W)."""
+    truth = labels[:, None] == torch.arange(classes, device=labels.device)[:, None, None]
+    return truth, (labels != IGNORED)[:, None]
+
+
+SEMANTIC_LOSSES = {"ce": semantic_cross_entropy, "dice": dice_loss, "lovasz": lovasz_softmax}

@@ -1,4 +1,4 @@
-"""From images to the feature maps that detectors read: FPN, C4 and dilated C5 on a ResNet."""
+"""From images to the feature maps that heads read: FPN, C4, dilated C5 and all stages of a ResNet."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class FPNBackbone(nn.Module):
 
 
 class LastStageBackbone(nn.Module):
-    """The last stage alone: C4 (stride 16, conv5 taken out to be the head), or dilated C5."""
+    """The last stage alone: C4 (stride 16, conv5 taken out to be the head), or C5, dilated or not."""
 
     def __init__(self, body: ResNet):
         super().__init__()
@@ -78,3 +78,15 @@ class LastStageBackbone(nn.Module):
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         return self.body(pixels)[-1:]
+
+
+class AllStagesBackbone(nn.Module):
+    """C2..C5, of which heads of semantic segmentation choose; dilated or not."""
+
+    def __init__(self, body: ResNet):
+        super().__init__()
+        self.body = body
+        self.channels, self.strides = body.channels, body.strides
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        return self.body(pixels)

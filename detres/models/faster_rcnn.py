@@ -55,12 +55,16 @@ class FasterRCNN(nn.Module):
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
         """Losses by name if targets are given, in training and evaluation mode alike; else detections."""
+        features = self.features(images)
+        return self.detect(features, images) if targets is None else self.losses(features, images, targets)
+
+    def losses(self, features: list[Tensor], images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
+        proposals, rpn_losses = self.rpn(features, images.pixels.shape[-2:], images.sizes, targets)
+        return rpn_losses | self.roi_heads.losses(partial(self.pool, features), proposals, targets, images.sizes)
+
+    def detect(self, features: list[Tensor], images: ImageBatch) -> Detections:
         heads = self.roi_heads
-        if targets is not None:
-            features = self.features(images)
-            proposals, rpn_losses = self.rpn(features, images.pixels.shape[-2:], images.sizes, targets)
-            return rpn_losses | heads.losses(partial(self.pool, features), proposals, targets, images.sizes)
-        proposals, regions = self.propose(images)
+        proposals, regions = self.propose(images, features)
         score = partial(heads.score, regions, sizes=images.sizes)
         found = heads.detect(score, proposals, images.sizes)
         if heads.mask_head is not None:
@@ -73,9 +77,9 @@ class FasterRCNN(nn.Module):
     def features(self, images: ImageBatch) -> list[Tensor]:
         return self.backbone(self.normalize(images))
 
-    def propose(self, images: ImageBatch) -> tuple[Proposals, Regions]:
+    def propose(self, images: ImageBatch, features: list[Tensor] | None = None) -> tuple[Proposals, Regions]:
         """Where to look, and how the heads see it: at the images' own size, or at those of their pyramid."""
-        features = self.features(images)
+        features = self.features(images) if features is None else features
         proposals, _ = self.rpn(features, images.pixels.shape[-2:], images.sizes)
         if images.pyramid:
             return proposals, multi_scale_regions(self.pool, self.features, images, self.canonical_side)
