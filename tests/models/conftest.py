@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detres.config import ModelConfig
-from detres.structures import ImageBatch, Targets
+from detres.structures import ImageBatch, SemanticTargets, Targets
 
 ONE_LEVEL = {"sizes": [[16, 32, 64]]}
 SMALL = {"rpn": {"pre_nms_topk_train": 200, "pre_nms_topk_test": 200, "post_nms_topk_train": 100,
@@ -48,12 +48,23 @@ def make_batch(n=2, height=96, width=128, empty_last=False) -> tuple[ImageBatch,
     return ImageBatch(pixels, torch.tensor([[height, width]] * n)), targets
 
 
-def overfit(model: torch.nn.Module, images: ImageBatch, targets: Targets, steps: int) -> None:
+def semantic_labels(targets: Targets) -> torch.Tensor:
+    """(N, H, W) uint8 of the batch of `make_batch`: 0 the noise, 1 red, 2 blue, 255 in the first rows."""
+    n, k = targets.labels.shape
+    masks = targets.masks.view(n, k, *targets.masks.shape[1:])
+    labels = (masks * (targets.labels + 1)[..., None, None]).amax(1).to(torch.uint8)
+    labels[:, :4] = 255
+    return labels
+
+
+def overfit(model: torch.nn.Module, images: ImageBatch, targets: Targets | SemanticTargets, steps: int) -> None:
     """Trains on one batch; other regions are drawn each time, as the loader's seeds see to."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        sum(model(images, replace(targets, seeds=targets.seeds + 1000 * step)).values()).backward()
+    for _ in range(steps):
+        if isinstance(targets, Targets):
+            targets = replace(targets, seeds=targets.seeds + 1000)
+        sum(model(images, targets).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
