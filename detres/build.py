@@ -118,8 +118,7 @@ def build_panoptic_fpn(config: ModelConfig, num_classes: int, num_semantic: int)
     parts = rcnn_parts(config, num_classes)
     head = SemanticFPNHead(parts[1].channels, num_semantic, **semantic_options(config, "channels", "norm", "dropout"))
     options = config.semantic_head
-    return PanopticFPN(*parts, semantic_head=head, loss=options.loss, loss_weight=options.loss_weight,
-                       **config.panoptic.model_dump())
+    return PanopticFPN(*parts, semantic_head=head, loss=options.loss, loss_weight=options.loss_weight)
 
 
 def build_segmenter(config: ModelConfig, num_classes: int) -> SemanticSegmenter:

@@ -19,13 +19,11 @@ from detres.structures import Detections, ImageBatch, Targets
 class PanopticFPN(FasterRCNN):
     """A Mask R-CNN of the parts that `FasterRCNN` takes, and `semantic_head`, whose channel 0 is all things together.
 
-    loss, loss_weight: of semantic_head, see `losses.semantic_loss`; the others: see `merge_panoptic`."""
+    loss, loss_weight: of semantic_head, see `losses.semantic_loss`."""
 
-    def __init__(self, *parts, semantic_head: SemanticFPNHead, loss: str = "ce", loss_weight: float = 0.5,
-                 overlap_thresh: float = 0.5, stuff_area: int = 4096, score_thresh: float = 0.5):
+    def __init__(self, *parts, semantic_head: SemanticFPNHead, loss: str = "ce", loss_weight: float = 0.5):
         super().__init__(*parts)
         self.semantic_head, self.loss, self.loss_weight = semantic_head, loss, loss_weight
-        self.merging = {"overlap_thresh": overlap_thresh, "stuff_area": stuff_area, "score_thresh": score_thresh}
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -39,11 +37,6 @@ class PanopticFPN(FasterRCNN):
     def detect(self, features: list[Tensor], images: ImageBatch) -> Detections:
         found = super().detect(features, images)
         return replace(found, semantic=on_canvas(self.semantic_head(features, images.sizes), images))
-
-    def merge(self, scores: Tensor, labels: Tensor, bitmaps: Tensor,
-              semantic_labels: Tensor) -> tuple[Tensor, PanopticSegments]:
-        """`merge_panoptic` with the thresholds of this model."""
-        return merge_panoptic(scores, labels, bitmaps, semantic_labels, **self.merging)
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ def merge_panoptic(scores: Tensor, labels: Tensor, bitmaps: Tensor, semantic_lab
     semantic_labels (H, W), of at least `stuff_area` pixels in each class; channel 0, things, stays void. So panopticapi
     and Detectron2 do; but a segment always has a pixel here, whatever the thresholds.
 
-    The host waits twice for the device, whatever D: for how many instances there are, and for how many segments.
+    The host waits for the device four times, whatever D, where it must know how many instances or segments there are.
     """
     order = scores.argsort(descending=True, stable=True)
     order = order[scores[order].double() >= score_thresh]
