@@ -74,14 +74,6 @@ class ConvNormReLU(nn.Module):
         return F.relu_(conv_norm(x, self.conv, self.norm))
 
 
-def make_predictor(in_channels: int, num_classes: int) -> nn.Conv2d:
-    """1x1, near zero at first: all classes alike."""
-    layer = nn.Conv2d(in_channels, num_classes, 1)
-    nn.init.normal_(layer.weight, std=0.01)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class FCNHead(nn.Module):
     """One 3x3 and the predictor on one stage: torchvision's; the skips of the paper are left out, as there.
 
@@ -95,7 +87,7 @@ class FCNHead(nn.Module):
         self.stage = stage
         self.conv = ConvNormReLU(in_channels, channels, 3, norm)
         self.dropout = nn.Dropout(dropout)
-        self.predict = make_predictor(channels, num_classes)
+        self.predict = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: list[Tensor], sizes: Tensor) -> Tensor:
         return self.predict(self.dropout(self.conv(features[self.stage])))
@@ -145,7 +137,7 @@ class DeepLabV3Head(nn.Module):
         rates = default_rates(stride) if rates is None else rates
         self.aspp = ASPP(in_channels, channels, rates, stride, norm, dropout)
         self.conv = ConvNormReLU(channels, channels, 3, norm)
-        self.predict = make_predictor(channels, num_classes)
+        self.predict = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: list[Tensor], sizes: Tensor) -> Tensor:
         return self.predict(self.conv(self.aspp(features[-1], sizes)))
@@ -168,7 +160,7 @@ class DeepLabV3PlusHead(nn.Module):
         self.low = ConvNormReLU(low_channels, 48, 1, norm)
         self.decoder = nn.Sequential(ConvNormReLU(channels + 48, channels, 3, norm),
                                      ConvNormReLU(channels, channels, 3, norm))
-        self.predict = make_predictor(channels, num_classes)
+        self.predict = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: list[Tensor], sizes: Tensor) -> Tensor:
         low = self.low(features[0])
@@ -189,7 +181,7 @@ class SemanticFPNHead(nn.Module):
             nn.ModuleList(ConvNormReLU(channels if k else in_channels, channels, 3, norm) for k in range(max(1, level)))
             for level in range(4))
         self.dropout = nn.Dropout(dropout)
-        self.predict = make_predictor(channels, num_classes)
+        self.predict = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: list[Tensor], sizes: Tensor) -> Tensor:
         total = 0

@@ -42,21 +42,22 @@ def test_losses_logits_and_gradients(name, layout):
 def test_overfits_four_images(name, layout):
     torch.manual_seed(0)
     images, targets = make_semantic_batch(4)
-    model = build_model(small_config(name, layout, semantic_head={"dropout": 0, "channels": 32, "rates": [2, 4, 6]}), 3)
-    overfit(model, images, targets, steps=120 if layout == "dc4" else 80)
+    head = {"dropout": 0, "channels": 64, "rates": [1, 2, 3]}
+    model = build_model(small_config(name, layout, semantic_head=head), 3)
+    overfit(model, images, targets, steps=80)
     logits = model(images)  # by the statistics of the batch: those kept lag behind
     assert mean_iou(logits, targets.labels) > 0.9
     known = targets.labels != 255
     assert (logits.argmax(1) == targets.labels)[known].float().mean() > 0.98
 
 
-@pytest.mark.parametrize("loss", ["dice", "lovasz", "ce+dice", "ce+lovasz"])
+@pytest.mark.parametrize("loss", ["dice", "lovasz"])
 def test_overfits_with_other_losses(loss):
     torch.manual_seed(0)
     images, targets = make_semantic_batch(4)
     config = small_config("semantic_fpn", semantic_head={"channels": 32, "loss": loss, "norm": "bn"})
     model = build_model(config, 3)
-    overfit(model, images, targets, steps=60)
+    overfit(model, images, targets, steps=50)
     assert mean_iou(model(images), targets.labels) > 0.85
 
 
