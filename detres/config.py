@@ -256,7 +256,8 @@ class SemanticHeadConfig(Section):
     channels: Count | None = Field(
         None, description="of the convolutions; null: a fourth of those of stage 5 in fcn, 256 in deeplabv3 and "
                           "deeplabv3_plus, 128 in semantic_fpn and panoptic_fpn")
-    norm: Norm | None = Field(None, description="null: gn in semantic_fpn and panoptic_fpn, bn in the others")
+    norm: Norm | Literal["none"] | None = Field(
+        None, description="null: gn in semantic_fpn and panoptic_fpn, bn in the others")
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="null: 0.1 in fcn, 0.5 in deeplabv3 and deeplabv3_plus, 0 in semantic_fpn and panoptic_fpn")
     rates: tuple[Count, ...] | None = Field(

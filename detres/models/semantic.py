@@ -67,7 +67,7 @@ class ConvNormReLU(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, kernel: int, norm: str, dilation: int = 1):
         super().__init__()
-        self.conv = make_conv(in_channels, channels, kernel, dilation=dilation)
+        self.conv = make_conv(in_channels, channels, kernel, dilation=dilation, bias=norm == "none")
         self.norm = make_norm(norm, channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -83,6 +83,16 @@ DENSE = [
     ("head.cls_score.", "head.cls."),
     ("head.bbox_pred.", "head.box."),
 ]
+
+
+def semantic_head(ours: str) -> list[tuple]:
+    return [
+        ("sem_seg_head.p{i+2}.{2k}.norm.", f"{ours}.scales.{{i}}.{{k}}.norm."),
+        ("sem_seg_head.p{i+2}.{2k}.", f"{ours}.scales.{{i}}.{{k}}.conv."),
+        ("sem_seg_head.predictor.", f"{ours}.predict."),
+    ]
+
+
 IGNORED = r"pixel_mean|pixel_std|(proposal_generator\.)?anchor_generator\."
 BGR_MEAN, BGR_STD = (103.53, 116.28, 123.675), (57.375, 57.12, 58.395)
 ASSUMED = ("images and strides as in the model zoo (BGR; ResNets but for those with norms in the pyramid stride in the "
@@ -104,6 +114,8 @@ def conventions(sections: Sections) -> Sections:
         found["rpn"] = {"post_nms_topk_train": 2000}
     if sections["name"] == "keypoint_rcnn":
         found |= {"rpn": {"post_nms_topk_train": 1500}, "box_head": {"box_loss": "smooth_l1", "smooth_l1_beta": 0.5}}
+    if sections["name"] == "panoptic_fpn":
+        found["semantic_head"] = {"loss_weight": 0.5}
     if backbone["layout"] != "fpn":
         found["input"]["size_divisor"] = 1  # a canvas is as large as its largest image
         found["anchors"] = {"sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),)}
@@ -118,7 +130,9 @@ def retinanet_conventions(sections: Sections) -> Sections:
 
 FAMILIES = (
     Family("Detectron2", "R-CNN with FPN", ("proposal_generator.rpn_head.conv.weight", "backbone.fpn_lateral2.weight"),
-           KeyMap([*fpn(2), *RPN, *HEADS], IGNORED), conventions, ASSUMED),
+           KeyMap([*fpn(2), *RPN, *HEADS, *semantic_head("semantic_head")], IGNORED), conventions, ASSUMED),
+    Family("Detectron2", "Semantic FPN", ("sem_seg_head.predictor.weight", "backbone.fpn_lateral2.weight"),
+           KeyMap([*fpn(2), *semantic_head("head")], IGNORED), conventions, ASSUMED),
     Family("Detectron2", "RetinaNet", ("head.cls_subnet.0.weight", "backbone.fpn_lateral3.weight"),
            KeyMap([*fpn(3), *DENSE], IGNORED), retinanet_conventions, ASSUMED),
     Family("Detectron2", "R-CNN without FPN", ("proposal_generator.rpn_head.conv.weight", "backbone.stem.conv1.weight"),

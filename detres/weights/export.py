@@ -44,8 +44,8 @@ def export(tensors: Mapping[str, Tensor], model: ModelConfig, num_classes: int, 
                  f"RESNETS.DEPTH {model.backbone.depth}.")
         return Exported({"model": found, "__author__": "detres"}, usage, differences)
     usage = f"Load it with load_state_dict into torchvision's {family.name}" + (
-        f" of {num_classes + 1} classes, background first." if model.name != "classifier" else
-        f" of {num_classes} classes.")
+        f" of {num_classes} classes." if model.name == "classifier" or model.is_semantic else
+        f" of {num_classes + 1} classes, background first.")
     return Exported(found, usage, differences)
 
 

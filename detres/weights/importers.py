@@ -136,6 +136,10 @@ def _classes(config: ModelConfig, count: int, tensors: State, given: Sequence[st
              file: Path) -> tuple[Classes | None, Classes | None]:
     """Classes, and those of the semantic channels of a panoptic model."""
     semantic = None
+    if config.is_panoptic:
+        channels = len(tensors["semantic_head.predict.weight"])
+        semantic = semantic_classes(channels) or (("things", *(f"stuff {i}" for i in range(1, channels))),
+                                                  tuple(range(channels)))
     if given is not None:
         if len(given) != count or len(set(given)) != count:
             raise ValueError(f"classes must be {count} distinct names, got {len(given)} ({file}).")
@@ -144,6 +148,8 @@ def _classes(config: ModelConfig, count: int, tensors: State, given: Sequence[st
         return (("object",), (1,)), semantic
     if config.name == "classifier":
         return image_classes(count), semantic
+    if config.is_semantic:
+        return semantic_classes(count), semantic
     return detection_classes(count), semantic
 
 

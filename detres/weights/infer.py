@@ -25,10 +25,11 @@ def infer(state: State) -> tuple[Sections, int]:
         return {"name": "classifier", "backbone": {**backbone, "layout": "c5"}, "anchors": {"sizes": [[32]]}}, \
             shapes["fc.weight"][0]
     sections: Sections = {"backbone": backbone}
+    if "head.predict.weight" in shapes:
+        return _semantic(shapes, sections)
     if "backbone.fpn.lateral.0.weight" in shapes:
         backbone["layout"] = "fpn"
-        sections["fpn"] = {"channels": shapes["backbone.fpn.lateral.0.weight"][0],
-                           "norm": _norm(shapes, "backbone.fpn.lateral_norm.0.")}
+        sections["fpn"] = _fpn(shapes)
         if "backbone.fpn.p6.weight" in shapes:
             is_p5 = shapes["backbone.fpn.p6.weight"][1] == sections["fpn"]["channels"]
             sections["fpn"]["top"] = "p5" if is_p5 else "c5"
@@ -70,7 +71,38 @@ def _rcnn(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Secti
         sections["mask_head"] = {"convs": _count(shapes, r"roi_heads\.mask_head\.convs\.(\d+)\.weight"),
                                  "channels": shapes["roi_heads.mask_head.deconv.weight"][1],
                                  "norm": _norm(shapes, "roi_heads.mask_head.norms.0.")}
+    if "semantic_head.predict.weight" in shapes:
+        name = "panoptic_fpn"
+        sections["semantic_head"] = _semantic_head(shapes, "semantic_head.scales.0.0.")
     return {"name": name, **sections}, num_classes
+
+
+def _semantic(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Sections, int]:
+    """Stages are dilated as in torchvision: that is not in the tensors."""
+    num_classes = shapes["head.predict.weight"][0]
+    if "head.scales.0.0.conv.weight" in shapes:
+        sections["backbone"]["layout"] = "fpn"
+        sections |= {"fpn": _fpn(shapes), "semantic_head": _semantic_head(shapes, "head.scales.0.0.")}
+        return {"name": "semantic_fpn", **sections}, num_classes
+    sections["backbone"]["layout"] = "dc4"
+    name, first = "fcn", "head.conv."
+    if "head.aspp.project.conv.weight" in shapes:
+        name, first = "deeplabv3_plus" if "head.low.conv.weight" in shapes else "deeplabv3", "head.aspp.project."
+    sections["semantic_head"] = _semantic_head(shapes, first)
+    if "aux_head.predict.weight" not in shapes:
+        sections["semantic_head"]["aux_weight"] = 0.0
+    return {"name": name, **sections}, num_classes
+
+
+def _semantic_head(shapes: dict[str, tuple[int, ...]], first: str) -> Sections:
+    """first: a convolution of the head and its norm."""
+    norm = _norm(shapes, first + "norm.")
+    return {"channels": shapes[first + "conv.weight"][0], "norm": "bn" if norm == "frozen_bn" else norm}
+
+
+def _fpn(shapes: dict[str, tuple[int, ...]]) -> Sections:
+    return {"channels": shapes["backbone.fpn.lateral.0.weight"][0],
+            "norm": _norm(shapes, "backbone.fpn.lateral_norm.0.")}
 
 
 def _box_head(shapes: dict[str, tuple[int, ...]], sections: Sections, prefix: str = "roi_heads.box_head.") -> Sections:

@@ -77,6 +77,27 @@ def _dense(anchors: int, towers: list[tuple[str, str]]) -> KeyMap:
     ])
 
 
+SEGMENTATION = [
+    ("backbone.", "backbone.body."),
+    ("aux_classifier.0.", "aux_head.conv.conv."),
+    ("aux_classifier.1.", "aux_head.conv.norm."),
+    ("aux_classifier.4.", "aux_head.predict."),
+    ("classifier.4.", "head.predict."),
+]
+FCN = [
+    ("classifier.0.", "head.conv.conv."),
+    ("classifier.1.", "head.conv.norm."),
+]
+DEEPLABV3 = [
+    ("classifier.0.convs.4.1.", "head.aspp.pool.conv."),
+    ("classifier.0.convs.4.2.", "head.aspp.pool.norm."),
+    ("classifier.0.convs.{i}.0.", "head.aspp.branches.{i}.conv."),
+    ("classifier.0.convs.{i}.1.", "head.aspp.branches.{i}.norm."),
+    ("classifier.0.project.0.", "head.aspp.project.conv."),
+    ("classifier.0.project.1.", "head.aspp.project.norm."),
+    ("classifier.1.", "head.conv.conv."),
+    ("classifier.2.", "head.conv.norm."),
+]
 CLASSIFIER = [
     ("fc.", "fc."),
     *((f"{part}.", f"backbone.body.{part}.") for part in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")),
@@ -124,6 +145,12 @@ def classifier_conventions(sections: Sections) -> Sections:
 
 
 DENSE = {"input": {"antialias": False}, "backbone": {"freeze_stages": 2}, "anchors": {"convention": "torchvision"}}
+def segmentation_conventions(sections: Sections | None = None) -> Sections:
+    """Images are resized to a short side of 520 pixels, however long the other, and not padded."""
+    return {"input": {"min_size": 520, "max_size": 100_000, "size_divisor": 1},
+            "backbone": {"freeze_stages": 0}}
+
+
 # Weights whose models torchvision builds with batch norms without epsilon.
 WITHOUT_EPS = {"FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "MaskRCNN_ResNet50_FPN_Weights.COCO_V1",
                "KeypointRCNN_ResNet50_FPN_Weights.COCO_V1", "RetinaNet_ResNet50_FPN_Weights.COCO_V1"}
@@ -155,6 +182,10 @@ FAMILIES = (
            fcos_conventions),
     Family("torchvision", "RetinaNet", ("head.regression_head.bbox_reg.weight",), _dense(9, CONV_AND_NORM),
            retinanet_conventions, assumed=("boxes of version 2 trained by GIoU",)),
+    Family("torchvision", "DeepLabV3", ("classifier.0.project.0.weight",), KeyMap([*DEEPLABV3, *SEGMENTATION]),
+           segmentation_conventions),
+    Family("torchvision", "FCN", ("classifier.0.weight", "classifier.4.weight", "backbone.layer4.0.conv1.weight"),
+           KeyMap([*FCN, *SEGMENTATION]), segmentation_conventions),
     Family("torchvision", "classifier", ("conv1.weight", "bn1.running_mean", "layer4.0.conv1.weight", "fc.weight"),
            KeyMap(CLASSIFIER), classifier_conventions),
 )

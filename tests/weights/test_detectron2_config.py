@@ -64,7 +64,7 @@ def test_families(family):
     assert config.data.augment.min_sizes == (640, 672, 704, 736, 768, 800)
     assert "_BASE_" in named(notes)
     with torch.device("meta"):
-        build_model(config.model, num_classes=3)
+        build_model(config.model, num_classes=3, num_semantic=3)
 
 
 CHANGED = {  # settings of which no sum or other name is a value
