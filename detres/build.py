@@ -138,7 +138,9 @@ def build_segmenter(config: ModelConfig, num_classes: int) -> SemanticSegmenter:
         head = DeepLabV3Head(last, num_classes, **atrous, **own)
     else:
         head = DeepLabV3PlusHead(low, last, num_classes, **atrous, **own)
-    aux = FCNHead(before_last, num_classes, **semantic_options(config, "norm"), stage=-2) if options.aux_weight else None
+    aux = None
+    if options.aux_weight:
+        aux = FCNHead(before_last, num_classes, **semantic_options(config, "norm"), stage=-2)
     return SemanticSegmenter(build_normalize(config), backbone, head, aux, **loss)
 
 
@@ -221,6 +223,7 @@ def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
     return pool
 
 
-MODELS = {**dict.fromkeys(RCNNS, build_rcnn), **dict.fromkeys(SEMANTIC, build_segmenter), "panoptic_fpn": build_panoptic_fpn,
-          "retinanet": build_retinanet, "fcos": build_fcos, "rpn": build_proposal_network, "classifier": build_classifier,
-          "localizer": build_localizer, "region_classifier": build_region_classifier}
+MODELS = {**dict.fromkeys(RCNNS, build_rcnn), **dict.fromkeys(SEMANTIC, build_segmenter),
+          "panoptic_fpn": build_panoptic_fpn, "retinanet": build_retinanet, "fcos": build_fcos,
+          "rpn": build_proposal_network, "classifier": build_classifier, "localizer": build_localizer,
+          "region_classifier": build_region_classifier}

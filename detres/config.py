@@ -60,8 +60,8 @@ class BackboneConfig(Section):
     deform_stages: Annotated[int, Field(ge=0, le=4)] = Field(
         0, description="last stages whose 3x3 are deformable and modulated: 3 in DCNv2 (arXiv 1811.11168)")
     layout: Literal["fpn", "c4", "c5", "dc5", "dc4"] = Field(
-        "fpn", description="P2..P6, or P3..P7 (fpn.top); stage 4 at stride 16; stage 5 at stride 32; dilated stage 5 at "
-                           "stride 16; dilated stages 4 and 5 at stride 8")
+        "fpn", description="P2..P6, or P3..P7 (fpn.top); stage 4 at stride 16; stage 5 at stride 32; dilated stage 5 "
+                           "at stride 16; dilated stages 4 and 5 at stride 8")
     weights: str | None = Field("imagenet", description="'imagenet' (torchvision's), a path, or null: from scratch")
     norm: Norm = Field("frozen_bn", description="gn trains from scratch at any batch size")
     norm_eps: Annotated[float, Field(ge=0, le=1e-2)] = 1e-5
@@ -261,14 +261,14 @@ class SemanticHeadConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="null: 0.1 in fcn, 0.5 in deeplabv3 and deeplabv3_plus, 0 in semantic_fpn and panoptic_fpn")
     rates: tuple[Count, ...] | None = Field(
-        None, description="deeplabv3 and deeplabv3_plus: dilations of the 3x3 side by side; null: 12, 24, 36 at stride 8, "
-                          "half of that at 16 (arXiv 1706.05587)")
+        None, description="deeplabv3 and deeplabv3_plus: dilations of the 3x3 side by side; null: 12, 24, 36 at stride "
+                          "8, half of that at 16 (arXiv 1706.05587)")
     loss: Literal["ce", "dice", "lovasz", "ce+dice", "ce+lovasz"] = Field(
         "ce", description="cross-entropy; Dice (V-Net, arXiv 1606.04797); Lovasz-Softmax (arXiv 1705.08790)")
     loss_weight: Positive = Field(1.0, description="0.5 in the panoptic networks of arXiv 1901.02446 and Detectron2")
     aux_weight: Annotated[float, Field(ge=0)] = Field(
-        0.5, description="fcn, deeplabv3, deeplabv3_plus: weight of the loss of an FCN head on stage 4, as in torchvision; "
-                         "0: no such head")
+        0.5, description="fcn, deeplabv3, deeplabv3_plus: weight of the loss of an FCN head on stage 4, as in "
+                         "torchvision; 0: no such head")
 
 
 class PanopticConfig(Section):
@@ -292,8 +292,8 @@ PANOPTIC = {"panoptic_fpn"}  # objects, and a class for each pixel: either an ob
 
 class ModelConfig(Section):
     name: Literal["faster_rcnn", "mask_rcnn", "keypoint_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "retinanet", "fcos",
-                  "rpn", "panoptic_fpn", "fcn", "deeplabv3", "deeplabv3_plus", "semantic_fpn", "classifier", "localizer",
-                  "region_classifier"] = Field(
+                  "rpn", "panoptic_fpn", "fcn", "deeplabv3", "deeplabv3_plus", "semantic_fpn", "classifier",
+                  "localizer", "region_classifier"] = Field(
         "mask_rcnn", description="rpn: proposals alone; fcn to semantic_fpn: semantic segmentation; localizer and "
                                  "region_classifier: arXiv 1512.03385, appendix C")
     weights: str | None = Field(

@@ -21,7 +21,8 @@ from detres.engine.train import train
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-ZOO = [path for path in CONFIGS if re.search(r"_(1x|3x|voc)$", path.stem)]
+ZOO = [path for path in CONFIGS if re.search(r"_(fpn|c4)_(1x|3x|voc)$", path.stem)]
+SEGMENTATION = [path for path in CONFIGS if path not in ZOO and re.search(r"_(1x|3x|voc)$", path.stem)]
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +39,7 @@ def test_builds_and_tells_where_its_values_come_from(path):
     resolved = load_config(path)
     assert f"# configs/{path.name}:" in format_config(resolved) and "# configs/_base/" in format_config(resolved)
     with torch.device("meta"):
-        model = build_model(resolved.config.model, num_classes=20)
+        model = build_model(resolved.config.model, num_classes=20, num_semantic=5 * resolved.config.model.is_panoptic)
     heads = getattr(model, "roi_heads", None)
     assert (heads is not None and heads.mask_head is not None) == resolved.config.model.has_masks
     assert (heads is not None and heads.keypoint_head is not None) == resolved.config.model.has_keypoints
@@ -86,6 +87,23 @@ def test_zoo_is_complete():
     dense = {"retinanet_r50_fpn_1x", "retinanet_r50_fpn_3x", "retinanet_r101_fpn_3x", "fcos_r50_fpn_1x", "rpn_r50_fpn_1x",
              "rpn_r50_c4_1x"}
     assert names == coco | others | dense | {f"faster_rcnn_r{depth}_{layout}_voc" for depth, layout in parts}
+
+
+@pytest.mark.parametrize("path", SEGMENTATION, ids=lambda path: path.stem)
+def test_segmentation_name_says_what_is_inside(path):
+    kind, depth, schedule = re.fullmatch(r"(\w+)_r(\d+)_(1x|3x|voc)", path.stem).groups()
+    config = load_config(path).config
+    model, steps = config.model, {"1x": 90_000, "3x": 270_000, "voc": 20_000}
+    assert (model.name, model.backbone.depth, config.train.steps) == (kind, int(depth), steps[schedule])
+    assert model.backbone.layout == ("dc4" if schedule == "voc" else "fpn") and config.output == f"runs/{path.stem}"
+    assert model.semantic_head.loss_weight == (0.5 if model.is_panoptic else 1)
+    assert config.data.train.split == ("2012_trainaug" if schedule == "voc" else "panoptic_train2017")
+
+
+def test_segmentation_is_complete():
+    assert {path.stem for path in SEGMENTATION} == {
+        "fcn_r50_voc", "deeplabv3_r50_voc", "deeplabv3_r101_voc", "deeplabv3_plus_r50_voc", "semantic_fpn_r50_1x",
+        "panoptic_fpn_r50_1x", "panoptic_fpn_r50_3x", "panoptic_fpn_r101_3x"}
 
 
 def test_c4_is_detectron2s():
@@ -138,7 +156,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
         return object.__getattribute__(self, name)
 
     def watched_dump(self, **options):
-        if caller() == "detres.build":
+        if caller() in ("detres.build", "detres.evaluation.run"):
             read.update(f"{type(self).__name__}.{name}" for name in type(self).model_fields)
         return BaseModel.model_dump(self, **options)
 

@@ -112,9 +112,9 @@ class ASPP(nn.Module):
 
     def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
         if len(x) == 1 and self.training and isinstance(self.pool.norm, nn.BatchNorm2d):
-            raise ValueError("batches must have two images or more on each process, got 1: the batch norm of the global "
-                             "pool (DeepLab) has no variance otherwise. Raise train.batch_size, lower train.accumulate, "
-                             "or set model.semantic_head.norm=gn.")
+            raise ValueError("batches must have two images or more on each process, got 1: the batch norm of the image "
+                             "mean (DeepLab) has no variance otherwise. Raise train.batch_size, lower "
+                             "train.accumulate, or set model.semantic_head.norm=gn.")
         whole = self.pool(mean_inside(x, sizes, self.stride)).expand(-1, -1, *x.shape[-2:])
         return self.dropout(self.project(torch.cat([*(branch(x) for branch in self.branches), whole], 1)))
 
@@ -122,14 +122,14 @@ class ASPP(nn.Module):
 def mean_inside(x: Tensor, sizes: Tensor, stride: int) -> Tensor:
     """Means (N, D, 1, 1) of maps (N, D, h, w) over the cells that hold some of the content of `sizes` (N, 2)."""
     cells = (sizes + stride - 1) // stride  # (N, 2)
-    inside_y, inside_x = (torch.arange(side, device=x.device) < cells[:, i, None] for i, side in enumerate(x.shape[-2:]))
-    inside = (inside_y[:, None, :, None] & inside_x[:, None, None, :]).to(x.dtype)
-    return ((x * inside).sum((2, 3), keepdim=True, dtype=torch.float32)
-            / inside.sum((2, 3), keepdim=True, dtype=torch.float32)).to(x.dtype)
+    height, width = (torch.arange(side, device=x.device) for side in x.shape[-2:])
+    inside = (height < cells[:, 0, None])[:, None, :, None] & (width < cells[:, 1, None])[:, None, None, :]
+    total = (x * inside).sum((2, 3), keepdim=True, dtype=torch.float32)
+    return (total / inside.sum((2, 3), keepdim=True)).to(x.dtype)
 
 
 class DeepLabV3Head(nn.Module):
-    """ASPP, one 3x3, the predictor. rates: dilations at stride 8, halved at stride 16, by default those of the paper."""
+    """ASPP, one 3x3, the predictor. rates: dilations of ASPP, by default `default_rates`."""
 
     def __init__(self, in_channels: int, num_classes: int, *, stride: int, channels: int = 256, norm: str = "bn",
                  dropout: float = 0.5, rates: Sequence[int] | None = None):
@@ -144,13 +144,13 @@ class DeepLabV3Head(nn.Module):
 
 
 def default_rates(stride: int) -> tuple[int, ...]:
-    """6, 12 and 18 at stride 16, doubled at stride 8 (arXiv 1706.05587, section 4.2): as far in pixels at any stride."""
+    """6, 12 and 18 at stride 16, doubled at stride 8 (arXiv 1706.05587, section 4.2): equally far in pixels."""
     return tuple(max(1, k * 96 // stride) for k in (1, 2, 3))
 
 
 class DeepLabV3PlusHead(nn.Module):
-    """ASPP, and a decoder that joins it with stage 2 at stride 4 (arXiv 1802.02611, Figure 2): 48 channels of these, two
-    3x3 on both, the predictor. low_channels: of stage 2."""
+    """ASPP, and a decoder that joins it with stage 2 at stride 4 (arXiv 1802.02611, Figure 2): 48 channels of these,
+    two 3x3 on both, the predictor. low_channels: of stage 2."""
 
     def __init__(self, low_channels: int, in_channels: int, num_classes: int, *, stride: int, channels: int = 256,
                  norm: str = "bn", dropout: float = 0.5, rates: Sequence[int] | None = None):

@@ -30,7 +30,8 @@ def test_losses_logits_and_gradients(name, layout):
     model = build_model(small_config(name, layout), 3)
     images, targets = make_semantic_batch()
     found = model(images, targets)
-    assert set(found) == set(model.loss_names) == {"loss_semantic"} | ({"loss_aux"} if name != "semantic_fpn" else set())
+    aux = {"loss_aux"} if name != "semantic_fpn" else set()
+    assert set(found) == set(model.loss_names) == {"loss_semantic"} | aux
     sum(found.values()).backward()
     assert not [key for key, p in model.named_parameters() if p.grad is None]
     logits = model.eval()(images)

@@ -52,9 +52,10 @@ def pair(request):
 
 
 def make_images(n, height, width, seed=0):
-    pixels = torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
     images = ImageBatch(pixels, torch.tensor([[height, width]] * n))
-    labels = torch.randint(0, 21, (n, height, width), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    labels = torch.randint(0, 21, (n, height, width), generator=generator).to(torch.uint8)
     labels[:, :9] = 255
     return images, SemanticTargets(labels)
 
@@ -75,8 +76,8 @@ def test_logits(pair):
 
 @torch.no_grad()
 def test_a_batch_of_other_sizes(pair):
-    """Zeros around the second image are read as torchvision reads them, but by the image mean of DeepLab, which is of the
-    content here; of the canvas if that is said to be the content."""
+    """Zeros around the second image are read as torchvision reads them, but by the image mean of DeepLab, which is of
+    the content here; of the canvas if that is said to be the content."""
     theirs, ours = pair
     images, _ = make_images(2, 96, 128)
     canvas = images.sizes.clone()
