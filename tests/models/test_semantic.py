@@ -9,6 +9,7 @@ from detres.models.semantic import SemanticFPNHead, default_rates, mean_inside
 from detres.structures import ImageBatch, SemanticTargets
 
 from .conftest import make_batch, overfit, semantic_labels, small_config
+from .test_faster_rcnn import CountDataDependent
 
 KINDS = [("fcn", "dc4"), ("deeplabv3", "dc4"), ("deeplabv3_plus", "dc5"), ("semantic_fpn", "fpn")]
 
@@ -117,3 +118,14 @@ def test_semantic_fpn_takes_any_grid():
     head = SemanticFPNHead(8, 3, channels=16)
     features = [torch.randn(1, 8, h, w) for h, w in ((25, 32), (13, 16), (7, 8), (4, 4))]
     assert head(features, torch.tensor([[100, 128]])).shape == (1, 3, 25, 32)
+
+
+@pytest.mark.parametrize("loss", ["ce+dice", "lovasz"])
+@pytest.mark.parametrize("name, layout", KINDS)
+def test_no_data_dependent_ops(name, layout, loss):
+    model = build_model(small_config(name, layout, semantic_head={"loss": loss}), 3)
+    batch = make_semantic_batch()
+    with CountDataDependent() as seen:
+        sum(model(*batch).values()).backward()
+        model.eval()(batch[0])
+    assert not seen.counts
