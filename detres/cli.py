@@ -61,7 +61,7 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres import maskrcnn_resnet50_fpn_v2 mask_rcnn.safetensors
   detres import COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x mask_rcnn.safetensors
   detres import model_final.pth mine.safetensors --config config.yaml --classes cat,dog
-  detres import --config configs/COCO-Detection/faster_rcnn_R_50_FPN_1x.yaml faster_rcnn.yaml""",
+  detres import --config theirs/faster_rcnn_R_50_FPN_1x.yaml faster_rcnn.yaml""",
     "export": """
   detres export runs/mine mine.pth --format torchvision
   detres export runs/mine mine.pth --format detectron2""",
