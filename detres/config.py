@@ -36,7 +36,11 @@ class InputConfig(Section):
         None, description="side in pixels of the crop of a classifier or localizer, of the warped regions of a region "
                           "classifier; null: all of the image")
     size_divisor: Count = Field(32, description="the canvas is padded to a multiple of this, in pixels")
-    antialias: bool = Field(True, description="resize as PIL does; false: plain bilinear on floats, as torchvision")
+    antialias: bool = Field(
+        True, description="resize as PIL does; false: plain bilinear on floats, as torchvision's detectors")
+    round_down: bool = Field(
+        False, description="cut the long side to whole pixels, as torchvision does, which antialias=false implies; false: "
+                           "round it, as Detectron2 does")
 
 
 class BackboneConfig(Section):

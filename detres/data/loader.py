@@ -60,7 +60,8 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
         numbers = _train_numbers(dataset, data.skip_empty, with_boxes, with_keypoints)
         batches: Iterable[list[Key]] = TrainingBatches(numbers, batch_size, seed, rank, world_size, start_step, wide)
     else:
-        transform = ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias)
+        transform = ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias,
+                                    model_input.round_down)
         batches = in_order(range(rank, len(dataset.records), world_size), batch_size)
     reader = _Reader(dataset.records, transform, with_masks, len(dataset.keypoint_names) if with_keypoints else 0,
                      with_boxes, with_semantic, seed, model_input.size_divisor,

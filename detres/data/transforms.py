@@ -61,7 +61,7 @@ def build_train_transforms(augment: AugmentConfig, model_input: InputConfig, dat
         steps.append(LargeScaleJitter(augment.jitter, augment.crop_size, model_input.antialias))
     else:
         min_sizes = augment.min_sizes or (model_input.min_size,)
-        steps.append(ResizeShortSide(min_sizes, model_input.max_size, model_input.antialias))
+        steps.append(ResizeShortSide(min_sizes, model_input.max_size, model_input.antialias, model_input.round_down))
         if augment.crop_size is not None:
             steps.append(RandomCrop(augment.crop_size))
     steps.append(RandomFlip(augment.flip, dataset.flip_pairs))
@@ -76,7 +76,8 @@ def build_train_transforms(augment: AugmentConfig, model_input: InputConfig, dat
 
 def resize_for_eval(image: np.ndarray, model_input: InputConfig) -> np.ndarray:
     """An image (H, W, 3) uint8 at the size that the model is evaluated at; float32 if not antialiased."""
-    size = resized_size(*image.shape[:2], model_input.min_size, model_input.max_size, model_input.antialias)
+    size = resized_size(*image.shape[:2], model_input.min_size, model_input.max_size, model_input.antialias,
+                        model_input.round_down)
     return resize_image(image, size, model_input.antialias)
 
 
@@ -93,10 +94,12 @@ class ResizeShortSide:
     min_sizes: Sequence[int]
     max_size: int
     antialias: bool
+    round_down: bool = False
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         min_size = self.min_sizes[rng.integers(len(self.min_sizes))]
-        return resize(sample, resized_size(*sample.size, min_size, self.max_size, self.antialias), self.antialias)
+        size = resized_size(*sample.size, min_size, self.max_size, self.antialias, self.round_down)
+        return resize(sample, size, self.antialias)
 
 
 @dataclass(frozen=True)
@@ -149,12 +152,17 @@ class RandomCrop:
 # Pure functions
 
 
-def resized_size(height: int, width: int, min_size: int, max_size: int, antialias: bool) -> tuple[int, int]:
+def resized_size(height: int, width: int, min_size: int, max_size: int, antialias: bool,
+                 round_down: bool = False) -> tuple[int, int]:
     """Height and width after a resize of the short side, bounded on the long side.
 
-    With antialiasing rounded as Detectron2's ResizeShortestEdge does, else as torchvision's GeneralizedRCNNTransform.
+    With antialiasing rounded as Detectron2's ResizeShortestEdge does, or cut as torchvision's `resize`; without, cut as
+    its GeneralizedRCNNTransform.
     """
     short, long = min(height, width), max(height, width)
+    if antialias and round_down:
+        bound = min(min_size, max_size * short // long)  # of the short side
+        return max(1, height * bound // short), max(1, width * bound // short)
     if antialias:
         scale = min_size / short
         sides = [float(min_size) if side == short else scale * side for side in (height, width)]

@@ -125,6 +125,9 @@ def torchvision_config(name: str = "mask_rcnn", **changes) -> ModelConfig:
     return ModelConfig.model_validate(merged({"name": name, "backbone": {"weights": None}}, rcnn_conventions(), changes))
 
 
+DENSE = {"input": {"antialias": False}, "backbone": {"freeze_stages": 2}, "anchors": {"convention": "torchvision"}}
+
+
 def retinanet_conventions(sections: Sections) -> Sections:
     """Boxes of version 2, whose P6 is made from C5, train by GIoU."""
     return {
@@ -144,10 +147,9 @@ def classifier_conventions(sections: Sections) -> Sections:
     return {"input": {"min_size": 256, "crop": 224}, "backbone": {"freeze_stages": 0}}
 
 
-DENSE = {"input": {"antialias": False}, "backbone": {"freeze_stages": 2}, "anchors": {"convention": "torchvision"}}
 def segmentation_conventions(sections: Sections | None = None) -> Sections:
     """Images are resized to a short side of 520 pixels, however long the other, and not padded."""
-    return {"input": {"min_size": 520, "max_size": 100_000, "size_divisor": 1},
+    return {"input": {"min_size": 520, "max_size": 100_000, "size_divisor": 1, "round_down": True},
             "backbone": {"freeze_stages": 0}}
 
 

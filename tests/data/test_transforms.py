@@ -14,6 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
+from torchvision.transforms.functional import _compute_resized_output_size
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from detres.config import AugmentConfig, InputConfig
@@ -106,6 +107,14 @@ def test_size_as_torchvision(height, width, min_size):
     column = torch.zeros(1, 1, height, 1)
     expected = F.interpolate(column, scale_factor=(scale, 1), recompute_scale_factor=True).shape[2]
     assert resized_size(height, width, min_size, max_size, antialias=False)[0] == expected
+
+
+@given(st.integers(2, 3000), st.integers(2, 3000), st.integers(20, 900))
+def test_size_as_torchvision_resizes_pictures(height, width, min_size):
+    """What its presets of classification and segmentation do."""
+    expected = tuple(_compute_resized_output_size((height, width), [min_size]))
+    assume(max(expected) < 10**5)
+    assert resized_size(height, width, min_size, 10**5, antialias=True, round_down=True) == expected
 
 
 @pytest.mark.parametrize("size", [(33, 47), (48, 30), (40, 100)])
