@@ -61,6 +61,7 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres import maskrcnn_resnet50_fpn_v2 mask_rcnn.safetensors
   detres import COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x mask_rcnn.safetensors
   detres import model_final.pth mine.safetensors --config config.yaml --classes cat,dog
+  detres import maskrcnn_resnet50_fpn_v2 pets.safetensors --new-classes cat,dog,hamster
   detres import --config theirs/faster_rcnn_R_50_FPN_1x.yaml faster_rcnn.yaml""",
     "export": """
   detres export runs/mine mine.pth --format torchvision
@@ -262,22 +263,26 @@ def _add_import(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="Detectron2's YAML config of the model")
     parser.add_argument("--classes", metavar="A,B|FILE", help="names of the classes, or a file with one a line "
                                                               "(default: of the published data sets, by their number)")
+    parser.add_argument("--new-classes", metavar="A,B|FILE", help="classes that it is to have instead: layers of classes "
+                                                                  "begin anew, but for the classes of both lists")
 
 
 def _import(args: argparse.Namespace) -> None:
     from detres.weights.run import import_config, import_weights
 
     files, overrides = _without_overrides(args.items)
-    if len(files) == 1 and args.config and not overrides and not args.classes:
+    if len(files) == 1 and args.config and not (overrides or args.classes or args.new_classes):
         import_config(args.config, files[0])
         return
     if len(files) != 2:
         args.parser.error("give SOURCE and OUT, or --config FILE and OUT")
-    classes = args.classes
-    if classes is not None:
-        is_file = Path(classes).is_file()
-        classes = Path(classes).read_text(encoding="utf-8").splitlines() if is_file else classes.split(",")
-    import_weights(*files, config=args.config, classes=classes, overrides=overrides)
+    import_weights(*files, config=args.config, classes=args.classes and _names(args.classes),
+                   new_classes=args.new_classes and _names(args.new_classes), overrides=overrides)
+
+
+def _names(text: str) -> list[str]:
+    """Of a file, one a line, or separated by commas."""
+    return Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
 
 
 def _add_export(commands: argparse._SubParsersAction, name: str) -> None:

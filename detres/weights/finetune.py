@@ -53,7 +53,7 @@ def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_c
     check_fit(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, model.state_dict())),
               title, "Train with the model section that the weights carry: weights=... instead of model.weights.")
     model.load_state_dict(tensors)
-    return _told(weights.meta, classes, semantic_classes)
+    return tell_kept(weights.meta, classes, semantic_classes)
 
 
 def refit(weights: Weights, own: Mapping[str, Tensor], classes: Sequence[str],
@@ -96,7 +96,8 @@ def _of_class(layer: Tensor, count: int, rows: Rows) -> Tensor:
     return layer.unflatten(0, (-1, count)) if rows.innermost else layer.unflatten(0, (count, -1)).transpose(0, 1)
 
 
-def _told(meta: WeightsMeta, classes: Sequence[str], semantic_classes: Sequence[str]) -> str:
+def tell_kept(meta: WeightsMeta, classes: Sequence[str], semantic_classes: Sequence[str]) -> str:
+    """What became of the layers that tell classes apart."""
     if meta.classes == tuple(classes) and meta.semantic_classes == tuple(semantic_classes):
         return "all layers go on, as the classes are the same"
     shared = [name for name in classes if name in meta.classes]

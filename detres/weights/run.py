@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from detres.build import build_model
 from detres.config import Config, ModelConfig
 from detres.config_file import dump_yaml
 from detres.engine.checkpoint import WeightsMeta, atomic_write, save_weights
 from detres.weights.detectron2_config import translate
 from detres.weights.export import FORMATS, export
+from detres.weights.finetune import refit, tell_kept
 from detres.weights.importers import Weights, read_weights
 
 
 def import_weights(source: str | Path, out: str | Path, *, config: str | Path | None = None,
-                   classes: Sequence[str] | None = None, overrides: Sequence[str] = ()) -> Weights:
+                   classes: Sequence[str] | None = None, new_classes: Sequence[str] | None = None,
+                   overrides: Sequence[str] = ()) -> Weights:
     """Write weights of any toolkit as a weights file of detres, and print what they are.
 
-    config: Detectron2's YAML of the model, for what its tensors do not show. Raises as `read_weights`.
+    config: Detectron2's YAML of the model, for what its tensors do not show. classes: names of those it has; new_classes:
+    those that it is to have, for which layers of classes begin anew (`finetune`). Raises as `read_weights`.
     """
     out = Path(out)
     if out.suffix != ".safetensors":
@@ -31,9 +36,22 @@ def import_weights(source: str | Path, out: str | Path, *, config: str | Path | 
         sections["backbone"] = {**sections["backbone"], "weights": None}
         _print_notes([note for note in notes if note.key.startswith(("MODEL.", "INPUT.FORMAT", "INPUT.M"))])
     weights = read_weights(source, model=sections, classes=classes, overrides=overrides)
+    if new_classes is not None:
+        weights = of_new_classes(weights, new_classes)
     save_weights(out, weights.tensors, weights.meta)
     print(f"{weights.file}\n{describe(weights)}\nWrote {out}: detres predict {out} IMAGES, detres eval {out} --data DATA")
     return weights
+
+
+def of_new_classes(weights: Weights, classes: Sequence[str]) -> Weights:
+    """The same model for other classes: random layers of classes, but for the rows of classes of both lists."""
+    if not classes or len(set(classes)) != len(classes):
+        raise ValueError(f"new classes must be one or more distinct names, got {', '.join(classes) or 'none'}.")
+    own = build_model(_model(weights.meta), len(classes), len(weights.meta.semantic_classes)).state_dict()
+    tensors = refit(weights, own, classes, weights.meta.semantic_classes)
+    meta = replace(weights.meta, classes=tuple(classes), category_ids=tuple(range(1, len(classes) + 1)))
+    told = tell_kept(weights.meta, classes, weights.meta.semantic_classes)
+    return replace(weights, tensors=tensors, meta=meta, notes=(*weights.notes, told))
 
 
 def import_config(source: str | Path, out: str | Path) -> None:
