@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ import numpy as np
 
 from detres.config import SourceConfig
 from detres.data.dataset import Role
+
+IMAGENET, WORDNET_ID = 1000, re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,16 @@ def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
 
 
 def align_labels(dataset: ClassDataset, classes: Sequence[str]) -> ClassDataset:
-    """The data set with its labels renumbered to `classes`, those that were trained. Raises ValueError for others."""
+    """The data set with its labels renumbered to `classes`, those that were trained. Raises ValueError for others.
+
+    All of ImageNet's 1000 folders, which are called by WordNet ids, stand for 1000 trained classes in the order of the ids:
+    that of torchvision's weights, which have English names.
+    """
+    if len(classes) == len(dataset.classes) == IMAGENET and all(map(WORDNET_ID.fullmatch, dataset.classes)) \
+            and not any(map(WORDNET_ID.fullmatch, classes)):
+        order = sorted(dataset.classes)
+        labels = np.array([order.index(name) for name in dataset.classes])
+        return replace(dataset, classes=tuple(classes), labels=labels[dataset.labels])
     unknown = [name for name in dataset.classes if name not in set(classes)]
     if unknown:
         raise ValueError(f"classes to evaluate on must be classes that were trained, got {', '.join(unknown[:5])} in "

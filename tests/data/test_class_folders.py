@@ -142,3 +142,15 @@ def test_imagenette(shared_data):
     train, val = (load(shared_data / "imagenette224_mini", role) for role in ("train", "val"))
     assert (len(train), len(val)) == (600, 200) and train.classes == val.classes
     assert np.bincount(train.labels).tolist() == [60] * 10 and np.bincount(val.labels).tolist() == [20] * 10
+
+
+def test_imagenets_folders_are_torchvisions_classes_in_order():
+    """Weights with English names, data with WordNet ids: both are in the order of the ids."""
+    ids = tuple(f"n{10**7 + 7 * i:08d}" for i in range(1000))
+    shuffled = tuple(np.random.default_rng(0).permutation(ids).tolist())
+    dataset = ClassDataset("imagenet", shuffled, np.arange(1000))
+    names = tuple(f"thing {i}" for i in range(1000))
+    aligned = align_labels(dataset, names)
+    assert aligned.classes == names and [ids[label] for label in aligned.labels] == list(shuffled)
+    with pytest.raises(ValueError, match="classes to evaluate on must be classes that were trained"):
+        align_labels(ClassDataset("part", shuffled[:10], np.arange(10)), names)
