@@ -66,6 +66,7 @@ def test_outputs_of_detectron2(checkpoint, name, reference):
         if ours.masks is not None:
             got["masks_rle"] = encode_masks(ours.masks)
         agrees, report = module(reference, "compare").compare(theirs, got)
+        print(f"\n{name}: {report}")  # with -s
         assert agrees and report["matched"] == len(theirs["scores"]) > 5, report
         assert report["box_px"] < 1e-2 and report["score"] < 1e-3
 
