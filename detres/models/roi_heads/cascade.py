@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from detres import losses
 from detres.geometry.boxes import clip, decode, encode, larger_than
 from detres.models.matching import match_boxes
-from detres.models.roi_heads.standard import Regions, RoIHeads, RoIs, padded
+from detres.models.roi_heads.regions import Regions
+from detres.models.roi_heads.standard import RoIHeads, RoIs, padded
 from detres.structures import Targets
 
 
@@ -41,9 +42,9 @@ class CascadeRoIHeads(RoIHeads):
             yield head, predictor, tuple(k * weight for weight in losses.BOX_WEIGHTS)
 
     def box_losses(self, regions: Regions, rois: RoIs, targets: Targets,
-                   sizes: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Of all stages, those of features scaled by one over their number; rows and what a head made of them are the
-        first stage's."""
+                   sizes: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, RoIs]:
+        """Of all stages, those of features scaled by one over their number; rows, what a head made of them and RoIs are
+        the first stage's."""
         def scaled(boxes: Tensor, image: Tensor, side: int) -> Tensor:
             return _ScaleGradient.apply(regions(boxes, image, side), 1 / len(self.box_head))
 
@@ -53,7 +54,7 @@ class CascadeRoIHeads(RoIHeads):
                 rois = self.relabel(rois, rows, deltas, before, targets, sizes, self.ious[k - 1])
             own, rows, hidden, deltas = self.stage_losses(head, predictor, weights, scaled, rois, targets, sizes)
             found |= {f"{name}_stage{k}": loss for name, loss in own.items()}
-            before, of_first = weights, of_first or (rows, hidden)
+            before, of_first = weights, of_first or (rows, hidden, rois)
         return found, *of_first
 
     @torch.no_grad()

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from detres.build import build_model
+from detres.models.roi_heads import standard
+from detres.models.roi_heads.point_rend import PointRendHead, grid, uncertain_points
+from detres.models.roi_heads.regions import Pool, Regions
+from detres.ops.paste_masks import paste_masks
+from detres.structures import ImageBatch, Targets
+
+from .conftest import make_batch, overfit, small_config
+
+POINTS = {"coarse_fc_dim": 32, "fc_dim": 32, "fcs": 2, "train_points": 32, "steps": 3, "step_points": 200}
+
+
+def config(**mask_head):
+    return small_config(mask_head={"type": "point_rend", "resolution": 14, "channels": 32, "points": POINTS, **mask_head})
+
+
+def make_head(classes=3, **options) -> tuple[PointRendHead, Regions, Tensor, Tensor]:
+    """A head that is sure of little, and four regions of two images."""
+    head = PointRendHead(8, classes, channels=8, coarse_fc_dim=16, fc_dim=16, fcs=2, **options)
+    for layer in (head.coarse_head.predict, head.point_head.predict):
+        nn.init.normal_(layer.weight, std=0.5)
+    maps = [torch.randn(2, 8, 24, 32), torch.randn(2, 8, 12, 16)]
+    boxes = torch.tensor([[8.0, 8, 60, 40], [-4, 20, 90, 96], [30, 30, 38, 35], [0, 0, 128, 96]])
+    return head, Regions(Pool([4, 8]), maps), boxes, torch.tensor([0, 1, 1, 0])
+
+
+# --- points -------------------------------------------------------------------------------------------------------
+
+
+def test_training_points_by_loops():
+    """Three quarters are the candidates whose interpolated logits are nearest to zero, the others the last drawn."""
+    logits, noise = torch.randn(5, 7, 7), torch.rand(5, 3 * 16 + 4, 2)
+    found = uncertain_points(logits, noise, 16, 0.75)
+    assert found.shape == (5, 16, 2)
+    for mask, points, row in zip(logits, noise, found):
+        value = F.grid_sample(mask[None, None], points[None, None] * 2 - 1, align_corners=False).flatten().abs()
+        doubtful = sorted(range(48), key=lambda k: float(value[k]))[:12]
+        assert {tuple(point) for point in row[:12].tolist()} == {tuple(points[k].tolist()) for k in doubtful}
+        assert torch.equal(row[12:], points[48:])
+
+
+def test_points_depend_on_the_image_and_the_region_alone():
+    """Not on other images of the batch, on the random state or on how many regions there are."""
+    images, targets = make_batch(2)
+    model = build_model(config(), 2)
+    drawn = []
+    model.roi_heads.mask_head.at = lambda r, c, b, i, points: drawn.append(points) or c.flatten(2).mT[:, :1] * 0 + points[..., :1]
+    for order in ([0, 1], [1, 0], [0, 1]):
+        torch.manual_seed(len(drawn))
+        model.train()(ImageBatch(images.pixels[order], images.sizes[order]), Targets(
+            boxes=targets.boxes[order], labels=targets.labels[order], valid=targets.valid, seeds=targets.seeds[order],
+            masks=targets.masks.view(2, 2, 96, 128)[order].flatten(0, 1)))
+    assert torch.equal(drawn[0], drawn[2])
+    one, other = ({tuple(row) for row in each[:, -8:].flatten(1).tolist()} for each in drawn[:2])
+    assert one == other and len(one) == len(drawn[0]), "each region has its own points"
+
+
+def test_grid_is_row_by_row():
+    points = grid(3, torch.device("cpu"))
+    assert torch.allclose(points[:4] * 3, torch.tensor([[0.5, 0.5], [1.5, 0.5], [2.5, 0.5], [0.5, 1.5]]))
+
+
+# --- subdivision --------------------------------------------------------------------------------------------------
+
+
+def every_point(head, regions, boxes, image, labels, side):
+    """The point head at each cell, one region and one class at a time."""
+    coarse = head.coarse(regions, boxes, image)
+    masks = []
+    for m, label in enumerate(labels.tolist()):
+        part = slice(m, m + 1)
+        logits = head.at(regions, coarse[part], boxes[part], image[part], grid(side, boxes.device)[None])
+        masks.append(logits[0, :, label].view(side, side).sigmoid())
+    return torch.stack(masks)
+
+
+def test_all_points_taken_equal_full_evaluation():
+    head, regions, boxes, image = make_head(steps=2, step_points=28**2 - 1)
+    labels = torch.tensor([2, 0, 1, 1])
+    assert (head.first_side, head.steps) == (14, 1), "steps that would compute every point are not taken"
+    expected = every_point(head, regions, boxes, image, labels, 28)
+    found = head.predict(regions, boxes, image, labels)
+    assert (found - expected).abs().flatten(1).gt(1e-5).sum(1).tolist() == [1] * 4, "all but the surest one"
+    whole = make_head(steps=2, step_points=28**2)[0]
+    whole.load_state_dict(head.state_dict())
+    torch.testing.assert_close(whole.predict(regions, boxes, image, labels), expected)
+
+
+@torch.no_grad()
+def test_a_step_by_loops():
+    head, regions, boxes, image = make_head(steps=1, step_points=40)
+    labels = torch.tensor([0, 0, 1, 2])
+    assert (head.first_side, head.steps) == (7, 1)
+    coarse = head.coarse(regions, boxes, image)
+    found = head.predict(regions, boxes, image, labels)
+    for m, label in enumerate(labels.tolist()):
+        part = slice(m, m + 1)
+        first = head.at(regions, coarse[part], boxes[part], image[part], grid(7, boxes.device)[None])[0, :, label]
+        fine = F.interpolate(first.view(1, 1, 7, 7), (14, 14), mode="bilinear").flatten()
+        for k in sorted(range(196), key=lambda k: fine.abs()[k])[:40]:
+            point = torch.tensor([[[(k % 14 + 0.5) / 14, (k // 14 + 0.5) / 14]]])
+            fine[k] = head.at(regions, coarse[part], boxes[part], image[part], point)[0, 0, label]
+        torch.testing.assert_close(found[m].flatten(), fine.sigmoid(), atol=1e-5, rtol=1e-4)
+
+
+def test_default_is_the_papers():
+    model = build_model(small_config(mask_head={"type": "point_rend", "resolution": 14}), 80)
+    head = model.roi_heads.mask_head
+    assert (head.coarse_head.side, head.first_side, head.steps) == (7, 28, 3)  # the point head begins at 28 x 28
+    found = model.eval()(make_batch()[0])
+    assert found.masks.shape[2:] == (224, 224)
+
+
+def test_no_region():
+    head, regions, boxes, image = make_head(steps=2, step_points=50)
+    assert head.predict(regions, boxes[:0], image[:0], image[:0]).shape == (0, 28, 28)
+
+
+# --- in a detector ------------------------------------------------------------------------------------------------
+
+
+def test_losses_and_gradients(batch):
+    model = build_model(config(on_pred_boxes=True), 3)
+    losses = model(*batch)
+    assert set(losses) == set(model.loss_names) and {"loss_mask", "loss_mask_point"} <= set(losses)
+    sum(losses.values()).backward()
+    assert not [key for key, p in model.named_parameters() if p.grad is None]
+    images, targets = batch
+    none = replace(targets, valid=torch.zeros_like(targets.valid), masks=targets.masks[:0])
+    losses = model(images, none)
+    sum(losses.values()).backward()
+    assert losses["loss_mask"] == losses["loss_mask_point"] == 0
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_masks_are_trained_in_predicted_boxes(batch, monkeypatch):
+    images, targets = batch
+    model, seen = build_model(config(on_pred_boxes=True), 3).eval(), []
+    model.roi_heads.mask_head.losses = lambda regions, boxes, *others: seen.append(boxes) or {}
+    sample = model.roi_heads.sample
+    monkeypatch.setattr(model.roi_heads, "sample", lambda *a: seen.append(sample(*a)) or seen[0])
+    nn.init.zeros_(model.roi_heads.box_predictor.box.weight)
+    with torch.no_grad():
+        model.roi_heads.box_predictor.box.bias.copy_(torch.tensor([1.0, 0, 0, 0]).repeat(3))  # a tenth of their width
+    model(images, targets)
+    rois, boxes = seen
+    own = rois.boxes[(rois.labels < 3) & rois.valid]
+    width = own[:, 2] - own[:, 0]
+    torch.testing.assert_close(boxes, own + torch.stack([width * 0.1, width * 0, width * 0.1, width * 0], 1))
+
+
+def test_all_rows_give_the_numbers_of_the_valid_ones(monkeypatch):
+    images, targets = make_batch(2)
+    targets = replace(targets, valid=torch.tensor([[True, True], [False, True]]), masks=targets.masks[[0, 1, 3]])
+    sizes = torch.tensor([[96, 128], [70, 90]])
+    pyramid = tuple(ImageBatch(F.interpolate(images.pixels.float(), scale_factor=s), (sizes * s).long()) for s in (0.5, 1.0))
+    model = build_model(config(), 3).eval()
+    nn.init.normal_(model.roi_heads.box_predictor.cls.weight, std=0.5)
+    batches = [ImageBatch(images.pixels, sizes), ImageBatch(images.pixels, sizes, pyramid)]
+    expected = [model(each).masks for each in batches], model(batches[0], targets)
+    assert not torch.equal(*expected[0])
+    monkeypatch.setattr(standard, "rows_of", lambda valid: torch.arange(valid.numel()))
+    found = [model(each).masks for each in batches], model(batches[0], targets)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        masks, losses = model(batches[0]).masks, model(batches[0], targets)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in (masks, *losses.values()))
+    assert not torch.equal(masks, masks.bfloat16().float())
+
+
+def combs(tooth=3) -> tuple[ImageBatch, Targets]:
+    """Four images with a comb each, whose teeth and gaps are 3 pixels wide: no mask of 28 x 28 cells shows them."""
+    images, targets = make_batch(4)
+    pixels, masks = torch.full_like(images.pixels, 90), torch.zeros(4, 96, 128, dtype=torch.uint8)
+    boxes = torch.zeros(4, 1, 4)
+    for i in range(4):
+        x, y, side = 8 + 9 * i, 6 + 3 * i, 72
+        masks[i, y:y + 12, x:x + side] = 1
+        for start in range(x, x + side, 2 * tooth):
+            masks[i, y:y + side, start:start + tooth] = 1
+        boxes[i, 0] = torch.tensor([x, y, x + side - tooth, y + side])
+        pixels[i] += masks[i] * 140
+    return ImageBatch(pixels, images.sizes), Targets(
+        boxes=boxes, labels=torch.zeros(4, 1, dtype=torch.int64), valid=torch.ones(4, 1, dtype=torch.bool),
+        seeds=targets.seeds, masks=masks)
+
+
+def test_overfits_four_images_with_sharper_masks():
+    images, targets = combs()
+    scores = {}
+    for kind in ("fcn", "point_rend"):
+        torch.manual_seed(0)
+        model = build_model(config(type=kind, convs=1), 1)
+        overfit(model, images, targets, steps=150)
+        found = model.train()(images)  # batch statistics: those kept lag behind
+        best = found.scores.argmax(1)
+        assert (found.scores[range(4), best] > 0.5).all()
+        bitmaps = paste_masks(found.masks[range(4), best], found.boxes[range(4), best], (96, 128))
+        truth = targets.masks.bool()
+        scores[kind] = ((bitmaps & truth).sum((1, 2)) / (bitmaps | truth).sum((1, 2))).min()
+    print(scores)
+    assert scores["point_rend"] > 0.8 and scores["point_rend"] > scores["fcn"] + 0.1, scores
+
+
+@pytest.mark.parametrize("mask_head, layout, message", [
+    ({"type": "point_rend"}, "dc5", "finest map"), ({"on_pred_boxes": True}, "c4", "on_pred_boxes must be false"),
+    ({"type": "point_rend", "resolution": 7}, "fpn", "resolution must be even")])
+def test_what_does_not_go_together(mask_head, layout, message):
+    with pytest.raises(ValidationError, match=message):
+        small_config("mask_rcnn", layout, mask_head=mask_head)
