@@ -1,6 +1,7 @@
 """MMDetection's models (2.x and 3.x): names of weights, and what they do otherwise.
 
-Faster and Mask R-CNN with FPN: from the same pixels, detections are MMDetection's: its anchors begin at the corner of
+Faster and Mask R-CNN with FPN, PointRend: from the same pixels, detections are MMDetection's: its anchors begin at the
+corner of
 their cells and its RoIAlign is aligned, as Detectron2's; its background is the last class; deltas of the box head have
 the usual weights (its deviations 0.1 and 0.2 are one over 10 and 5). Not the same: it suppresses duplicates after boxes
 are scaled to the original image, whose sides were rounded each for itself.
@@ -31,8 +32,8 @@ from typing import Any
 
 from torch import Tensor
 
-from detres.weights.keymap import Change, KeyMap
-from detres.weights.source import Family, Sections, merged
+from detres.weights.keymap import POINTWISE, Change, KeyMap
+from detres.weights.source import Family, Sections, Told, merged
 
 FPN = [
     ("backbone.", "backbone.body."),
@@ -50,6 +51,11 @@ RCNN = [
     ("roi_head.mask_head.convs.{i}.conv.", "roi_heads.mask_head.convs.{i}."),
     ("roi_head.mask_head.upsample.", "roi_heads.mask_head.deconv."),
     ("roi_head.mask_head.conv_logits.", "roi_heads.mask_head.predict."),
+    ("roi_head.mask_head.downsample_conv.conv.", "roi_heads.mask_head.coarse_head.conv."),
+    ("roi_head.mask_head.fcs.{i}.", "roi_heads.mask_head.coarse_head.fcs.{i}."),
+    ("roi_head.mask_head.fc_logits.", "roi_heads.mask_head.coarse_head.predict."),
+    ("roi_head.point_head.fcs.{i}.conv.", "roi_heads.mask_head.point_head.fcs.{i}.", POINTWISE),
+    ("roi_head.point_head.fc_logits.", "roi_heads.mask_head.point_head.predict.", POINTWISE),
 ]
 SIZES, RATIOS = 3, 3  # of RetinaNet's anchors in a cell
 
@@ -83,12 +89,13 @@ def retinanet_conventions(sections: Sections) -> Sections:
             "dense_head": {"clip_before_nms": True}}
 
 
-def of_meta(meta: Mapping[str, Any]) -> tuple[Sections, tuple[str, ...] | None]:
-    """What a checkpoint's `meta` tells beside its weights: sections of the config, and classes, if there are.
+def of_meta(about: Mapping[str, Any]) -> Told:
+    """What a checkpoint's `meta` tells beside its weights.
 
     Of the text of its config (`config`, or `cfg` in version 3) the mean, the deviation and the order of channels are read,
     and which convolution strides ("caffe": the first 1x1). Nothing in it is executed.
     """
+    meta = about.get("meta") or {}
     data = meta.get("dataset_meta") or {}
     classes = data.get("classes") or data.get("CLASSES") or meta.get("CLASSES")
     text = meta.get("cfg") or meta.get("config") or ""
@@ -101,12 +108,13 @@ def of_meta(meta: Mapping[str, Any]) -> tuple[Sections, tuple[str, ...] | None]:
     sections: Sections = {"input": found} if found else {}
     if re.search(r"\bstyle='caffe'", text):
         sections = merged(sections, {"backbone": {"stride_in_1x1": True}})
-    return sections, tuple(classes) if classes else None
+    return sections, tuple(classes) if isinstance(classes, (list, tuple)) and classes else None
 
 
 FAMILIES = (
-    Family("MMDetection", "Faster and Mask R-CNN", ("rpn_head.rpn_conv.weight", "roi_head.bbox_head.shared_fcs.0.weight"),
-           KeyMap(RCNN), rcnn_conventions),
+    Family("MMDetection", "Faster and Mask R-CNN, PointRend",
+           ("rpn_head.rpn_conv.weight", "roi_head.bbox_head.shared_fcs.0.weight"), KeyMap(RCNN), rcnn_conventions,
+           told=of_meta),
     Family("MMDetection", "RetinaNet", ("bbox_head.retina_cls.weight", "neck.lateral_convs.0.conv.weight"),
-           KeyMap(RETINANET), retinanet_conventions),
+           KeyMap(RETINANET), retinanet_conventions, told=of_meta),
 )

@@ -23,7 +23,8 @@ POINTS = {"coarse_fc_dim": 32, "fc_dim": 32, "fcs": 2, "train_points": 32, "step
 
 
 def config(**mask_head):
-    return small_config(mask_head={"type": "point_rend", "resolution": 14, "channels": 32, "points": POINTS, **mask_head})
+    return small_config(mask_head={"type": "point_rend", "resolution": 14, "channels": 32, "points": POINTS,
+                                   **mask_head})
 
 
 def make_head(classes=3, **options) -> tuple[PointRendHead, Regions, Tensor, Tensor]:
@@ -56,7 +57,12 @@ def test_points_depend_on_the_image_and_the_region_alone():
     images, targets = make_batch(2)
     model = build_model(config(), 2)
     drawn = []
-    model.roi_heads.mask_head.at = lambda r, c, b, i, points: drawn.append(points) or c.flatten(2).mT[:, :1] * 0 + points[..., :1]
+
+    def at(regions, coarse, boxes, image, points):
+        drawn.append(points)
+        return coarse.flatten(2).mT[:, :1] * 0 + points[..., :1]
+
+    model.roi_heads.mask_head.at = at
     for order in ([0, 1], [1, 0], [0, 1]):
         torch.manual_seed(len(drawn))
         model.train()(ImageBatch(images.pixels[order], images.sizes[order]), Targets(
@@ -165,7 +171,8 @@ def test_all_rows_give_the_numbers_of_the_valid_ones(monkeypatch):
     images, targets = make_batch(2)
     targets = replace(targets, valid=torch.tensor([[True, True], [False, True]]), masks=targets.masks[[0, 1, 3]])
     sizes = torch.tensor([[96, 128], [70, 90]])
-    pyramid = tuple(ImageBatch(F.interpolate(images.pixels.float(), scale_factor=s), (sizes * s).long()) for s in (0.5, 1.0))
+    pyramid = tuple(ImageBatch(F.interpolate(images.pixels.float(), scale_factor=scale), (sizes * scale).long())
+                    for scale in (0.5, 1.0))
     model = build_model(config(), 3).eval()
     nn.init.normal_(model.roi_heads.box_predictor.cls.weight, std=0.5)
     batches = [ImageBatch(images.pixels, sizes), ImageBatch(images.pixels, sizes, pyramid)]

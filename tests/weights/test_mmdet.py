@@ -8,11 +8,9 @@ import torch
 from detres.build import build_model
 from detres.config import ModelConfig
 from detres.weights import mmdet
-from detres.weights.infer import infer
-from detres.weights.opaque import load_opaque
-from detres.weights.source import merged
+from detres.weights.importers import read_weights
 
-from ..models.conftest import make_batch, small_config
+from ..models.conftest import small_config
 
 RCNN_NAMES = {"rpn_head.rpn_conv", "rpn_head.rpn_cls", "rpn_head.rpn_reg", "roi_head.bbox_head.fc_cls",
               "roi_head.bbox_head.fc_reg", "roi_head.bbox_head.shared_fcs.0", "roi_head.bbox_head.shared_fcs.1",
@@ -36,40 +34,48 @@ def backbone_names(blocks=2) -> set[str]:
     return {f"backbone.{name}" for name in names}
 
 
-@pytest.mark.parametrize("name, heads", [("faster_rcnn", RCNN_NAMES), ("mask_rcnn", RCNN_NAMES | MASK_NAMES)])
-def test_rcnn_there_and_back(tmp_path, name, heads):
+POINT_NAMES = {"roi_head.mask_head.downsample_conv.conv", "roi_head.mask_head.fcs.0", "roi_head.mask_head.fcs.1",
+               "roi_head.mask_head.fc_logits", "roi_head.point_head.fcs.0.conv", "roi_head.point_head.fcs.1.conv",
+               "roi_head.point_head.fc_logits"}
+POINT_REND = {"type": "point_rend", "resolution": 14, "channels": 32,
+              "points": {"coarse_fc_dim": 16, "fc_dim": 16, "fcs": 2}}
+
+
+@pytest.mark.parametrize("name, heads, mask_head", [
+    ("faster_rcnn", RCNN_NAMES, {}), ("mask_rcnn", RCNN_NAMES | MASK_NAMES, {"convs": 2}),
+    ("mask_rcnn", RCNN_NAMES | POINT_NAMES, POINT_REND)])
+def test_rcnn_there_and_back(tmp_path, name, heads, mask_head):
     family = mmdet.FAMILIES[0]
-    config = small_config(name, mask_head={"channels": 32, "convs": 2}, backbone={"norm": "frozen_bn"},
-                          pool={"sampling_ratio": 0})
+    config = small_config(name, mask_head=mask_head, backbone={"norm": "frozen_bn"}, pool={"sampling_ratio": 0},
+                          anchors={"sizes": [[32], [64], [128], [256], [512]]})
     model = build_model(config, 3).eval()
     theirs, unknown = family.keymap.to_theirs(model.state_dict())
     assert not unknown
     assert set(theirs) == backbone_names() | {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
-    torch.save({"meta": {"CLASSES": ("a", "b", "c")}, "state_dict": theirs}, tmp_path / "w.pth")
-    state = load_opaque(tmp_path / "w.pth")["state_dict"]
-    assert [each.name for each in mmdet.FAMILIES if each.fits(state)] == [family.name]
-    ours, unknown = family.keymap.to_ours(state)
-    sections, classes = infer(ours)
-    assert not unknown and classes == 3 and sections["name"] == name
-    found = ModelConfig.model_validate(merged(sections, family.conventions(sections)))
+    assert all(tensor.dim() == 3 for key, tensor in theirs.items() if "point_head" in key and key.endswith("weight"))
+    meta = {"CLASSES": ("a", "b", "c"), "config": V2.format(**CAFFE)}
+    torch.save({"meta": meta, "state_dict": theirs}, tmp_path / "w.pth")
+    read = read_weights(tmp_path / "w.pth")
+    found = ModelConfig.model_validate(read.meta.config["model"])
+    assert read.family is family and read.meta.classes == ("a", "b", "c") and found.name == name
     assert found.pool.sampling_ratio == 0 and found.backbone.freeze_stages == 2
     assert found.rpn.post_nms_topk_train == 1000 and found.mask_head.paste == "detectron2"
-    loaded = build_model(config, classes).eval()
-    loaded.load_state_dict(ours)
-    (images, _), expected = make_batch(), model(make_batch()[0])
-    assert all(torch.equal(getattr(loaded(images), part), getattr(expected, part)) for part in ("boxes", "scores", "labels"))
+    assert found.backbone.stride_in_1x1 and found.input.channel_order == "bgr"
+    assert found.mask_head.type == mask_head.get("type", "fcn") and found.mask_head.points == config.mask_head.points
+    assert read.tensors.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, read.tensors[key]) for key, tensor in model.state_dict().items())
 
 
 def test_retinanet_counts_anchors_ratio_by_ratio():
     """Row (r, s, k) of theirs, for ratio r, size s and class k, is row (s, r, k) here."""
     keymap, classes = mmdet.FAMILIES[1].keymap, 2
     rows = {(r, s, k): torch.tensor([100.0 * r + 10 * s + k]) for r in range(3) for s in range(3) for k in range(4)}
-    theirs = {"bbox_head.retina_cls.bias": torch.cat([rows[r, s, k] for r in range(3) for s in range(3) for k in range(classes)]),
-              "bbox_head.retina_reg.bias": torch.cat([rows[r, s, k] for r in range(3) for s in range(3) for k in range(4)])}
+    theirs = {f"bbox_head.{name}.bias": torch.cat([rows[r, s, k] for r in range(3) for s in range(3) for k in range(width)])
+              for name, width in (("retina_cls", classes), ("retina_reg", 4))}
     ours, _ = keymap.to_ours(theirs)
-    assert torch.equal(ours["head.cls.bias"], torch.cat(
-        [rows[r, s, k] for s in range(3) for r in range(3) for k in range(classes)]))
-    assert torch.equal(ours["head.box.bias"], torch.cat([rows[r, s, k] for s in range(3) for r in range(3) for k in range(4)]))
+    for name, width in (("cls", classes), ("box", 4)):
+        wanted = torch.cat([rows[r, s, k] for s in range(3) for r in range(3) for k in range(width)])
+        assert torch.equal(ours[f"head.{name}.bias"], wanted)
     back, _ = keymap.to_theirs(ours)
     assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
 
@@ -83,7 +89,7 @@ V3 = """model = dict(
     data_preprocessor=dict(type='DetDataPreprocessor', mean={mean}, std={std}, bgr_to_rgb={rgb}, pad_size_divisor=32),
     backbone=dict(style='{style}'), bbox_coder=dict(target_means=[0.0], target_stds=[0.1]))
 """
-RGB = {"style": "pytorch", "mean": "[123.675, 116.28, 103.53]", "std": "[\n        58.395, 57.12, 57.375\n    ]", "rgb": True}
+RGB = {"style": "pytorch", "mean": "[123.675, 116.28, 103.53]", "std": "[\n    58.395, 57.12, 57.375\n]", "rgb": True}
 CAFFE = {"style": "caffe", "mean": "[103.53, 116.28, 123.675]", "std": "[1.0, 1.0, 1.0]", "rgb": False}
 
 
@@ -93,10 +99,10 @@ CAFFE = {"style": "caffe", "mean": "[103.53, 116.28, 123.675]", "std": "[1.0, 1.
     lambda text, classes: {"cfg": text, "dataset_meta": {"CLASSES": classes, "PALETTE": [(1, 2, 3)]}}])
 @pytest.mark.parametrize("text", [V2, V3])
 def test_meta_tells_what_weights_do_not(make, text):
-    sections, classes = mmdet.of_meta(make(text.format(**CAFFE), ["cat", "dog"]))
+    sections, classes = mmdet.of_meta({"meta": make(text.format(**CAFFE), ["cat", "dog"])})
     config = ModelConfig.model_validate(sections)
     assert classes == ("cat", "dog") and config.backbone.stride_in_1x1
     assert (config.input.channel_order, config.input.std) == ("bgr", (1, 1, 1))
     assert config.input.mean == (103.53, 116.28, 123.675)
-    assert ModelConfig.model_validate(mmdet.of_meta(make(text.format(**RGB), ["cat"]))[0]) == ModelConfig()
+    assert ModelConfig.model_validate(mmdet.of_meta({"meta": make(text.format(**RGB), ["cat"])})[0]) == ModelConfig()
     assert mmdet.of_meta({}) == ({}, None)

@@ -7,13 +7,13 @@ import torch
 
 from detres.build import build_model
 from detres.config import ModelConfig
+from detres.weights.importers import recognise
 from detres.weights.infer import infer
 from detres.weights.keymap import KeyMap
 from detres.weights.source import merged
-from detres.weights.timm import FAMILIES, conventions
 from detres.weights.torchvision import CLASSIFIER
 
-# name: depth, groups, group width, deep stem and averaging projections; then shapes of layer1.0.conv2 and layer4.1.conv2
+# name: depth, groups, group width, deep stem and averaging projections; shapes of layer1.0.conv2 and layer4.1.conv2
 NETWORKS = {
     "resnet18": (18, 1, 64, False, (64, 64, 3, 3), (512, 512, 3, 3)),
     "resnet34": (34, 1, 64, False, (64, 64, 3, 3), (512, 512, 3, 3)),
@@ -30,9 +30,10 @@ NETWORKS = {
     "wide_resnet101_2": (101, 1, 128, False, (128, 128, 3, 3), (1024, 1024, 3, 3)),
 }
 # what resnet50d has before layer1 and in its projections, weights alone
-DEEP = {"conv1.0.weight": (32, 3, 3, 3), "conv1.1.weight": (32,), "conv1.3.weight": (32, 32, 3, 3), "conv1.4.weight": (32,),
-        "conv1.6.weight": (64, 32, 3, 3), "bn1.weight": (64,), "layer1.0.downsample.1.weight": (256, 64, 1, 1),
-        "layer1.0.downsample.2.weight": (256,), "layer3.0.downsample.1.weight": (1024, 512, 1, 1), "fc.weight": (10, 2048)}
+DEEP = {"conv1.0.weight": (32, 3, 3, 3), "conv1.1.weight": (32,), "conv1.3.weight": (32, 32, 3, 3),
+        "conv1.4.weight": (32,), "conv1.6.weight": (64, 32, 3, 3), "bn1.weight": (64,), "layer1.0.downsample.1.weight": (256, 64, 1, 1),
+        "layer1.0.downsample.2.weight": (256,), "layer3.0.downsample.1.weight": (1024, 512, 1, 1),
+        "fc.weight": (10, 2048)}
 PLAIN = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "layer2.0.downsample.0.weight": (512, 256, 1, 1),
          "layer2.0.downsample.1.weight": (512,), "fc.weight": (10, 2048)}
 
@@ -55,12 +56,13 @@ def test_networks_are_known_by_their_weights(name):
     if name in ("resnet50", "resnet50d"):
         wanted = DEEP if deep else PLAIN
         assert {key: shapes[key] for key in wanted} == wanted
-    assert [family.name for family in FAMILIES if family.fits(theirs)] == ["ResNet-D"] * deep
+    family = recognise(theirs, name)
+    assert (family.toolkit, family.name) == (("timm", "ResNet-D") if deep else ("torchvision", "classifier"))
     back, unknown = KeyMap(CLASSIFIER).to_ours({**theirs, "bn1.num_batches_tracked": torch.tensor(1)})
     sections, classes = infer(back)
     assert not unknown and back.keys() == ours.keys() and classes == 10
-    found = ModelConfig.model_validate(merged(sections, conventions(sections)))
-    assert found.backbone == network(name).backbone
+    found = ModelConfig.model_validate(merged(sections, family.conventions(sections)))
+    assert found.backbone.model_copy(update={"freeze_stages": 2}) == network(name).backbone
     if deep:
         large = name != "resnet50d"
         assert (found.input.min_size, found.input.crop) == ((269, 256) if large else (256, 224))

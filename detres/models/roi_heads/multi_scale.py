@@ -56,7 +56,8 @@ class ScaledRegions:
     canonical_side: float
 
     def __call__(self, boxes: Tensor, image_index: Tensor, side: int) -> Tensor:
-        return self._larger(boxes, image_index, lambda maps, scaled, rows: self.pool(maps, scaled, image_index[rows], side))
+        return self._larger(boxes, image_index, lambda maps, scaled, rows: self.pool(
+            maps, scaled, image_index[rows], side))
 
     def points(self, boxes: Tensor, image_index: Tensor, points: Tensor) -> Tensor:
         return self._larger(boxes, image_index, lambda maps, scaled, rows: self.pool.points(
