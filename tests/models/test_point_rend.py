@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from detres.build import build_model
+from detres.config import ModelConfig
 from detres.losses import mask_loss
 from detres.models.roi_heads import standard
 from detres.models.roi_heads.mask_head import MaskHead, crop_masks
@@ -16,15 +17,17 @@ from detres.models.roi_heads.point_rend import PointRendHead, grid, uncertain_po
 from detres.models.roi_heads.regions import Pool, Regions
 from detres.ops.paste_masks import paste_masks
 from detres.structures import ImageBatch, Targets
+from detres.weights.detectron2 import FAMILIES
+from detres.weights.importers import convert
 
 from .conftest import make_batch, overfit, small_config
 
 POINTS = {"coarse_fc_dim": 32, "fc_dim": 32, "fcs": 2, "train_points": 32, "steps": 3, "step_points": 200}
 
 
-def config(**mask_head):
-    return small_config(mask_head={"type": "point_rend", "resolution": 14, "channels": 32, "points": POINTS,
-                                   **mask_head})
+def config(backbone=None, **mask_head):
+    return small_config(backbone=backbone or {}, mask_head={"type": "point_rend", "resolution": 14, "channels": 32,
+                                                            "points": POINTS, **mask_head})
 
 
 def make_head(classes=3, **options) -> tuple[PointRendHead, Regions, Tensor, Tensor]:
@@ -244,3 +247,33 @@ def test_fine_detail_is_sharper_than_from_the_fcn_head():
 def test_what_does_not_go_together(mask_head, layout, message):
     with pytest.raises(ValidationError, match=message):
         small_config("mask_rcnn", layout, mask_head=mask_head)
+
+
+# --- Detectron2's names -------------------------------------------------------------------------------------------
+
+NAMES = {"coarse_head.reduce_spatial_dim_conv": (32, 32, 2, 2), "coarse_head.fc1": (16, 1568),
+         "coarse_head.fc2": (16, 16), "coarse_head.prediction": (147, 16), "point_head.fc1": (16, 35, 1), "point_head.fc2": (16, 19, 1),
+         "point_head.predictor": (3, 19, 1)}
+
+
+def older(name: str) -> str:
+    """As in the published files."""
+    for new, old in (("mask_head.coarse_head.fc", "mask_coarse_head.coarse_mask_fc"),
+                     ("mask_head.coarse_head", "mask_coarse_head"), ("mask_head.point_head", "mask_point_head")):
+        name = name.replace(new, old)
+    return name
+
+
+def test_names_of_both_versions_of_detectron2s_project(tmp_path):
+    small = config(points={"coarse_fc_dim": 16, "fc_dim": 16, "fcs": 2}, backbone={"norm": "frozen_bn"})
+    model = build_model(small, 3)
+    theirs, unknown = FAMILIES[0].keymap.to_theirs(model.state_dict())
+    prefix = "roi_heads.mask_head."
+    shapes = {name.removeprefix(prefix).removesuffix(".weight"): tuple(tensor.shape) for name, tensor in theirs.items()
+              if name.startswith(prefix) and name.endswith(".weight")}
+    assert not unknown and shapes == NAMES
+    for state in (theirs, {older(name): tensor for name, tensor in theirs.items()}):
+        read = convert(state, tmp_path / "model.pkl")
+        found = ModelConfig.model_validate(read.meta.config["model"]).mask_head
+        assert (found.type, found.on_pred_boxes, found.points) == ("point_rend", True, small.mask_head.points)
+        assert all(torch.equal(tensor, read.tensors[key]) for key, tensor in model.state_dict().items())

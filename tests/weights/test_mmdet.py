@@ -10,8 +10,6 @@ from detres.config import ModelConfig
 from detres.weights import mmdet
 from detres.weights.importers import read_weights
 
-from ..models.conftest import small_config
-
 RCNN_NAMES = {"rpn_head.rpn_conv", "rpn_head.rpn_cls", "rpn_head.rpn_reg", "roi_head.bbox_head.fc_cls",
               "roi_head.bbox_head.fc_reg", "roi_head.bbox_head.shared_fcs.0", "roi_head.bbox_head.shared_fcs.1",
               *(f"neck.{part}_convs.{i}.conv" for part in ("lateral", "fpn") for i in range(4))}
@@ -46,8 +44,9 @@ POINT_REND = {"type": "point_rend", "resolution": 14, "channels": 32,
     ("mask_rcnn", RCNN_NAMES | POINT_NAMES, POINT_REND)])
 def test_rcnn_there_and_back(tmp_path, name, heads, mask_head):
     family = mmdet.FAMILIES[0]
-    config = small_config(name, mask_head=mask_head, backbone={"norm": "frozen_bn"}, pool={"sampling_ratio": 0},
-                          anchors={"sizes": [[32], [64], [128], [256], [512]]})
+    config = ModelConfig.model_validate({
+        "name": name, "backbone": {"depth": 18, "width": 16, "weights": None}, "fpn": {"channels": 32},
+        "box_head": {"fc_dim": 64}, "mask_head": {"channels": 32, **mask_head}})
     model = build_model(config, 3).eval()
     theirs, unknown = family.keymap.to_theirs(model.state_dict())
     assert not unknown
