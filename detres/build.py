@@ -182,7 +182,7 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
     """The feature extractor, and conv5 apart if the layout is c4."""
     options, body = config.backbone, build_resnet(config)
     if options.layout == "fpn":
-        return FPNBackbone(body, config.fpn.channels, config.fpn.norm, config.fpn.top), None
+        return FPNBackbone(body, **config.fpn.model_dump()), None
     conv5 = body.pop_last_stage() if options.layout == "c4" else None
     return LastStageBackbone(body), conv5
 
@@ -211,7 +211,7 @@ def build_roi_heads(config: ModelConfig, num_classes: int, channels: int, conv5:
     if config.name in CASCADES:
         heads = [make_box_head() for _ in range(1 + len(config.cascade.ious))]
         predictors = [BoxPredictor(dim, num_classes, class_agnostic=True) for _ in heads]
-        return CascadeRoIHeads(heads, predictors, mask_head, ious=config.cascade.ious, **options)
+        return CascadeRoIHeads(heads, predictors, mask_head, **config.cascade.model_dump(), **options)
     predictor = BoxPredictor(dim, num_classes, class_agnostic)
     return RoIHeads(make_box_head(), predictor, mask_head, keypoint_head, **options)
 

@@ -112,6 +112,7 @@ class FPNConfig(Section):
     top: Literal["pool", "c5", "p5"] = Field(
         "pool", description="pool: P2..P5, and P6 by taking every other pixel of P5; c5 and p5: P3..P5, and P6 and P7 by "
                             "convolutions that begin from C5 (RetinaNet, arXiv 1708.02002) or P5 (FCOS, 1904.01355)")
+    top_relu: bool = Field(True, description="of c5 and p5: relu between P6 and P7; false in MMDetection's RetinaNet")
 
 
 class AnchorConfig(Section):
@@ -247,6 +248,8 @@ class CascadeConfig(Section):
 
     ious: tuple[Probability, ...] = Field(
         (0.6, 0.7), description="least IoU of foreground in each stage after the first, whose is box_head.fg_iou")
+    average: Literal["probs", "logits"] = Field(
+        "probs", description="of the stages, in detection; logits in MMDetection, and their softmax")
 
 
 class DenseHeadConfig(Section):

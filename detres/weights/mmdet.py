@@ -1,10 +1,9 @@
 """MMDetection's models (2.x and 3.x): names of weights, and what they do otherwise.
 
 Faster and Mask R-CNN with FPN, PointRend: from the same pixels, detections are MMDetection's: its anchors begin at the
-corner of
-their cells and its RoIAlign is aligned, as Detectron2's; its background is the last class; deltas of the box head have
-the usual weights (its deviations 0.1 and 0.2 are one over 10 and 5). Not the same: it suppresses duplicates after boxes
-are scaled to the original image, whose sides were rounded each for itself.
+corner of their cells and its RoIAlign is aligned, as Detectron2's; its background is the last class; deltas of the box
+head have the usual weights (its deviations 0.1 and 0.2 are one over 10 and 5). Not the same: it suppresses duplicates
+after boxes are scaled to the original image, whose sides were rounded each for itself.
 
 RetinaNet: anchors of a cell are counted ratio by ratio there, size by size here: the importer reorders the weights. Its
 P7 has no relu before it (`fpn.top_relu`).
@@ -19,8 +18,11 @@ from the text of the config in its `meta` (`of_meta`), where there is one.
 
 Fine-tuning: batch norms learn their weights there, with fixed statistics; here frozen ones are fixed altogether.
 
-Not read: Cascade R-CNN, which averages the stages' logits, not their probabilities, and has masks of three heads;
-networks with group norms; files of version 1, whose first class is background.
+Cascade R-CNN, with masks or without: boxes and scores are MMDetection's (the deviations of its last stage, 0.033 and
+0.067, are not quite one over 30 and 15: the importer scales that layer). Masks are not: it averages those of three heads,
+detres has that of the last.
+
+Not read: networks with group norms; files of version 1, whose first class is background.
 """
 
 from __future__ import annotations
@@ -30,21 +32,34 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from detres.weights.keymap import POINTWISE, Change, KeyMap
 from detres.weights.source import Family, Sections, Told, merged
+
+
+def scaled_rows(factors: Tensor) -> Change:
+    """Each row by a factor of its own."""
+    def by(x: Tensor, factors: Tensor) -> Tensor:
+        return x * factors.view(-1, *[1] * (x.dim() - 1))
+
+    return Change(lambda x: by(x, factors), lambda x: by(x, 1 / factors))
+
 
 FPN = [
     ("backbone.", "backbone.body."),
     ("neck.lateral_convs.{i}.conv.", "backbone.fpn.lateral.{i}."),
     ("neck.fpn_convs.{i}.conv.", "backbone.fpn.output.{i}."),
 ]
-RCNN = [
+RPN = [
     *FPN,
     ("rpn_head.rpn_conv.", "rpn.head.convs.0."),
     ("rpn_head.rpn_cls.", "rpn.head.cls."),
     ("rpn_head.rpn_reg.", "rpn.head.box."),
+]
+RCNN = [
+    *RPN,
     ("roi_head.bbox_head.shared_fcs.{i}.", "roi_heads.box_head.fcs.{i}."),
     ("roi_head.bbox_head.fc_cls.", "roi_heads.box_predictor.cls."),
     ("roi_head.bbox_head.fc_reg.", "roi_heads.box_predictor.box."),
@@ -56,6 +71,17 @@ RCNN = [
     ("roi_head.mask_head.fc_logits.", "roi_heads.mask_head.coarse_head.predict."),
     ("roi_head.point_head.fcs.{i}.conv.", "roi_heads.mask_head.point_head.fcs.{i}.", POINTWISE),
     ("roi_head.point_head.fc_logits.", "roi_heads.mask_head.point_head.predict.", POINTWISE),
+]
+LAST_STAGE = torch.tensor([0.033 * 30, 0.033 * 30, 0.067 * 15, 0.067 * 15])  # its deviations, times weights here
+CASCADE = [
+    *RPN,
+    ("roi_head.bbox_head.{k}.shared_fcs.{i}.", "roi_heads.box_head.{k}.fcs.{i}."),
+    ("roi_head.bbox_head.{k}.fc_cls.", "roi_heads.box_predictor.{k}.cls."),
+    ("roi_head.bbox_head.2.fc_reg.", "roi_heads.box_predictor.2.box.", scaled_rows(LAST_STAGE)),
+    ("roi_head.bbox_head.{k}.fc_reg.", "roi_heads.box_predictor.{k}.box."),
+    ("roi_head.mask_head.2.convs.{i}.conv.", "roi_heads.mask_head.convs.{i}."),
+    ("roi_head.mask_head.2.upsample.", "roi_heads.mask_head.deconv."),
+    ("roi_head.mask_head.2.conv_logits.", "roi_heads.mask_head.predict."),
 ]
 SIZES, RATIOS = 3, 3  # of RetinaNet's anchors in a cell
 
@@ -81,6 +107,10 @@ RETINANET = [
 
 def rcnn_conventions(sections: Sections) -> Sections:
     return {"backbone": {"freeze_stages": 2}, "pool": {"sampling_ratio": 0}}
+
+
+def cascade_conventions(sections: Sections) -> Sections:
+    return merged(rcnn_conventions(sections), {"cascade": {"average": "logits"}})
 
 
 def retinanet_conventions(sections: Sections) -> Sections:
@@ -115,6 +145,10 @@ FAMILIES = (
     Family("MMDetection", "Faster and Mask R-CNN, PointRend",
            ("rpn_head.rpn_conv.weight", "roi_head.bbox_head.shared_fcs.0.weight"), KeyMap(RCNN), rcnn_conventions,
            told=of_meta),
+    Family("MMDetection", "Cascade R-CNN",
+           ("rpn_head.rpn_conv.weight", "roi_head.bbox_head.2.shared_fcs.0.weight"),
+           KeyMap(CASCADE, ignored=r"roi_head\.mask_head\.[01]\."), cascade_conventions,
+           ("masks, where it has them, are those of the last of MMDetection's three heads, which averages all",), of_meta),
     Family("MMDetection", "RetinaNet", ("bbox_head.retina_cls.weight", "neck.lateral_convs.0.conv.weight"),
            KeyMap(RETINANET), retinanet_conventions, told=of_meta),
 )

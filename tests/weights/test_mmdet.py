@@ -65,9 +65,38 @@ def test_rcnn_there_and_back(tmp_path, name, heads, mask_head):
     assert all(torch.equal(tensor, read.tensors[key]) for key, tensor in model.state_dict().items())
 
 
+CASCADE_NAMES = {name for name in RCNN_NAMES if "bbox_head" not in name} | {
+    name.replace("bbox_head", f"bbox_head.{k}") for name in RCNN_NAMES for k in range(3) if "bbox_head" in name}
+THREE_MASKS = {name.replace("mask_head", f"mask_head.{k}") for name in MASK_NAMES for k in range(3)}
+
+
+@pytest.mark.parametrize("name", ["cascade_rcnn", "cascade_mask_rcnn"])
+def test_cascade(tmp_path, name):
+    """The last stage's deltas are scaled: its deviations are 0.033 and 0.067 there, 1/30 and 1/15 here."""
+    config = ModelConfig.model_validate({
+        "name": name, "backbone": {"depth": 18, "width": 16, "weights": None}, "fpn": {"channels": 32},
+        "box_head": {"fc_dim": 64}, "mask_head": {"channels": 32, "convs": 2}})
+    state = build_model(config, 3).state_dict()
+    theirs, unknown = mmdet.FAMILIES[1].keymap.to_theirs(state)
+    masks = {key: tensor for key, tensor in theirs.items() if ".mask_head.2." in key}
+    theirs |= {key.replace("head.2.", f"head.{k}."): tensor + 1 for key, tensor in masks.items() for k in (0, 1)}
+    heads = CASCADE_NAMES | (THREE_MASKS if "mask" in name else set())
+    assert not unknown
+    assert set(theirs) == backbone_names() | {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")}
+    torch.save({"meta": {}, "state_dict": theirs}, tmp_path / "w.pth")
+    read = read_weights(tmp_path / "w.pth")
+    assert read.meta.config["model"]["name"] == name and read.meta.config["model"]["cascade"]["average"] == "logits"
+    for key, tensor in state.items():
+        torch.testing.assert_close(read.tensors[key], tensor)
+    last, ours = (source[name] for source, name in ((theirs, "roi_head.bbox_head.2.fc_reg.weight"),
+                                                    (state, "roi_heads.box_predictor.2.box.weight")))
+    torch.testing.assert_close(last * torch.tensor([[0.033], [0.033], [0.067], [0.067]]),
+                               ours / torch.tensor([[30.0], [30.0], [15.0], [15.0]]))
+
+
 def test_retinanet_counts_anchors_ratio_by_ratio():
     """Row (r, s, k) of theirs, for ratio r, size s and class k, is row (s, r, k) here."""
-    keymap, classes = mmdet.FAMILIES[1].keymap, 2
+    keymap, classes = mmdet.FAMILIES[2].keymap, 2
     rows = {(r, s, k): torch.tensor([100.0 * r + 10 * s + k]) for r in range(3) for s in range(3) for k in range(4)}
     theirs = {f"bbox_head.{name}.bias": torch.cat([rows[r, s, k] for r in range(3) for s in range(3) for k in range(width)])
               for name, width in (("retina_cls", classes), ("retina_reg", 4))}
@@ -77,6 +106,25 @@ def test_retinanet_counts_anchors_ratio_by_ratio():
         assert torch.equal(ours[f"head.{name}.bias"], wanted)
     back, _ = keymap.to_theirs(ours)
     assert all(torch.equal(back[name], tensor) for name, tensor in theirs.items())
+
+
+def test_retinanet_there_and_back(tmp_path):
+    config = ModelConfig.model_validate({
+        "name": "retinanet", "backbone": {"depth": 18, "width": 16, "weights": None}, "dense_head": {"convs": 2},
+        "fpn": {"channels": 32, "top": "c5"}, "anchors": {"sizes": [[32, 40, 50]] * 5}})
+    state = build_model(config, 3).state_dict()
+    theirs, unknown = mmdet.FAMILIES[2].keymap.to_theirs(state)
+    layers = {f"neck.lateral_convs.{i}.conv" for i in range(3)} | {f"neck.fpn_convs.{i}.conv" for i in range(5)} | {
+        f"bbox_head.{tower}_convs.{i}.conv" for tower in ("cls", "reg") for i in range(2)} | {
+        "bbox_head.retina_cls", "bbox_head.retina_reg"}
+    assert not unknown
+    assert set(theirs) == backbone_names() | {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+    torch.save({"meta": {}, "state_dict": theirs}, tmp_path / "w.pth")
+    read = read_weights(tmp_path / "w.pth")
+    found = ModelConfig.model_validate(read.meta.config["model"])
+    assert found.fpn.top == "c5" and not found.fpn.top_relu and found.dense_head.clip_before_nms
+    assert found.anchors.sizes[0] == (32, 32 * 2 ** (1 / 3), 32 * 2 ** (2 / 3)) and len(found.anchors.sizes) == 5
+    assert all(torch.equal(read.tensors[key], tensor) for key, tensor in state.items())
 
 
 V2 = """model = dict(type='FasterRCNN', backbone=dict(type='ResNet', depth=50, style='{style}'),

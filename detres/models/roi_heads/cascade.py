@@ -22,15 +22,15 @@ class CascadeRoIHeads(RoIHeads):
     """A box head and a class-agnostic predictor for each stage; the deltas of stage k (0, 1 ...) have k + 1 times the
     weights of an ordinary detector's (section 4.2: their spread shrinks from stage to stage).
 
-    ious: least IoU of foreground in the stages after the first, whose is `fg_iou`.
+    ious: least IoU of foreground in the stages after the first, whose is `fg_iou`. average: see `score`.
     For detection the cascade is one head: `score` gives what moves a box through all stages as one delta, so that
     refinement, voting and ensembles work as ever.
     """
 
     def __init__(self, box_heads: Sequence[nn.Module], box_predictors: Sequence[nn.Module],
-                 mask_head: nn.Module | None = None, *, ious: Sequence[float], **options):
+                 mask_head: nn.Module | None = None, *, ious: Sequence[float], average: str = "probs", **options):
         super().__init__(nn.ModuleList(box_heads), nn.ModuleList(box_predictors), mask_head, **options)
-        self.ious = tuple(ious)
+        self.ious, self.average = tuple(ious), average
 
     @property
     def box_loss_names(self) -> tuple[str, ...]:
@@ -71,15 +71,17 @@ class CascadeRoIHeads(RoIHeads):
 
     @torch.no_grad()
     def score(self, regions: Regions, boxes: Tensor, valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """As `RoIHeads.score`: the mean probabilities of the stages, and deltas (N, P, 1, 4) from the boxes given to
-        those of the last stage."""
+        """As `RoIHeads.score`: the mean probabilities of the stages, or those of their mean logits, and deltas
+        (N, P, 1, 4) from the boxes given to those of the last stage."""
         total, moved = 0.0, boxes
         for head, predictor, weights in self._stages():
-            probs, deltas = self.stage_scores(head, predictor, regions, moved, valid, sizes)
-            total, moved = total + probs, clip(decode(deltas[:, :, 0], moved, weights), sizes)
+            logits, deltas = self.stage_outputs(head, predictor, regions, moved, valid, sizes)
+            total = total + (logits if self.average == "logits" else logits.softmax(-1))
+            moved = clip(decode(deltas[:, :, 0], moved, weights), sizes)
+        mean = total / len(self.box_head)
         deltas = encode(moved, boxes, losses.BOX_WEIGHTS)
         deltas = torch.where(valid[..., None], deltas, 0.0)  # padding has no size to divide by
-        return total / len(self.box_head), deltas[:, :, None]
+        return (mean.softmax(-1) if self.average == "logits" else mean)[..., :-1], deltas[:, :, None]
 
 
 class _ScaleGradient(torch.autograd.Function):

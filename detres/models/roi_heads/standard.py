@@ -206,15 +206,16 @@ class RoIHeads(nn.Module):
 
         valid (N, P); sizes (N, 2): height and width of the contents. What is not valid may hold anything.
         """
-        return self.stage_scores(self.box_head, self.box_predictor, regions, boxes, valid, sizes)
+        logits, deltas = self.stage_outputs(self.box_head, self.box_predictor, regions, boxes, valid, sizes)
+        return logits.softmax(-1)[..., :-1], deltas
 
-    def stage_scores(self, box_head: nn.Module, box_predictor: nn.Module, regions: Regions, boxes: Tensor,
+    def stage_outputs(self, box_head: nn.Module, box_predictor: nn.Module, regions: Regions, boxes: Tensor,
                      valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """What `score` gives, of one head and predictor."""
+        """Logits (N, P, K + 1), background last, and deltas (N, P, K or 1, 4) of one head and predictor, fp32."""
         rows = rows_of(valid)
         _, features = self.look(box_head, regions, boxes.flatten(0, 1)[rows], rows // valid.shape[1], sizes)
         logits, deltas = box_predictor(features)
-        return padded(logits.float().softmax(-1)[:, :-1], rows, valid), padded(deltas.float(), rows, valid)
+        return padded(logits.float(), rows, valid), padded(deltas.float(), rows, valid)
 
     @torch.no_grad()
     def detect(self, score: Score, proposals: Proposals, sizes: Tensor) -> Detections:
