@@ -387,11 +387,12 @@ class ModelConfig(Section):
             raise ValueError("backbone.layout must not be c4 for a cascade, each of whose stages would have a conv5 of its "
                              f"own, got name={self.name}. Use fpn, c5 or dc5.")
         if self.has_masks and self.mask_head.type == "point_rend" and self.backbone.layout != "fpn":
-            raise ValueError("mask_head.type point_rend must go with backbone.layout fpn, whose finest map it reads, got "
-                             f"layout={self.backbone.layout}")
+            raise ValueError("mask_head.type point_rend must go with backbone.layout fpn, whose finest map it reads, "
+                             f"got layout={self.backbone.layout}")
         if self.has_masks and self.mask_head.on_pred_boxes and (self.backbone.layout == "c4" or self.name in CASCADES):
-            raise ValueError("mask_head.on_pred_boxes must be false with backbone.layout c4, where masks are made of what "
-                             f"the box head pooled, and in cascades, got layout={self.backbone.layout}, name={self.name}")
+            raise ValueError("mask_head.on_pred_boxes must be false with backbone.layout c4, where masks are made of "
+                             "what the box head pooled, and in cascades, got true with "
+                             f"layout={self.backbone.layout}, name={self.name}")
         if self.name == "localizer" and self.backbone.layout not in ("c5", "dc5"):
             raise ValueError("backbone.layout must be c5 or dc5 for a localizer, which reads the last stage, got "
                              f"{self.backbone.layout}")

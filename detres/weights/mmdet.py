@@ -1,26 +1,26 @@
 """MMDetection's models (2.x and 3.x): names of weights, and what they do otherwise.
 
-Faster and Mask R-CNN with FPN, PointRend: from the same pixels, detections are MMDetection's: its anchors begin at the
-corner of their cells and its RoIAlign is aligned, as Detectron2's; its background is the last class; deltas of the box
-head have the usual weights (its deviations 0.1 and 0.2 are one over 10 and 5). Not the same: it suppresses duplicates
-after boxes are scaled to the original image, whose sides were rounded each for itself.
+Faster and Mask R-CNN with FPN, PointRend: from the same pixels, detections are MMDetection's: its anchors begin at
+the corner of their cells and its RoIAlign is aligned, as Detectron2's; its background is the last class; deltas of
+the box head have the usual weights (its deviations 0.1 and 0.2 are one over 10 and 5). Not the same: it suppresses
+duplicates after boxes are scaled to the original image, whose sides were rounded each for itself.
 
-RetinaNet: anchors of a cell are counted ratio by ratio there, size by size here: the importer reorders the weights. Its
-P7 has no relu before it (`fpn.top_relu`).
+RetinaNet: anchors of a cell are counted ratio by ratio there, size by size here: the importer reorders the weights.
+Its P7 has no relu before it (`fpn.top_relu`).
 
-Preprocessing: its size is `input.min_size` and `max_size`, rounded as here. OpenCV resizes bilinearly without smoothing,
-on integers. Images that are made larger, as all of COCO's at 800 pixels, come out within one level of 255; of images that
-are made smaller the pixels differ, as detres smooths them: with `input.antialias=false` they do not, but then sides are
-cut, not rounded, and may be a pixel less. JPEGs are decoded by OpenCV there, by Pillow here.
+Preprocessing: its size is `input.min_size` and `max_size`, rounded as here. OpenCV resizes bilinearly without
+smoothing, on integers. Images that are made larger, as all of COCO's at 800 pixels, come out within one level of 255;
+of images that are made smaller the pixels differ, as detres smooths them: with `input.antialias=false` they do not,
+but then sides are cut, not rounded, and may be a pixel less. JPEGs are decoded by OpenCV there, by Pillow here.
 
-A checkpoint shows neither the order of channels nor which convolution strides: what "caffe" configs say of that is read
-from the text of the config in its `meta` (`of_meta`), where there is one.
+A checkpoint shows neither the order of channels nor which convolution strides: what "caffe" configs say of that is
+read from the text of the config in its `meta` (`of_meta`), where there is one.
 
 Fine-tuning: batch norms learn their weights there, with fixed statistics; here frozen ones are fixed altogether.
 
 Cascade R-CNN, with masks or without: boxes and scores are MMDetection's (the deviations of its last stage, 0.033 and
-0.067, are not quite one over 30 and 15: the importer scales that layer). Masks are not: it averages those of three heads,
-detres has that of the last.
+0.067, are not quite one over 30 and 15: the importer scales that layer). Masks are not: it averages those of three
+heads, detres has that of the last.
 
 Not read: networks with group norms; files of version 1, whose first class is background.
 """
@@ -122,8 +122,8 @@ def retinanet_conventions(sections: Sections) -> Sections:
 def of_meta(about: Mapping[str, Any]) -> Told:
     """What a checkpoint's `meta` tells beside its weights.
 
-    Of the text of its config (`config`, or `cfg` in version 3) the mean, the deviation and the order of channels are read,
-    and which convolution strides ("caffe": the first 1x1). Nothing in it is executed.
+    Of the text of its config (`config`, or `cfg` in version 3) the mean, the deviation and the order of channels are
+    read, and which convolution strides ("caffe": the first 1x1). Nothing in it is executed.
     """
     meta = about.get("meta") or {}
     data = meta.get("dataset_meta") or {}
@@ -148,7 +148,8 @@ FAMILIES = (
     Family("MMDetection", "Cascade R-CNN",
            ("rpn_head.rpn_conv.weight", "roi_head.bbox_head.2.shared_fcs.0.weight"),
            KeyMap(CASCADE, ignored=r"roi_head\.mask_head\.[01]\."), cascade_conventions,
-           ("masks, where it has them, are those of the last of MMDetection's three heads, which averages all",), of_meta),
+           ("masks, where it has them, are those of the last of MMDetection's three heads, which averages all",),
+           of_meta),
     Family("MMDetection", "RetinaNet", ("bbox_head.retina_cls.weight", "neck.lateral_convs.0.conv.weight"),
            KeyMap(RETINANET), retinanet_conventions, told=of_meta),
 )

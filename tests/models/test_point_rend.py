@@ -13,6 +13,7 @@ from detres.config import ModelConfig
 from detres.losses import mask_loss
 from detres.models.roi_heads import standard
 from detres.models.roi_heads.mask_head import MaskHead, crop_masks
+from detres.models.roi_heads.multi_scale import multi_scale_regions
 from detres.models.roi_heads.point_rend import PointRendHead, grid, uncertain_points
 from detres.models.roi_heads.regions import Pool, Regions
 from detres.ops.paste_masks import paste_masks
@@ -79,6 +80,17 @@ def test_points_depend_on_the_image_and_the_region_alone():
 def test_grid_is_row_by_row():
     points = grid(3, torch.device("cpu"))
     assert torch.allclose(points[:4] * 3, torch.tensor([[0.5, 0.5], [1.5, 0.5], [2.5, 0.5], [0.5, 1.5]]))
+
+
+def test_points_of_two_scales_are_the_larger():
+    boxes, index = torch.tensor([[8.0, 8, 60, 40], [30, 30, 90, 80]]), torch.tensor([0, 1])
+    points, pool = torch.rand(2, 7, 2), Pool([4])
+    sizes = torch.tensor([[96, 128], [90, 100]])
+    maps = [[torch.randn(2, 3, 12, 16)], [torch.randn(2, 3, 24, 32)]]
+    pyramid = tuple(ImageBatch(torch.full((2,), i), (sizes * scale).long()) for i, scale in enumerate((0.5, 1.0)))
+    regions = multi_scale_regions(pool, lambda images: maps[int(images.pixels[0])], ImageBatch(None, sizes, pyramid))
+    expected = torch.maximum(pool.points(maps[0], boxes / 2, index, points), pool.points(maps[1], boxes, index, points))
+    torch.testing.assert_close(regions.points(boxes, index, points), expected)
 
 
 # --- subdivision --------------------------------------------------------------------------------------------------
@@ -252,8 +264,8 @@ def test_what_does_not_go_together(mask_head, layout, message):
 # --- Detectron2's names -------------------------------------------------------------------------------------------
 
 NAMES = {"coarse_head.reduce_spatial_dim_conv": (32, 32, 2, 2), "coarse_head.fc1": (16, 1568),
-         "coarse_head.fc2": (16, 16), "coarse_head.prediction": (147, 16), "point_head.fc1": (16, 35, 1), "point_head.fc2": (16, 19, 1),
-         "point_head.predictor": (3, 19, 1)}
+         "coarse_head.fc2": (16, 16), "coarse_head.prediction": (147, 16), "point_head.fc1": (16, 35, 1),
+         "point_head.fc2": (16, 19, 1), "point_head.predictor": (3, 19, 1)}
 
 
 def older(name: str) -> str:

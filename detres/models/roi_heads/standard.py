@@ -167,7 +167,8 @@ class RoIHeads(nn.Module):
         chosen = rows_of(positive)
         image = chosen // columns
         flat = image * rois.valid.shape[1] + chosen % columns  # the same rows in (N, R)
-        boxes, labels, positive = rois.boxes.flatten(0, 1)[flat], rois.labels.flatten()[flat], positive.flatten()[chosen]
+        boxes, labels = rois.boxes.flatten(0, 1)[flat], rois.labels.flatten()[flat]
+        positive = positive.flatten()[chosen]
         gt_row = rois.gt_index.flatten()[flat] + image * targets.valid.shape[1]
         mask_row = (targets.valid.flatten().cumsum(0) - 1).clamp(min=0)[gt_row]
         if isinstance(self.mask_head, PointRendHead):
