@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from detres.config import CASCADES, RCNNS, SEMANTIC, ModelConfig, PanopticConfig, PoolConfig
+from detres.config import CASCADES, RCNNS, SEMANTIC, MaskHeadConfig, ModelConfig, PanopticConfig, PoolConfig
 from detres.models.anchors import AnchorGenerator
 from detres.models.backbone import AllStagesBackbone, FPNBackbone, LastStageBackbone
 from detres.models.classifier import Classifier
@@ -24,10 +24,11 @@ from detres.models.roi_heads.box_head import BoxPredictor, ConvFCHead
 from detres.models.roi_heads.cascade import CascadeRoIHeads
 from detres.models.roi_heads.keypoint_head import KeypointHead
 from detres.models.roi_heads.mask_head import MaskHead
-from detres.models.roi_heads.standard import Pool, RoIHeads
+from detres.models.roi_heads.point_rend import PointRendHead
+from detres.models.roi_heads.regions import Pool
+from detres.models.roi_heads.standard import RoIHeads
 from detres.models.rpn import RPN, RPNHead
 from detres.models.semantic import DeepLabV3Head, DeepLabV3PlusHead, FCNHead, SemanticFPNHead, SemanticSegmenter
-from detres.ops.roi_align import roi_align, roi_pool
 
 
 def build_model(config: ModelConfig, num_classes: int, num_semantic: int = 0) -> nn.Module:
@@ -181,7 +182,7 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, nn.Module | None]:
     """The feature extractor, and conv5 apart if the layout is c4."""
     options, body = config.backbone, build_resnet(config)
     if options.layout == "fpn":
-        return FPNBackbone(body, config.fpn.channels, config.fpn.norm, config.fpn.top), None
+        return FPNBackbone(body, **config.fpn.model_dump()), None
     conv5 = body.pop_last_stage() if options.layout == "c4" else None
     return LastStageBackbone(body), conv5
 
@@ -199,33 +200,32 @@ def build_roi_heads(config: ModelConfig, num_classes: int, channels: int, conv5:
         mask_in, mask_resolution = channels, config.mask_head.resolution
     mask_head = keypoint_head = None
     if config.has_masks:
-        mask_head = MaskHead(mask_in, num_classes, config.mask_head.channels, config.mask_head.convs,
-                             config.mask_head.norm)
+        mask_head = build_mask_head(config.mask_head, mask_in, num_classes)
     if config.has_keypoints:
         points = config.keypoint_head
         keypoint_head = KeypointHead(channels, points.num_keypoints, points.channels, points.convs)
     options |= {"num_classes": num_classes, "mask_resolution": mask_resolution, "mask_aligned": config.pool.aligned,
-                "mask_paste": config.mask_head.paste, "keypoint_resolution": config.keypoint_head.resolution,
-                "keypoint_score": config.keypoint_head.score}
+                "mask_paste": config.mask_head.paste, "on_pred_boxes": config.mask_head.on_pred_boxes,
+                "keypoint_resolution": config.keypoint_head.resolution, "keypoint_score": config.keypoint_head.score}
     dim *= 2 if config.box_head.global_context else 1
     if config.name in CASCADES:
         heads = [make_box_head() for _ in range(1 + len(config.cascade.ious))]
         predictors = [BoxPredictor(dim, num_classes, class_agnostic=True) for _ in heads]
-        return CascadeRoIHeads(heads, predictors, mask_head, ious=config.cascade.ious, **options)
+        return CascadeRoIHeads(heads, predictors, mask_head, **config.cascade.model_dump(), **options)
     predictor = BoxPredictor(dim, num_classes, class_agnostic)
     return RoIHeads(make_box_head(), predictor, mask_head, keypoint_head, **options)
 
 
+def build_mask_head(config: MaskHeadConfig, in_channels: int, num_classes: int) -> MaskHead | PointRendHead:
+    if config.type == "point_rend":
+        return PointRendHead(in_channels, num_classes, channels=config.channels, resolution=config.resolution,
+                             **config.points.model_dump())
+    return MaskHead(in_channels, num_classes, config.channels, config.convs, config.norm)
+
+
 def build_pool(config: PoolConfig, strides: list[int]) -> Pool:
-    """Pools from the levels that heads read: P2..P5 of a pyramid (P6 is for the RPN only), or the one there is."""
-    strides = strides[:4]
-
-    def pool(features, boxes, image_index, size):
-        op = roi_pool if config.type == "pool" else partial(
-            roi_align, sampling_ratio=config.sampling_ratio, aligned=config.aligned)
-        return op(features[: len(strides)], strides, boxes, image_index, size, canonical_side=config.canonical_side)
-
-    return pool
+    """Reads the levels that heads read: P2..P5 of a pyramid (P6 is for the RPN only), or the one there is."""
+    return Pool(strides[:4], **config.model_dump())
 
 
 MODELS = {**dict.fromkeys(RCNNS, build_rcnn), **dict.fromkeys(SEMANTIC, build_segmenter),

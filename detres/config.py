@@ -112,6 +112,7 @@ class FPNConfig(Section):
     top: Literal["pool", "c5", "p5"] = Field(
         "pool", description="pool: P2..P5, and P6 by taking every other pixel of P5; c5 and p5: P3..P5, and P6 and P7 by "
                             "convolutions that begin from C5 (RetinaNet, arXiv 1708.02002) or P5 (FCOS, 1904.01355)")
+    top_relu: bool = Field(True, description="of c5 and p5: relu between P6 and P7; false in MMDetection's RetinaNet")
 
 
 class AnchorConfig(Section):
@@ -191,15 +192,44 @@ class BoxHeadConfig(Section):
     detections_per_image: Count = 100
 
 
+class PointConfig(Section):
+    """The points of PointRend (arXiv 1912.08193), sections 3 and 4.1."""
+
+    coarse_fc_dim: Count = Field(1024, description="width of the two fc layers that predict the coarse mask")
+    fc_dim: Count = Field(256, description="width of the fc layers that judge a point")
+    fcs: Count = 3
+    train_points: Count = Field(196, description="per region")
+    oversample: Count = Field(3, description="candidates drawn per training point")
+    importance: Probability = Field(
+        0.75, description="part of the training points that are the most uncertain of the candidates; others are "
+                          "anywhere")
+    steps: Annotated[int, Field(ge=0)] = Field(5, description="doublings of the coarse mask: 7 to 224 in five")
+    step_points: Count = Field(784, description="points computed at each doubling; the others are interpolated")
+
+
 class MaskHeadConfig(Section):
     """Mask R-CNN (arXiv 1703.06870) section 3.1, Figure 4."""
 
-    resolution: Count = Field(14, description="side of the pooled grid; masks are twice that")
+    type: Literal["fcn", "point_rend"] = Field(
+        "fcn", description="point_rend: a coarse mask, refined at points (arXiv 1912.08193; with layout fpn)")
+    resolution: Count = Field(
+        14, description="side of the pooled grid; masks are twice that, coarse masks of point_rend half")
     channels: Count = 256
-    convs: Annotated[int, Field(ge=0)] = Field(4, description="3x3 convolutions before the upsampling (0 for c4)")
+    convs: Annotated[int, Field(ge=0)] = Field(
+        4, description="of fcn: 3x3 convolutions before the upsampling (0 for c4)")
     norm: HeadNorm = Field("none", description="after each of these")
     paste: Literal["detectron2", "torchvision"] = Field(
         "detectron2", description="how masks fill their boxes; torchvision grows and cuts boxes to whole pixels")
+    on_pred_boxes: bool = Field(
+        False, description="train masks in the boxes that the box head moves regions to, as Detectron2's PointRend does")
+    points: PointConfig = PointConfig()
+
+    @model_validator(mode="after")
+    def _halves(self):
+        if self.type == "point_rend" and self.resolution % 2:
+            raise ValueError("resolution must be even with type=point_rend, whose coarse masks have half of it, got "
+                             f"{self.resolution}")
+        return self
 
 
 class KeypointHeadConfig(Section):
@@ -218,6 +248,8 @@ class CascadeConfig(Section):
 
     ious: tuple[Probability, ...] = Field(
         (0.6, 0.7), description="least IoU of foreground in each stage after the first, whose is box_head.fg_iou")
+    average: Literal["probs", "logits"] = Field(
+        "probs", description="of the stages, in detection; logits in MMDetection, and their softmax")
 
 
 class DenseHeadConfig(Section):
@@ -354,6 +386,13 @@ class ModelConfig(Section):
         if self.name in CASCADES and self.backbone.layout == "c4":
             raise ValueError("backbone.layout must not be c4 for a cascade, each of whose stages would have a conv5 of its "
                              f"own, got name={self.name}. Use fpn, c5 or dc5.")
+        if self.has_masks and self.mask_head.type == "point_rend" and self.backbone.layout != "fpn":
+            raise ValueError("mask_head.type point_rend must go with backbone.layout fpn, whose finest map it reads, "
+                             f"got layout={self.backbone.layout}")
+        if self.has_masks and self.mask_head.on_pred_boxes and (self.backbone.layout == "c4" or self.name in CASCADES):
+            raise ValueError("mask_head.on_pred_boxes must be false with backbone.layout c4, where masks are made of "
+                             "what the box head pooled, and in cascades, got true with "
+                             f"layout={self.backbone.layout}, name={self.name}")
         if self.name == "localizer" and self.backbone.layout not in ("c5", "dc5"):
             raise ValueError("backbone.layout must be c5 or dc5 for a localizer, which reads the last stage, got "
                              f"{self.backbone.layout}")

@@ -160,16 +160,17 @@ def centerness_loss(logits: Tensor, gt_distances: Tensor, positive: Tensor) -> d
     return {"loss_centerness": (loss * positive).sum() / _normalizer(positive.sum())}
 
 
-def mask_loss(logits: Tensor, targets: Tensor, labels: Tensor, valid: Tensor) -> dict[str, Tensor]:
+def mask_loss(logits: Tensor, targets: Tensor, labels: Tensor, valid: Tensor,
+              name: str = "loss_mask") -> dict[str, Tensor]:
     """Binary cross-entropy of the mask of the true class (arXiv 1703.06870, section 3).
 
-    logits (M, K, S, S); targets (M, S, S) in [0, 1]; labels (M,) 0..K-1; valid (M,).
+    logits (M, K, ...) of cells or points; targets (M, ...) in [0, 1]; labels (M,) 0..K-1; valid (M,).
     """
-    count = _normalizer(valid.sum()) * (logits.shape[2] * logits.shape[3])
+    count = _normalizer(valid.sum()) * math.prod(logits.shape[2:])
     row = torch.arange(len(labels), device=labels.device)
     own = logits[row, labels.clamp(max=logits.shape[1] - 1)].float()
-    loss = F.binary_cross_entropy_with_logits(own, targets, reduction="none").sum((1, 2))
-    return {"loss_mask": (loss * valid).sum() / count}
+    loss = F.binary_cross_entropy_with_logits(own, targets, reduction="none").flatten(1).sum(1)
+    return {name: (loss * valid).sum() / count}
 
 
 def keypoint_loss(heatmaps: Tensor, cells: Tensor, seen: Tensor) -> dict[str, Tensor]:

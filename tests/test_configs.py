@@ -65,7 +65,9 @@ def test_zoo_name_says_what_is_inside(path):
     kind, depth, layout, schedule = re.fullmatch(r"(\w+)_r(\d+)_(fpn|c4)_(1x|3x|voc)", path.stem).groups()
     is_dense = kind in ("retinanet", "fcos")
     config = load_config(path).config
-    assert (config.model.name, config.model.backbone.depth, config.model.backbone.layout) == (kind, int(depth), layout)
+    point_rend = config.model.mask_head.type == "point_rend"
+    assert ("pointrend_" * point_rend + config.model.name, config.model.backbone.depth, config.model.backbone.layout) == (
+        kind, int(depth), layout)
     steps = {"1x": (90_000, (60_000, 80_000)), "3x": (270_000, (210_000, 250_000)), "voc": (18_000, (12_000, 16_000))}
     assert (config.train.steps, config.train.milestones) == steps[schedule]
     assert (config.train.batch_size, config.train.lr, config.data.skip_empty) == (16, 0.01 if is_dense else 0.02, True)
@@ -82,8 +84,8 @@ def test_zoo_is_complete():
     parts = [(depth, layout) for depth in (18, 50, 101) for layout in ("fpn", "c4")]
     coco = {f"{kind}_rcnn_r{depth}_{layout}_{schedule}" for kind in ("faster", "mask") for depth, layout in parts
             for schedule in ("1x", "3x")}
-    others = {f"{kind}_r50_fpn_{schedule}" for kind in ("cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn")
-              for schedule in ("1x", "3x")} | {"keypoint_rcnn_r101_fpn_3x"}
+    others = {f"{kind}_r50_fpn_{schedule}" for schedule in ("1x", "3x") for kind in (
+        "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn", "pointrend_mask_rcnn")} | {"keypoint_rcnn_r101_fpn_3x"}
     dense = {"retinanet_r50_fpn_1x", "retinanet_r50_fpn_3x", "retinanet_r101_fpn_3x", "fcos_r50_fpn_1x", "rpn_r50_fpn_1x",
              "rpn_r50_c4_1x"}
     assert names == coco | others | dense | {f"faster_rcnn_r{depth}_{layout}_voc" for depth, layout in parts}
@@ -165,6 +167,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
     detector = [f"data.train={data}", f"data.val={data}", f"output={tmp_path / 'run'}", "data.workers=0",
                 "train.steps=1", "train.batch_size=2", "train.reference_batch_size=2",
                 "model.input.min_size=48", "model.input.max_size=64"]
+    point_rend = [*detector, "model.mask_head.type=point_rend", f"output={tmp_path / 'point_rend'}"]
     alternating = [*detector, "train.alternate=true", f"output={tmp_path / 'alternating'}"]
     segmenter = [*detector, "data.augment.crop_size=64", f"output={tmp_path / 'semantic'}"]
     panoptic = [*segmenter, f"output={tmp_path / 'panoptic'}"]
@@ -182,7 +185,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
                "model.box_head.context=4", f"output={tmp_path / 'regions'}"]
     monkeypatch.setattr(Section, "__getattribute__", watched_get)
     monkeypatch.setattr(Section, "model_dump", watched_dump, raising=False)
-    for overrides in (detector, alternating):
+    for overrides in (detector, point_rend, alternating):
         train(load_config("configs/demo.yaml", overrides).config)
     train(load_config("configs/shapes_deeplabv3_r18.yaml", segmenter).config)
     train(load_config("configs/shapes_panoptic_fpn_r18.yaml", panoptic).config)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from detres.engine.run_folder import check_same, write_config
 from detres.engine.tasks import TASKS, Task
 from detres.engine.train import fit, seed_everything
 from detres.models.faster_rcnn import FasterRCNN
+from detres.models.roi_heads.regions import Regions
 from detres.structures import Detections, ImageBatch, Proposals, Targets
 
 Propose = Callable[[ImageBatch], Proposals]
@@ -84,7 +84,7 @@ class FastRCNNStep(Step):
             return super().forward(images)
         features = self.features(images)
         proposals = self.propose_apart(images) if self.propose_apart else training_proposals(self, images, features)
-        return self.roi_heads.losses(partial(self.pool, features), proposals, targets, images.sizes)
+        return self.roi_heads.losses(Regions(self.pool, features), proposals, targets, images.sizes)
 
 
 @torch.no_grad()

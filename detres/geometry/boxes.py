@@ -52,6 +52,11 @@ def larger_than(boxes: Tensor, side: float) -> Tensor:
     return (boxes[..., 2] - boxes[..., 0] > side) & (boxes[..., 3] - boxes[..., 1] > side)
 
 
+def from_unit(points: Tensor, boxes: Tensor) -> Tensor:
+    """Points (M, P, 2) from 0 to 1 across boxes (M, 4), in pixels."""
+    return boxes[:, None, :2] + points * (boxes[:, None, 2:] - boxes[:, None, :2])
+
+
 def take(boxes: Tensor, index: Tensor) -> Tensor:
     """Rows of boxes (or deltas) chosen per image: (N, P, 4) and index (N, R) int64 -> (N, R, 4)."""
     return boxes.gather(1, index[..., None].expand(-1, -1, 4))

@@ -13,12 +13,14 @@ class FPN(nn.Module):
     """Feature Pyramid Network (arXiv 1612.03144, section 3): P2..P5 from C2..C5, and P6 by subsampling P5.
 
     top 'c5' or 'p5': from C3..C5 P3..P5, and P6 and P7 by convolutions with stride 2, that of P6 on C5 (RetinaNet, arXiv
-    1708.02002, section 4, footnote 2) or P5. `forward` returns maps (N, channels, H_l, W_l), finest first.
+    1708.02002, section 4, footnote 2) or P5; top_relu: what P7 is made of is the relu of P6.
+    `forward` returns maps (N, channels, H_l, W_l), finest first.
     """
 
-    def __init__(self, in_channels: list[int], channels: int = 256, norm: str = "none", top: str = "pool"):
+    def __init__(self, in_channels: list[int], channels: int = 256, norm: str = "none", top: str = "pool",
+                 top_relu: bool = True):
         super().__init__()
-        self.top = top
+        self.top, self.top_relu = top, top_relu
         if top != "pool":
             in_channels = in_channels[1:]
             self.p6 = _fpn_conv(in_channels[-1] if top == "c5" else channels, channels, 3, "none", stride=2)
@@ -40,7 +42,7 @@ class FPN(nn.Module):
         if self.top == "pool":
             return [*pyramid, F.max_pool2d(pyramid[-1], 1, stride=2)]
         p6 = self.p6(features[-1] if self.top == "c5" else pyramid[-1])
-        return [*pyramid, p6, self.p7(F.relu(p6))]
+        return [*pyramid, p6, self.p7(F.relu(p6) if self.top_relu else p6)]
 
 
 def _fpn_conv(in_channels: int, channels: int, kernel: int, norm: str, stride: int = 1) -> nn.Conv2d:
@@ -54,10 +56,10 @@ def _fpn_conv(in_channels: int, channels: int, kernel: int, norm: str, stride: i
 class FPNBackbone(nn.Module):
     """P2..P6, strides 4 to 64, or with another `top` than 'pool' P3..P7, strides 8 to 128."""
 
-    def __init__(self, body: ResNet, channels: int = 256, norm: str = "none", top: str = "pool"):
+    def __init__(self, body: ResNet, channels: int = 256, norm: str = "none", top: str = "pool", top_relu: bool = True):
         super().__init__()
         self.body = body
-        self.fpn = FPN(body.channels, channels, norm, top)
+        self.fpn = FPN(body.channels, channels, norm, top, top_relu)
         self.channels = channels
         self.strides = [*body.strides, body.strides[-1] * 2]
         if top != "pool":

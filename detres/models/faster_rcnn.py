@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from detres.models.roi_heads.multi_scale import multi_scale_regions
-from detres.models.roi_heads.standard import Pool, Regions, RoIHeads
+from detres.models.roi_heads.regions import Pool, Regions
+from detres.models.roi_heads.standard import RoIHeads
 from detres.models.rpn import RPN
 from detres.ops.roi_align import CANONICAL_SIDE
 from detres.structures import Detections, ImageBatch, Proposals, Targets
@@ -60,7 +61,7 @@ class FasterRCNN(nn.Module):
 
     def losses(self, features: list[Tensor], images: ImageBatch, targets: Targets) -> dict[str, Tensor]:
         proposals, rpn_losses = self.rpn(features, images.pixels.shape[-2:], images.sizes, targets)
-        return rpn_losses | self.roi_heads.losses(partial(self.pool, features), proposals, targets, images.sizes)
+        return rpn_losses | self.roi_heads.losses(Regions(self.pool, features), proposals, targets, images.sizes)
 
     def detect(self, features: list[Tensor], images: ImageBatch) -> Detections:
         heads = self.roi_heads
@@ -83,4 +84,4 @@ class FasterRCNN(nn.Module):
         proposals, _ = self.rpn(features, images.pixels.shape[-2:], images.sizes)
         if images.pyramid:
             return proposals, multi_scale_regions(self.pool, self.features, images, self.canonical_side)
-        return proposals, partial(self.pool, features)
+        return proposals, Regions(self.pool, features)

@@ -85,8 +85,9 @@ def sample_boxes(match: Tensor, seeds: Tensor, batch_per_image: int, positive_fr
     return index, torch.where(key >= 0, match.gather(1, index), -1)
 
 
-def hash_noise(seeds: Tensor, count: int, salt: int) -> Tensor:
-    """Uniform noise (N, count) in [0, 1) from integer seeds (N,): a hash of (seed, salt, position), no state."""
+def hash_noise(seeds: Tensor, count: int, salt: int | Tensor) -> Tensor:
+    """Uniform noise (N, count) in [0, 1) from integer seeds (N,): a hash of (seed, salt, position), no state.
+    salt: what tells draws apart, one or one per seed (N,)."""
     start = _mix(seeds ^ (seeds >> 32) ^ (salt * 0x85EBCA6B))
     position = torch.arange(count, device=seeds.device)[None] * 0x9E3779B1
     return (_mix(_mix(position + start[:, None])) >> 8).float() / 2**24  # 24 bits are exact in float32

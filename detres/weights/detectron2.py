@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from detres.config import CASCADES
-from detres.weights.keymap import Change, KeyMap
+from detres.weights.keymap import POINTWISE, Change, KeyMap
 from detres.weights.source import Family, Sections, merged
 
 
@@ -73,6 +73,14 @@ HEADS = [
     ("roi_heads.mask_head.mask_fcn{i+1}.", "roi_heads.mask_head.convs.{i}."),
     ("roi_heads.mask_head.deconv.", "roi_heads.mask_head.deconv."),
     ("roi_heads.mask_head.predictor.", "roi_heads.mask_head.predict."),
+    # PointRend; the second of two names is of its first version, which the published files have
+    *((f"roi_heads.{theirs}.{layer}.", f"roi_heads.mask_head.coarse_head.{ours}.")
+      for theirs in ("mask_head.coarse_head", "mask_coarse_head")
+      for layer, ours in (("reduce_spatial_dim_conv", "conv"), ("fc{i+1}", "fcs.{i}"), ("coarse_mask_fc{i+1}", "fcs.{i}"),
+                          ("prediction", "predict"))),
+    *((f"roi_heads.{theirs}.{layer}.", f"roi_heads.mask_head.point_head.{ours}.", POINTWISE)
+      for theirs in ("mask_head.point_head", "mask_point_head")
+      for layer, ours in (("fc{i+1}", "fcs.{i}"), ("predictor", "predict"))),
     ("roi_heads.keypoint_head.conv_fcn{i+1}.", "roi_heads.keypoint_head.convs.{i}."),
     ("roi_heads.keypoint_head.score_lowres.", "roi_heads.keypoint_head.deconv."),
 ]
@@ -120,6 +128,8 @@ def conventions(sections: Sections) -> Sections:
         found["input"]["size_divisor"] = 1  # a canvas is as large as its largest image
         found["anchors"] = {"sizes": ((32.0, 64.0, 128.0, 256.0, 512.0),)}
         found["rpn"] = {"pre_nms_topk_train": 12_000, "pre_nms_topk_test": 6000, "post_nms_topk_train": 2000}
+    if sections.get("mask_head", {}).get("type") == "point_rend":
+        found["mask_head"] = {"on_pred_boxes": True}
     return found
 
 

@@ -32,6 +32,7 @@ LAYERS = {
     r"roi_heads\.box_predictor(\.\d+)?\.cls\.": Rows(background=True),
     r"roi_heads\.box_predictor(\.\d+)?\.box\.": Rows(per_class=4),
     r"roi_heads\.mask_head\.predict\.": Rows(),
+    r"roi_heads\.mask_head\.coarse_head\.predict\.": Rows(per_class=None),
     r"semantic_head\.predict\.": Rows(semantic=True),
     r"(aux_)?head\.predict\.": Rows(),
     r"fc\.|cls\.": Rows(),

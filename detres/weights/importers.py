@@ -22,7 +22,7 @@ from detres.build import build_model
 from detres.config import Config, ModelConfig
 from detres.config_file import override
 from detres.engine.checkpoint import META_KEY, WeightsMeta, find_weights, load_weights
-from detres.weights import detectron2, torchvision, zoo
+from detres.weights import detectron2, mmdet, timm, torchvision, zoo
 from detres.weights.infer import infer
 from detres.weights.known_classes import Classes, detection_classes, image_classes, keypoint_layout, semantic_classes
 from detres.weights.mismatch import check_fit
@@ -31,7 +31,7 @@ from detres.weights.source import Family, Sections, State, merged
 
 PUBLISHED = {"torchvision": torchvision.published, "Detectron2": detectron2.published}
 SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl")
-FAMILIES: tuple[Family, ...] = (*torchvision.FAMILIES, *detectron2.FAMILIES)
+FAMILIES: tuple[Family, ...] = (*torchvision.FAMILIES, *detectron2.FAMILIES, *timm.FAMILIES, *mmdet.FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def read_weights(source: str | Path, *, model: Mapping[str, Any] | None = None, 
     if _is_own(file):
         tensors, meta = load_weights(file)
         return Weights(tensors, meta, file)
-    state, _ = read_tensors(file)
-    return convert(state, file, model=model, classes=classes, overrides=overrides)
+    state, about = read_tensors(file)
+    return convert(state, file, about, model=model, classes=classes, overrides=overrides)
 
 
 def locate(source: str | Path) -> Path:
@@ -85,9 +85,10 @@ def _is_own(file: Path) -> bool:
     return header.startswith(b"{") and f'"{META_KEY}"'.encode() in header
 
 
-def convert(state: State, file: Path, *, model: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None,
+def convert(state: State, file: Path, about: Mapping[str, Any] | None = None, *,
+            model: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None,
             overrides: Sequence[str] = ()) -> Weights:
-    """Tensors of another toolkit; see `read_weights`."""
+    """Tensors of another toolkit; about: what else the file says. See `read_weights`."""
     family = recognise(state, file)
     tensors, unknown = family.keymap.to_ours(state)
     if unknown:
@@ -96,8 +97,9 @@ def convert(state: State, file: Path, *, model: Mapping[str, Any] | None = None,
                          "Models with parts of one's own cannot be imported.")
     sections, num_classes = infer(tensors)
     published = PUBLISHED.get(family.toolkit, lambda file: {})(file)
-    config = _config(merged(sections, family.conventions(sections), published, model or {}), overrides, file)
-    known, semantic = _classes(config.model, num_classes, tensors, classes, file)
+    told, names = family.told(about or {}) if family.told else ({}, None)
+    config = _config(merged(sections, family.conventions(sections), published, told, model or {}), overrides, file)
+    known, semantic = _classes(config.model, num_classes, tensors, classes or names, file)
     built = build_model(config.model, num_classes, **_semantic_channels(semantic))
     tensors = _with_counters(tensors, built)
     check_fit(_shapes(tensors), _shapes(built.state_dict()),
@@ -143,7 +145,9 @@ def _classes(config: ModelConfig, count: int, tensors: State, given: Sequence[st
     if given is not None:
         if len(given) != count or len(set(given)) != count:
             raise ValueError(f"classes must be {count} distinct names, got {len(given)} ({file}).")
-        return (tuple(given), tuple(range(1, count + 1))), semantic
+        published = detection_classes(count)  # whose ids have gaps, if these are they
+        return (published if published and published[0] == tuple(given) else
+                (tuple(given), tuple(range(1, count + 1)))), semantic
     if config.name == "rpn":
         return (("object",), (1,)), semantic
     if config.name == "classifier":

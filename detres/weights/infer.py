@@ -71,6 +71,9 @@ def _rcnn(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Secti
         sections["mask_head"] = {"convs": _count(shapes, r"roi_heads\.mask_head\.convs\.(\d+)\.weight"),
                                  "channels": shapes["roi_heads.mask_head.deconv.weight"][1],
                                  "norm": _norm(shapes, "roi_heads.mask_head.norms.0.")}
+    if "roi_heads.mask_head.coarse_head.conv.weight" in shapes:
+        name = "cascade_mask_rcnn" if stages else "mask_rcnn"
+        sections["mask_head"] = _point_rend(shapes, "roi_heads.mask_head.")
     if "semantic_head.predict.weight" in shapes:
         name = "panoptic_fpn"
         sections["semantic_head"] = _semantic_head(shapes, "semantic_head.scales.0.0.")
@@ -103,6 +106,15 @@ def _semantic_head(shapes: dict[str, tuple[int, ...]], first: str) -> Sections:
 def _fpn(shapes: dict[str, tuple[int, ...]]) -> Sections:
     return {"channels": shapes["backbone.fpn.lateral.0.weight"][0],
             "norm": _norm(shapes, "backbone.fpn.lateral_norm.0.")}
+
+
+def _point_rend(shapes: dict[str, tuple[int, ...]], prefix: str) -> Sections:
+    channels = shapes[prefix + "coarse_head.conv.weight"][0]
+    dim, inputs = shapes[prefix + "coarse_head.fcs.0.weight"]
+    points = {"coarse_fc_dim": dim, "fc_dim": shapes[prefix + "point_head.fcs.0.weight"][0],
+              "fcs": _count(shapes, re.escape(prefix) + r"point_head\.fcs\.(\d+)\.weight")}
+    return {"type": "point_rend", "channels": channels, "resolution": 2 * round((inputs / channels)**0.5),
+            "points": points}
 
 
 def _box_head(shapes: dict[str, tuple[int, ...]], sections: Sections, prefix: str = "roi_heads.box_head.") -> Sections:

@@ -30,6 +30,10 @@ class Change:
 BACKGROUND_LAST = Change(lambda x: torch.cat([x[1:], x[:1]]), lambda x: torch.cat([x[-1:], x[:-1]]))
 
 
+# Convolutions over single points (O, C, 1) are linear layers here.
+POINTWISE = Change(lambda x: x[..., 0] if x.dim() == 3 else x, lambda x: x[..., None] if x.dim() == 2 else x)
+
+
 def without_background(rows: int = 1) -> Change:
     """The first class, of `rows` rows, is background that has no use; it is exported as zeros."""
     return Change(lambda x: x[rows:], lambda x: torch.cat([x.new_zeros(rows, *x.shape[1:]), x]))

@@ -12,7 +12,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 # Layers whose size depends on the classes, in any model.
 OF_CLASSES = re.compile(
-    r"(roi_heads\.(box_predictor(\.\d+)?|mask_head\.(predict|coarse_head\.predict|point_head\.predict))"
+    r"(roi_heads\.(box_predictor(\.\d+)?|mask_head\.(predict|coarse_head\.predict|point_head\.(fcs\.\d+|predict)))"
     r"|fc|(aux_)?head\.\w*predict|semantic_head\.predict|head\.cls|head\.box|cls|box)\.")
 
 

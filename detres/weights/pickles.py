@@ -26,6 +26,9 @@ LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's own magic 
 PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in (2, 3, 4, 5))
 SECTIONS = ("model", "blobs", "state_dict")  # Detectron2 and torchvision, Caffe2, MMDetection: where tensors are
 OPTIMIZER = re.compile(r".*_momentum$")  # Caffe2 keeps the momentum of each blob beside it
+# What MMEngine's records of losses are pickled with, which stand beside the weights of a run.
+RECORDS = ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr", "numpy.ndarray", "numpy.dtype",
+           *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")))
 HINT = "Get the file from its publisher again, or save its tensors alone where it can be loaded: " \
        "torch.save(model.state_dict(), 'weights.pth')."
 
@@ -60,12 +63,23 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, {**outside, **rest}
 
 
+class _Record:
+    """In place of an object of `RECORDS`, of which nothing is made: it forgets what it is given."""
+
+    def __init__(self, *arguments: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def read_torch(path: str | Path) -> dict[str, Any]:
     """What `torch.save` wrote, through `torch.load(weights_only=True)`. Raises ValueError with what it refused."""
     path = Path(path)
     _check_zip(path)
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Record, name) for name in RECORDS]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise anything
         text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
         name = re.search(r"GLOBAL (\S*\w)", text)
@@ -73,7 +87,11 @@ def read_torch(path: str | Path) -> dict[str, Any]:
         raise _refused(path, what, "tensors, numbers and containers alone") from None
     if not isinstance(found, dict):
         raise _refused(path, f"a {type(found).__name__}", "a dict of tensors")
-    for name, value in _tensors_of(found):
+    for name, value in _items_of(found):
+        if isinstance(value, _Record):
+            raise _refused(path, f"{name}, an array of numpy or another object", "tensors, numbers and containers alone")
+        if not isinstance(value, Tensor):
+            continue
         if value.layout != torch.strided or value.device.type != "cpu" \
                 or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise _refused(path, f"{name} {tuple(value.shape)}, {value.layout}, without numbers of its own",
@@ -91,9 +109,9 @@ def _check_zip(path: Path) -> None:
         raise _refused(path, "compressed or overlapping entries", "a zip as torch.save writes it, not compressed")
 
 
-def _tensors_of(found: dict[str, Any]) -> list[tuple[str, Tensor]]:
+def _items_of(found: dict[str, Any]) -> list[tuple[str, Any]]:
     sections = [found, *(found[name] for name in SECTIONS if isinstance(found.get(name), dict))]
-    return [(name, value) for section in sections for name, value in section.items() if isinstance(value, Tensor)]
+    return [item for section in sections for item in section.items()]
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -17,6 +17,7 @@ from detres.weights.keymap import KeyMap
 
 State = Mapping[str, Tensor]
 Sections = dict[str, Any]  # of ModelConfig
+Told = tuple[Sections, tuple[str, ...] | None]  # sections to add, and names of the classes, where it has them
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Family:
     keymap: KeyMap
     conventions: Callable[[Sections], Sections]  # sections of the network as read from its tensors -> what to add
     assumed: tuple[str, ...] = ()  # for people: what of that may differ in models that are not the published ones
+    told: Callable[[Mapping[str, Any]], Told] | None = None  # what a file says beside its tensors -> what that means
 
     def fits(self, names: Mapping[str, Any]) -> bool:
         return all(name in names for name in self.has)

@@ -99,9 +99,10 @@ def stage_outputs(model, features, image, boxes, k):
     return logits, deltas[:, 0]
 
 
+@pytest.mark.parametrize("average", ["probs", "logits"])
 @torch.no_grad()
-def test_scores_and_boxes_are_those_of_the_stages_one_after_another():
-    model, (images, _) = wide_awake(), make_batch(2)
+def test_scores_and_boxes_are_those_of_the_stages_one_after_another(average):
+    model, (images, _) = wide_awake(cascade={"average": average}), make_batch(2)
     images = replace(images, sizes=torch.tensor([[96, 128], [70, 90]]))
     features = model.features(images)
     proposals, regions = model.propose(images)
@@ -112,9 +113,10 @@ def test_scores_and_boxes_are_those_of_the_stages_one_after_another():
         expected = []
         for k, (_, weights) in enumerate(STAGES):
             logits, moves = stage_outputs(model, features, i, boxes, k)
-            expected.append(logits.softmax(-1)[:, :-1])
+            expected.append(logits.softmax(-1) if average == "probs" else logits)
             boxes = [clipped(apply_deltas(box, move, weights), size) for box, move in zip(boxes, moves.tolist())]
-        torch.testing.assert_close(probs[i][proposals.valid[i]], sum(expected) / 3, atol=1e-5, rtol=0)
+        mean = sum(expected) / 3 if average == "probs" else (sum(expected) / 3).softmax(-1)
+        torch.testing.assert_close(probs[i][proposals.valid[i]], mean[:, :-1], atol=1e-5, rtol=0)
         moves = deltas[i, proposals.valid[i], 0].tolist()
         own = [apply_deltas(box, move, STAGES[0][1]) for box, move in zip(start, moves)]
         torch.testing.assert_close(torch.tensor(own), torch.tensor(boxes), atol=1e-2, rtol=0)

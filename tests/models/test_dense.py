@@ -13,6 +13,7 @@ from detres import losses
 from detres.build import build_model
 from detres.config import Config, ModelConfig
 from detres.geometry.boxes import decode, pairwise_iou
+from detres.models.backbone import FPN
 from detres.models.dense_head import select
 from detres.models.matching import match_points
 from detres.ops.nms import nms
@@ -36,6 +37,15 @@ def dense(name, **sections) -> ModelConfig:
 
 def total(values):
     return sum(values.values())
+
+
+@pytest.mark.parametrize("relu", [True, False])
+def test_p7_is_made_of_p6_with_or_without_relu(relu):
+    fpn = FPN([8, 16, 32, 64], 8, top="c5", top_relu=relu)
+    features = [torch.randn(1, width, 64 // side, 64 // side) for width, side in ((8, 1), (16, 2), (32, 4), (64, 8))]
+    *_, p6, p7 = fpn(features)
+    assert (p6 < 0).any()
+    torch.testing.assert_close(p7, fpn.p7(p6.clamp(min=0) if relu else p6))
 
 
 @KINDS

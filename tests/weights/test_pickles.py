@@ -9,6 +9,8 @@ import os
 import pickle
 import pickletools
 import struct
+import sys
+import types
 import zipfile
 
 import numpy as np
@@ -278,6 +280,30 @@ def test_views_of_one_storage_are_fine(tmp_path):
     both = torch.arange(6.0)
     torch.save({"model": {"a": both[:3], "b": both[2:].flip(0), "c": both.view(2, 3).T}}, tmp_path / "model.pth")
     assert read_torch(tmp_path / "model.pth")["model"]["c"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+class History:
+    """As MMEngine's records of losses: arrays, and a method of its class."""
+
+    __module__, __qualname__ = "mmengine.logging.history_buffer", "HistoryBuffer"
+
+    def __init__(self):
+        self.values, self.mean = np.ones(2), getattr
+
+
+def test_records_beside_weights_are_passed_over(tmp_path, monkeypatch):
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = History
+    for name in ("mmengine", "mmengine.logging"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    torch.save({"state_dict": STATE, "message_hub": {"loss": History()}, "meta": {"epoch": 3}}, tmp_path / "model.pth")
+    monkeypatch.undo()
+    found, about = read_tensors(tmp_path / "model.pth")
+    assert found.keys() == STATE.keys() and about["meta"] == {"epoch": 3} and not vars(about["message_hub"]["loss"])
+    torch.save({"model": {**STATE, "c": np.ones(2)}}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="got c, an array of numpy"):
+        read_tensors(tmp_path / "model.pth")
 
 
 def test_no_file(tmp_path):

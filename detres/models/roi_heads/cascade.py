@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from detres import losses
 from detres.geometry.boxes import clip, decode, encode, larger_than
 from detres.models.matching import match_boxes
-from detres.models.roi_heads.standard import Regions, RoIHeads, RoIs, padded
+from detres.models.roi_heads.regions import Regions
+from detres.models.roi_heads.standard import RoIHeads, RoIs, padded
 from detres.structures import Targets
 
 
@@ -21,15 +22,15 @@ class CascadeRoIHeads(RoIHeads):
     """A box head and a class-agnostic predictor for each stage; the deltas of stage k (0, 1 ...) have k + 1 times the
     weights of an ordinary detector's (section 4.2: their spread shrinks from stage to stage).
 
-    ious: least IoU of foreground in the stages after the first, whose is `fg_iou`.
+    ious: least IoU of foreground in the stages after the first, whose is `fg_iou`. average: see `score`.
     For detection the cascade is one head: `score` gives what moves a box through all stages as one delta, so that
     refinement, voting and ensembles work as ever.
     """
 
     def __init__(self, box_heads: Sequence[nn.Module], box_predictors: Sequence[nn.Module],
-                 mask_head: nn.Module | None = None, *, ious: Sequence[float], **options):
+                 mask_head: nn.Module | None = None, *, ious: Sequence[float], average: str = "probs", **options):
         super().__init__(nn.ModuleList(box_heads), nn.ModuleList(box_predictors), mask_head, **options)
-        self.ious = tuple(ious)
+        self.ious, self.average = tuple(ious), average
 
     @property
     def box_loss_names(self) -> tuple[str, ...]:
@@ -41,9 +42,9 @@ class CascadeRoIHeads(RoIHeads):
             yield head, predictor, tuple(k * weight for weight in losses.BOX_WEIGHTS)
 
     def box_losses(self, regions: Regions, rois: RoIs, targets: Targets,
-                   sizes: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Of all stages, those of features scaled by one over their number; rows and what a head made of them are the
-        first stage's."""
+                   sizes: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, RoIs]:
+        """Of all stages, those of features scaled by one over their number; rows, what a head made of them and RoIs are
+        the first stage's."""
         def scaled(boxes: Tensor, image: Tensor, side: int) -> Tensor:
             return _ScaleGradient.apply(regions(boxes, image, side), 1 / len(self.box_head))
 
@@ -53,7 +54,7 @@ class CascadeRoIHeads(RoIHeads):
                 rois = self.relabel(rois, rows, deltas, before, targets, sizes, self.ious[k - 1])
             own, rows, hidden, deltas = self.stage_losses(head, predictor, weights, scaled, rois, targets, sizes)
             found |= {f"{name}_stage{k}": loss for name, loss in own.items()}
-            before, of_first = weights, of_first or (rows, hidden)
+            before, of_first = weights, of_first or (rows, hidden, rois)
         return found, *of_first
 
     @torch.no_grad()
@@ -70,15 +71,17 @@ class CascadeRoIHeads(RoIHeads):
 
     @torch.no_grad()
     def score(self, regions: Regions, boxes: Tensor, valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """As `RoIHeads.score`: the mean probabilities of the stages, and deltas (N, P, 1, 4) from the boxes given to
-        those of the last stage."""
+        """As `RoIHeads.score`: the mean probabilities of the stages, or those of their mean logits, and deltas
+        (N, P, 1, 4) from the boxes given to those of the last stage."""
         total, moved = 0.0, boxes
         for head, predictor, weights in self._stages():
-            probs, deltas = self.stage_scores(head, predictor, regions, moved, valid, sizes)
-            total, moved = total + probs, clip(decode(deltas[:, :, 0], moved, weights), sizes)
+            logits, deltas = self.stage_outputs(head, predictor, regions, moved, valid, sizes)
+            total = total + (logits if self.average == "logits" else logits.softmax(-1))
+            moved = clip(decode(deltas[:, :, 0], moved, weights), sizes)
+        mean = total / len(self.box_head)
         deltas = encode(moved, boxes, losses.BOX_WEIGHTS)
         deltas = torch.where(valid[..., None], deltas, 0.0)  # padding has no size to divide by
-        return total / len(self.box_head), deltas[:, :, None]
+        return (mean.softmax(-1) if self.average == "logits" else mean)[..., :-1], deltas[:, :, None]
 
 
 class _ScaleGradient(torch.autograd.Function):

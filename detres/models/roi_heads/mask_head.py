@@ -13,6 +13,8 @@ from detres.models.norms import conv_norm, make_conv, make_norm
 class MaskHead(nn.Module):
     """3x3 convolutions, one upsampling by two, one mask per class. (M, C, S, S) -> logits (M, K, 2S, 2S)."""
 
+    loss_names = ("loss_mask",)
+
     def __init__(self, in_channels: int, num_classes: int, channels: int = 256, convs: int = 4,
                  norm: str = "none"):
         super().__init__()

@@ -9,12 +9,14 @@ Legend: N images, S scales, M regions, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from detres.geometry.boxes import area
-from detres.models.roi_heads.standard import Pool, Regions, rows_of
+from detres.models.roi_heads.regions import Pool
+from detres.models.roi_heads.standard import rows_of
 from detres.ops.roi_align import CANONICAL_SIDE
 from detres.structures import ImageBatch
 
@@ -32,28 +34,47 @@ def lower_scale(areas: Tensor, growth: Tensor, canonical_side: float = CANONICAL
 
 
 def multi_scale_regions(pool: Pool, backbone: Callable[[ImageBatch], list[Tensor]], images: ImageBatch,
-                        canonical_side: float = CANONICAL_SIDE) -> Regions:
-    """Regions pooled from `images.pyramid`, each at two adjacent scales (`lower_scale`), by the larger value of both.
+                        canonical_side: float = CANONICAL_SIDE) -> ScaledRegions:
+    """Regions read from `images.pyramid`.
 
     backbone: images -> feature maps that `pool` reads. Boxes are in pixels of `images`; of a feature pyramid they read
     the level that fits their size at each scale.
     """
     features = [backbone(scaled) for scaled in images.pyramid]
-    ratios = torch.stack([scaled.sizes / images.sizes for scaled in images.pyramid], 1)  # (N, S, 2) height, width
+    ratios = torch.stack([scaled.sizes / images.sizes for scaled in images.pyramid], 1)
+    return ScaledRegions(pool, features, ratios, canonical_side)
 
-    def regions(boxes: Tensor, image_index: Tensor, side: int) -> Tensor:
-        ratio = ratios[image_index]  # (M, S, 2)
-        lower = lower_scale(area(boxes), ratio.prod(-1), canonical_side)
+
+@dataclass(frozen=True)
+class ScaledRegions:
+    """As `Regions`, of images at several scales: each region at two adjacent ones (`lower_scale`), by the larger value
+    of both."""
+
+    pool: Pool
+    features: list[list[Tensor]]  # of each scale
+    ratios: Tensor  # (N, S, 2) height, width, to those of the images that boxes are in
+    canonical_side: float
+
+    def __call__(self, boxes: Tensor, image_index: Tensor, side: int) -> Tensor:
+        return self._larger(boxes, image_index, lambda maps, scaled, rows: self.pool(
+            maps, scaled, image_index[rows], side))
+
+    def points(self, boxes: Tensor, image_index: Tensor, points: Tensor) -> Tensor:
+        return self._larger(boxes, image_index, lambda maps, scaled, rows: self.pool.points(
+            maps, scaled, image_index[rows], points[rows]))
+
+    def _larger(self, boxes: Tensor, image_index: Tensor,
+                read: Callable[[list[Tensor], Tensor, Tensor], Tensor]) -> Tensor:
+        """read: maps, boxes and the regions they are of -> (M, ...)."""
+        ratio = self.ratios[image_index]  # (M, S, 2)
+        lower = lower_scale(area(boxes), ratio.prod(-1), self.canonical_side)
         found: Tensor | None = None
-        for scale, maps in enumerate(features):
+        for scale, maps in enumerate(self.features):
             chosen = (lower == scale) | (lower + 1 == scale)
             rows = rows_of(chosen)
-            scaled = boxes[rows] * ratio[rows, scale].flip(-1).repeat(1, 2)
-            pooled = pool(maps, scaled, image_index[rows], side)
-            pooled = torch.where(chosen[rows, None, None, None], pooled, -torch.inf)
+            seen = read(maps, boxes[rows] * ratio[rows, scale].flip(-1).repeat(1, 2), rows)
+            seen = torch.where(chosen[rows].view(-1, *[1] * (seen.dim() - 1)), seen, -torch.inf)
             if found is None:
-                found = pooled.new_full((len(boxes), *pooled.shape[1:]), -torch.inf)
-            found[rows] = torch.maximum(found[rows], pooled)
+                found = seen.new_full((len(boxes), *seen.shape[1:]), -torch.inf)
+            found[rows] = torch.maximum(found[rows], seen)
         return found
-
-    return regions

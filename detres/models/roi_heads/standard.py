@@ -10,7 +10,7 @@ K classes, J keypoints, C channels, S side of a pooled grid.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,14 @@ from detres.geometry.boxes import clip, decode, larger_than, take
 from detres.models.matching import match_boxes, sample_boxes
 from detres.models.roi_heads.keypoint_head import keypoint_cells
 from detres.models.roi_heads.mask_head import crop_masks
+from detres.models.roi_heads.point_rend import PointRendHead
+from detres.models.roi_heads.regions import Regions
 from detres.ops.box_voting import vote_boxes
 from detres.ops.decode_heatmaps import decode_heatmaps
 from detres.ops.nms import nms
 from detres.ops.paste_masks import PasteConvention
 from detres.structures import Detections, Proposals, Targets
 
-Regions = Callable[[Tensor, Tensor, int], Tensor]  # boxes (M, 4), image index (M,), S -> (M, C, S, S)
-Pool = Callable[[list[Tensor], Tensor, Tensor, int], Tensor]  # `Regions` of the feature maps that come first
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # as `RoIHeads.score`, of boxes and valid
 
 CANDIDATES = 2048  # the best (box, class) pairs of an image that go into NMS
@@ -61,12 +61,14 @@ class RoIHeads(nn.Module):
     box voting, None for none, see `ops.box_voting`.
     mask_head: None for Faster R-CNN; mask_resolution None: it reads the map of box_head (C4).
     mask_aligned: how targets are cropped, the same as features are pooled; mask_paste: see `ops.paste_masks`.
-    keypoint_head: of Keypoint R-CNN, else None; keypoint_score: see `ops.decode_heatmaps`."""
+    keypoint_head: of Keypoint R-CNN, else None; keypoint_score: see `ops.decode_heatmaps`.
+    on_pred_boxes: masks and keypoints are trained in the boxes that the box head moves RoIs to, as they will be in
+    detection, not in the RoIs."""
 
     def __init__(self, box_head: nn.Module, box_predictor: nn.Module, mask_head: nn.Module | None = None,
                  keypoint_head: nn.Module | None = None, *, num_classes: int, resolution: int = 7,
                  mask_resolution: int | None = 14, mask_aligned: bool = True,
-                 mask_paste: PasteConvention = "detectron2", keypoint_resolution: int = 14,
+                 mask_paste: PasteConvention = "detectron2", on_pred_boxes: bool = False, keypoint_resolution: int = 14,
                  keypoint_score: str = "probability", batch_per_image: int = 512,
                  positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
                  smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
@@ -76,7 +78,7 @@ class RoIHeads(nn.Module):
         self.box_head, self.box_predictor = box_head, box_predictor
         self.mask_head, self.keypoint_head = mask_head, keypoint_head
         self.num_classes, self.resolution, self.mask_resolution = num_classes, resolution, mask_resolution
-        self.mask_aligned, self.mask_paste = mask_aligned, mask_paste
+        self.mask_aligned, self.mask_paste, self.on_pred_boxes = mask_aligned, mask_paste, on_pred_boxes
         self.keypoint_resolution, self.keypoint_score = keypoint_resolution, keypoint_score
         self.batch_per_image, self.positive_fraction, self.fg_iou = batch_per_image, positive_fraction, fg_iou
         self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
@@ -85,7 +87,7 @@ class RoIHeads(nn.Module):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        mask = () if self.mask_head is None else ("loss_mask",)
+        mask = () if self.mask_head is None else self.mask_head.loss_names
         keypoint = () if self.keypoint_head is None else ("loss_keypoint",)
         return (*self.box_loss_names, *mask, *keypoint)
 
@@ -127,7 +129,7 @@ class RoIHeads(nn.Module):
     def losses(self, regions: Regions, proposals: Proposals, targets: Targets, sizes: Tensor) -> dict[str, Tensor]:
         """sizes (N, 2): height and width of the contents."""
         rois = self.sample(proposals, targets)
-        found, rows, hidden = self.box_losses(regions, rois, targets, sizes)
+        found, rows, hidden, rois = self.box_losses(regions, rois, targets, sizes)
         if self.mask_head is not None:
             found |= self.mask_losses(regions, hidden, rows, rois, targets)
         if self.keypoint_head is not None:
@@ -135,11 +137,14 @@ class RoIHeads(nn.Module):
         return found
 
     def box_losses(self, regions: Regions, rois: RoIs, targets: Targets,
-                   sizes: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Losses; the rows (M,) of the RoIs that box_head ran on, and what it made of them."""
-        found, rows, hidden, _ = self.stage_losses(self.box_head, self.box_predictor, losses.BOX_WEIGHTS, regions, rois,
-                                                   targets, sizes)
-        return found, rows, hidden
+                   sizes: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor, RoIs]:
+        """Losses; the rows (M,) of the RoIs that box_head ran on, and what it made of them; the RoIs of other heads."""
+        found, rows, hidden, deltas = self.stage_losses(self.box_head, self.box_predictor, losses.BOX_WEIGHTS, regions,
+                                                        rois, targets, sizes)
+        if self.on_pred_boxes:
+            moved = move_own(rois.boxes.flatten(0, 1)[rows], deltas, rois.labels.flatten()[rows])
+            rois = replace(rois, boxes=padded(moved, rows, rois.valid))
+        return found, rows, hidden, rois
 
     def stage_losses(self, box_head: nn.Module, box_predictor: nn.Module, box_weights: tuple[float, ...],
                      regions: Regions, rois: RoIs, targets: Targets,
@@ -162,14 +167,18 @@ class RoIHeads(nn.Module):
         chosen = rows_of(positive)
         image = chosen // columns
         flat = image * rois.valid.shape[1] + chosen % columns  # the same rows in (N, R)
-        boxes = rois.boxes.flatten(0, 1)[flat]
+        boxes, labels = rois.boxes.flatten(0, 1)[flat], rois.labels.flatten()[flat]
+        positive = positive.flatten()[chosen]
+        gt_row = rois.gt_index.flatten()[flat] + image * targets.valid.shape[1]
+        mask_row = (targets.valid.flatten().cumsum(0) - 1).clamp(min=0)[gt_row]
+        if isinstance(self.mask_head, PointRendHead):
+            return self.mask_head.losses(regions, boxes, image, labels, positive, targets.masks, mask_row,
+                                         targets.seeds[image], chosen % columns)
         pooled = hidden[torch.searchsorted(rows, flat)] if self.mask_resolution is None else \
             regions(boxes, image, self.mask_resolution)
         logits = self.mask_head(pooled)
-        gt_row = rois.gt_index.flatten()[flat] + image * targets.valid.shape[1]
-        mask_row = (targets.valid.flatten().cumsum(0) - 1).clamp(min=0)[gt_row]
         cropped = crop_masks(targets.masks, mask_row, boxes, logits.shape[-1], self.mask_aligned)
-        return losses.mask_loss(logits, cropped, rois.labels.flatten()[flat], positive.flatten()[chosen])
+        return losses.mask_loss(logits, cropped, labels, positive)
 
     def keypoint_losses(self, regions: Regions, rois: RoIs, targets: Targets) -> dict[str, Tensor]:
         """Keypoints are trained on the foreground RoIs that have a labelled one inside: others would add nothing."""
@@ -198,15 +207,16 @@ class RoIHeads(nn.Module):
 
         valid (N, P); sizes (N, 2): height and width of the contents. What is not valid may hold anything.
         """
-        return self.stage_scores(self.box_head, self.box_predictor, regions, boxes, valid, sizes)
+        logits, deltas = self.stage_outputs(self.box_head, self.box_predictor, regions, boxes, valid, sizes)
+        return logits.softmax(-1)[..., :-1], deltas
 
-    def stage_scores(self, box_head: nn.Module, box_predictor: nn.Module, regions: Regions, boxes: Tensor,
+    def stage_outputs(self, box_head: nn.Module, box_predictor: nn.Module, regions: Regions, boxes: Tensor,
                      valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """What `score` gives, of one head and predictor."""
+        """Logits (N, P, K + 1), background last, and deltas (N, P, K or 1, 4) of one head and predictor, fp32."""
         rows = rows_of(valid)
         _, features = self.look(box_head, regions, boxes.flatten(0, 1)[rows], rows // valid.shape[1], sizes)
         logits, deltas = box_predictor(features)
-        return padded(logits.float().softmax(-1)[:, :-1], rows, valid), padded(deltas.float(), rows, valid)
+        return padded(logits.float(), rows, valid), padded(deltas.float(), rows, valid)
 
     @torch.no_grad()
     def detect(self, score: Score, proposals: Proposals, sizes: Tensor) -> Detections:
@@ -242,10 +252,13 @@ class RoIHeads(nn.Module):
         """Probabilities (N, D, S, S) inside the detected boxes; zero where there is no detection."""
         n, d = found.valid.shape
         rows = rows_of(found.valid)
-        side = self.resolution if self.mask_resolution is None else self.mask_resolution
-        pooled = regions(found.boxes.flatten(0, 1)[rows], rows // d, side)
-        logits = self.mask_head(self.box_head(pooled) if self.mask_resolution is None else pooled)
-        own = logits[torch.arange(len(rows), device=rows.device), found.labels.flatten()[rows]].float().sigmoid()
+        boxes, labels = found.boxes.flatten(0, 1)[rows], found.labels.flatten()[rows]
+        if isinstance(self.mask_head, PointRendHead):
+            own = self.mask_head.predict(regions, boxes, rows // d, labels)
+        else:
+            pooled = regions(boxes, rows // d, self.mask_resolution or self.resolution)
+            logits = self.mask_head(self.box_head(pooled) if self.mask_resolution is None else pooled)
+            own = logits[torch.arange(len(rows), device=rows.device), labels].float().sigmoid()
         return padded(own, rows, found.valid) * found.valid[..., None, None]
 
     @torch.no_grad()
@@ -292,6 +305,13 @@ def move(boxes: Tensor, deltas: Tensor, index: Tensor, labels: Tensor, sizes: Te
     image = torch.arange(len(index), device=index.device)[:, None]
     own = deltas[image, index, labels.clamp(max=deltas.shape[2] - 1)]
     return clip(decode(own, boxes[image, index], losses.BOX_WEIGHTS), sizes)
+
+
+@torch.no_grad()
+def move_own(boxes: Tensor, deltas: Tensor, labels: Tensor) -> Tensor:
+    """Boxes (M, 4), moved by their deltas (M, K or 1, 4) for classes (M,) 0..K; of background by any."""
+    own = deltas[torch.arange(len(labels), device=labels.device), labels.clamp(max=deltas.shape[1] - 1)]
+    return decode(own.float(), boxes, losses.BOX_WEIGHTS)
 
 
 def _vector(hidden: Tensor) -> Tensor:
