@@ -61,10 +61,9 @@ def overfit(model: torch.nn.Module, images: ImageBatch, targets: Targets | Seman
     """Trains on one batch; other regions are drawn each time, as the loader's seeds see to."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(steps):
-        if isinstance(targets, Targets):
-            targets = replace(targets, seeds=targets.seeds + 1000)
-        sum(model(images, targets).values()).backward()
+    for step in range(steps):
+        drawn = replace(targets, seeds=targets.seeds + 1000 * step) if isinstance(targets, Targets) else targets
+        sum(model(images, drawn).values()).backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
