@@ -44,11 +44,13 @@ __all__ = [*_PUBLIC, "load", "__version__"]
 
 def load(path: str | os.PathLike | Sequence[str | os.PathLike], device: str = "auto",
          overrides: Sequence[str] = ()) -> Predictor | ClassPredictor | SemanticPredictor:
-    """A model ready to predict, from a weights file or a run folder: they carry model, classes, preprocessing.
+    """A model ready to predict, with its classes and preprocessing: from a run folder, a weights file of detres,
+    torchvision, Detectron2, timm or MMDetection, a URL, or a published name such as "maskrcnn_resnet50_fpn_v2" or
+    "COCO-Detection/faster_rcnn_R_50_FPN_3x" (`weights.importers`).
 
-    Several paths make an ensemble. device: auto (a GPU where there is one), cpu, cuda, cuda:1 ... `overrides` are of
-    the config that weights carry, such as "model.box_head.nms_thresh=0.3". Raises FileNotFoundError, or ValueError for
-    a file that is not detres weights.
+    Several make an ensemble. device: auto (a GPU where there is one), cpu, cuda, cuda:1 ... `overrides` are of
+    the config that weights carry, such as "model.box_head.nms_thresh=0.3". Raises FileNotFoundError; ConnectionError
+    where a published file cannot be had; ValueError for an unknown name, or a file that is no such model's.
     """
     from detres.inference.predictor import load_predictor
 
