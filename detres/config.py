@@ -324,6 +324,8 @@ RCNNS = {"faster_rcnn", "mask_rcnn", "keypoint_rcnn", *CASCADES}
 ALL_LEVELS = {"retinanet", "fcos", "rpn"}  # that read all levels there are; RCNNS pool regions from P2..P5
 SEMANTIC = {"fcn", "deeplabv3", "deeplabv3_plus", "semantic_fpn"}  # a class for each pixel, and no objects
 PANOPTIC = {"panoptic_fpn"}  # objects, and a class for each pixel: either an object's or one of stuff
+# Kinds that differ by heads beside that of boxes: training of one may begin from weights of another.
+SAME_BOXES = ({"faster_rcnn", "mask_rcnn", "keypoint_rcnn", "panoptic_fpn"}, CASCADES)
 
 
 class ModelConfig(Section):
@@ -333,8 +335,9 @@ class ModelConfig(Section):
         "mask_rcnn", description="rpn: proposals alone; fcn to semantic_fpn: semantic segmentation; localizer and "
                                  "region_classifier: arXiv 1512.03385, appendix C")
     weights: str | None = Field(
-        None, description="run or weights of a model of this kind that training begins from, such as a detector of COCO "
-                          "for VOC; layers of other classes begin anew; null: from backbone.weights")
+        None, description="run, file or published name of weights of a model of this kind that training begins from, such "
+                          "as a detector of COCO for VOC; layers of other classes begin anew; null: from "
+                          "backbone.weights")
     input: InputConfig = InputConfig()
     backbone: BackboneConfig = BackboneConfig()
     fpn: FPNConfig = FPNConfig()
@@ -442,7 +445,9 @@ class AugmentConfig(Section):
     """What training does to an image; evaluation only resizes (model.input)."""
 
     min_sizes: tuple[Count, ...] | None = Field(
-        None, description="short sides drawn from, in pixels; null: model.input.min_size")
+        None, description="short sides drawn from, in pixels; null: model.input.min_size times `scales`")
+    scales: tuple[Positive, Positive] = Field(
+        (1.0, 1.0), description="range of those factors: [0.8, 1.0] is Detectron2's 640 to 800 pixels at any min_size")
     flip: Probability = Field(0.5, description="chance of a horizontal flip")
     jitter: tuple[Positive, Positive] | None = Field(
         None, description="large-scale jitter: range of scales, (0.1, 2.0) in arXiv 2012.07177; replaces min_sizes")
@@ -451,6 +456,12 @@ class AugmentConfig(Section):
                           "large-scale jitter")
     albumentations: tuple[dict[str, Any], ...] = Field(
         (), description="transforms by name: [{HueSaturationValue: {p: 0.5}}]")
+
+    @model_validator(mode="after")
+    def _scales_grow(self):
+        if self.scales[0] > self.scales[1]:
+            raise ValueError(f"scales must be a range, got {list(self.scales)}")
+        return self
 
     @model_validator(mode="after")
     def _jitter_needs_canvas(self):

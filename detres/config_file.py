@@ -1,10 +1,11 @@
 """YAML files and `key=value` overrides into a `Config`, and back.
 
-A file may name one parent, `base: _base/coco.yaml`, relative to itself; mappings merge key by key, everything else is
-replaced. `weights: NAME` begins with the model of these weights, of any toolkit (`weights.importers`): its section
-`model` is theirs but for what the config itself says, and training begins from them. Overrides come last: `train.lr=0.02 model.backbone.depth=101 train.milestones=[6000,8000]`. Values follow the
-core schema of YAML 1.2: `1e-3` is a number, `off` and `2024-01-01` are strings. Relative paths inside a config (data,
-weights, output) start at the working directory.
+A file may name one parent, `base: _base/coco.yaml`, relative to itself; mappings merge key by key, everything else
+is replaced. `weights: NAME` begins with the model of these weights, of any toolkit (`weights.importers`): its section
+`model` is theirs but for what the config itself says, and training begins from them. Overrides come last:
+`train.lr=0.02 model.backbone.depth=101 train.milestones=[6000,8000]`. Values follow the core schema of YAML 1.2:
+`1e-3` is a number, `off` and `2024-01-01` are strings. Relative paths inside a config (data, weights, output) start at
+the working directory.
 
 All that is wrong is reported at once, with the dotted path, the file and line, and what would be accepted. For
 completion and checks in an editor write the schema once, `detres config --schema > detres.schema.json`, and put
@@ -24,7 +25,7 @@ import yaml
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from .config import Config, SourceConfig
+from .config import SAME_BOXES, Config, SourceConfig
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -134,10 +135,10 @@ def _with_weights(tree: _Tree, problems: list[str]) -> _Tree:
     meta = read_weights(start.value).meta
     origin = f"weights {start.value}"
     theirs = _tree_of(Config.model_validate(meta.config).model, origin)
-    wanted = tree.get("model", {}).get("name")
-    if wanted is not None and wanted.value != theirs["name"].value:
+    has, wanted = theirs["name"].value, tree.get("model", {}).get("name")
+    if wanted is not None and wanted.value != has and not any({wanted.value, has} <= kinds for kinds in SAME_BOXES):
         problems.append(f"weights must be of a {wanted.value}, which model.name asks for ({wanted.origin}), got those of a "
-                        f"{theirs['name'].value} ({start.origin}). Leave model.name out; weights of a backbone belong in "
+                        f"{has} ({start.origin}). Leave model.name out; weights of a backbone belong in "
                         "model.backbone.weights.")
     return _merge(_merge({"model": theirs}, tree), {"model": {"weights": start}})
 

@@ -128,7 +128,8 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool, with_s
         if bare:
             raise ValueError(f"annotations must have a segmentation for a model with masks, got {len(bare)} without, "
                              f"such as annotation {bare[0][1].id} of {bare[0][0].path} ({dataset.name}, "
-                             f"{dataset.format}). Use model.name=faster_rcnn, or add polygons.")
+                             f"{dataset.format}). Add polygons, or train without masks, from weights with them too: "
+                             "model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
 
 
 def trainable(record: ImageRecord) -> list[Annotation]:

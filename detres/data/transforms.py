@@ -60,7 +60,8 @@ def build_train_transforms(augment: AugmentConfig, model_input: InputConfig, dat
     if augment.jitter is not None:
         steps.append(LargeScaleJitter(augment.jitter, augment.crop_size, model_input.antialias))
     else:
-        min_sizes = augment.min_sizes or (model_input.min_size,)
+        low, high = (max(1, round(scale * model_input.min_size)) for scale in augment.scales)
+        min_sizes = augment.min_sizes or range(low, high + 1)
         steps.append(ResizeShortSide(min_sizes, model_input.max_size, model_input.antialias, model_input.round_down))
         if augment.crop_size is not None:
             steps.append(RandomCrop(augment.crop_size))

@@ -65,6 +65,8 @@ def train(config: Config, *, resume: bool = False) -> Metrics:
         interrupt = Interrupt()
         task = TASKS[config.model.name](config, device, interrupt)
         tell(f"Training on {task.about}, {len(task.classes)} classes")
+        if task.validate is None and config.train.eval_every:
+            tell("data.val is not given: nothing is evaluated, and the last weights are kept")
         model = build_model(config.model, len(task.classes), len(task.semantic_classes))
         if alternates:
             model = alternate.FastRCNNStep(model, ("roi_heads",))
@@ -183,8 +185,8 @@ def _check(config: Config) -> None:
     options, data = config.train, config.data
     if data.train is None:
         raise ValueError("data.train must be given to train, got null. Say data.train.path=PATH.")
-    if data.val is None and (options.eval_every or options.patience or options.keep_best != "auto"):
-        raise ValueError("data.val must be given for train.eval_every, patience and keep_best, got null. "
+    if data.val is None and (options.patience or options.keep_best != "auto" or options.schedule == "plateau"):
+        raise ValueError("data.val must be given for train.patience, keep_best and schedule=plateau, got null. "
                          "Say data.val.path=PATH.")
     if options.patience and not options.eval_every:
         raise ValueError("train.eval_every must be given for train.patience to stop early, got null.")

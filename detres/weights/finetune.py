@@ -1,7 +1,9 @@
 """Training that begins from a trained model rather than from a backbone: `model.weights`, of any toolkit.
 
-So arXiv 1512.03385 (appendix B, "PASCAL VOC") fine-tunes its COCO detector on PASCAL VOC. Layers that tell classes apart
-begin anew where the classes are others, but for the rows of classes that both have, by name.
+So arXiv 1512.03385 (appendix B, "PASCAL VOC") fine-tunes its COCO detector on PASCAL VOC. Layers that tell classes
+apart begin anew where the classes are others, but for the rows of classes that both have, by name. Heads beside the
+one of boxes may be more or fewer (`config.SAME_BOXES`): a Faster R-CNN begins from a Mask R-CNN, and the other way
+round.
 """
 
 from __future__ import annotations
@@ -41,27 +43,53 @@ LAYERS = {
     r"head\.box\.": Rows(per_class=0),  # of a dense head: none are of a class
 }
 OF_LOCALIZERS = {r"head\.(cls|box)\.": Rows(per_class=None)}
+HEADS = {"roi_heads.mask_head.": "mask head", "roi_heads.keypoint_head.": "keypoint head",
+         "semantic_head.": "semantic head"}  # that kinds of models differ by
+OF_KEYPOINTS = "roi_heads.keypoint_head.deconv."
 
 
 def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_classes: Sequence[str] = ()) -> str:
-    """Put the weights of a model of the same kind into `model`, which is to learn `classes`. Says what it did.
+    """Put the weights of a model of the same kind, but for `HEADS`, into `model`, which is to learn `classes`. Says
+    what it did.
 
     source: as in `read_weights`. Raises as that, and WeightsMismatch if tensors do not fit.
     """
-    weights = read_weights(source)
-    tensors = refit(weights, model.state_dict(), classes, semantic_classes)
+    weights, own = read_weights(source), model.state_dict()
+    tensors, told = _with_heads_of(own, refit(weights, own, classes, semantic_classes))
     title = f"model.weights must be of a model of the same kind ({weights.file})"
-    check_fit(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, model.state_dict())),
-              title, "Train with the model section that the weights carry: weights=... instead of model.weights.")
+    check_fit(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)), title,
+              "Train with the model section that the weights carry: weights=... instead of model.weights.")
     model.load_state_dict(tensors)
-    return tell_kept(weights.meta, classes, semantic_classes)
+    return "; ".join([tell_kept(weights.meta, classes, semantic_classes), *told])
+
+
+def _with_heads_of(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """`theirs` with the heads that `own` has, whose new ones begin as they are; and what that changed, in words.
+
+    Frozen batch norms have no counter, which nothing depends on: which of them are frozen may differ, too.
+    """
+    tensors, told = dict(theirs), []
+    for head, title in HEADS.items():
+        has, wants = (any(name.startswith(head) for name in state) for state in (theirs, own))
+        if has and not wants:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
+            told.append(f"their {title} is left out")
+        if wants and not has:
+            tensors |= {name: tensor for name, tensor in own.items() if name.startswith(head)}
+            told.append(f"the {title} begins anew, as they have none")
+    if any(name.startswith(OF_KEYPOINTS) and tensor.shape != own[name].shape for name, tensor in tensors.items()):
+        tensors |= {name: tensor for name, tensor in own.items() if name.startswith(OF_KEYPOINTS)}
+        told.append("the layer of keypoints begins anew, as their number differs")
+    counters = {name for state in (theirs, own) for name in state if name.endswith("num_batches_tracked")}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in counters}
+    return tensors | {name: own[name] for name in counters if name in own}, told
 
 
 def refit(weights: Weights, own: Mapping[str, Tensor], classes: Sequence[str],
           semantic_classes: Sequence[str] = ()) -> dict[str, Tensor]:
     """Tensors for a model of other classes, whose own initial ones are `own`."""
     meta = weights.meta
-    if meta.classes == tuple(classes) and meta.semantic_classes == tuple(semantic_classes):
+    if _same(meta, classes, semantic_classes):
         return weights.tensors
     layers = OF_LOCALIZERS if meta.config.get("model", {}).get("name") == "localizer" else LAYERS
     found = dict(weights.tensors)
@@ -97,9 +125,15 @@ def _of_class(layer: Tensor, count: int, rows: Rows) -> Tensor:
     return layer.unflatten(0, (-1, count)) if rows.innermost else layer.unflatten(0, (count, -1)).transpose(0, 1)
 
 
+def _same(meta: WeightsMeta, classes: Sequence[str], semantic_classes: Sequence[str]) -> bool:
+    """Whether the classes are; those of pixels, where both have them."""
+    return meta.classes == tuple(classes) and (not meta.semantic_classes or not semantic_classes
+                                               or meta.semantic_classes == tuple(semantic_classes))
+
+
 def tell_kept(meta: WeightsMeta, classes: Sequence[str], semantic_classes: Sequence[str]) -> str:
     """What became of the layers that tell classes apart."""
-    if meta.classes == tuple(classes) and meta.semantic_classes == tuple(semantic_classes):
+    if _same(meta, classes, semantic_classes):
         return "all layers go on, as the classes are the same"
     shared = [name for name in classes if name in meta.classes]
     kept = f"but for {', '.join(shared[:5])}{' ...' if len(shared) > 5 else ''}, known to both" if shared else \

@@ -351,7 +351,7 @@ def test_a_mistake_does_not_occupy_the_folder(detector_config):
     config = detector_config()
     without_data = config.model_copy(update={"data": config.data.model_copy(update={"train": None})})
     without_val = config.model_copy(update={"data": config.data.model_copy(update={"val": None}),
-                                            "train": config.train.model_copy(update={"eval_every": 5})})
+                                            "train": config.train.model_copy(update={"patience": 5, "eval_every": 5})})
     for wrong, message in ((without_data, "data.train must be given"), (without_val, "data.val must be given"),
                            (detector_config(patience=3), "eval_every must be given"),
                            (detector_config(schedule="plateau"), "eval_every must be given for train.schedule=plateau"),
