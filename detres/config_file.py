@@ -321,9 +321,10 @@ def _leaves(tree: _Tree, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 
 def _unknown(key: str, section: type[BaseModel], prefix: str, origin: str) -> str:
-    nearest = _nearest(key, section.model_fields, prefix) or _elsewhere(key)
+    names = [*section.model_fields] if prefix else [*section.model_fields, WEIGHTS]
+    nearest = _nearest(key, names, prefix) or _elsewhere(key)
     keys = f"Keys of {prefix[:-1]}" if prefix else "Top-level keys"
-    return f"{prefix}{key} is not a known key ({origin}). {nearest}{keys}: {', '.join(section.model_fields)}."
+    return f"{prefix}{key} is not a known key ({origin}). {nearest}{keys}: {', '.join(names)}."
 
 
 def _nearest(name: str, names: Iterable[str], prefix: str = "") -> str:

@@ -52,6 +52,7 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
                "device_type": device.type, **_rank()}
     loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
                      seed=config.train.seed, **options)
+    loader()  # refuses data that does not fit before the run has a folder
     task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids,
                 lambda step: loader(start_step=step), keypoints=_keypoints(dataset) if kind.has_keypoints else {},
                 semantic_classes=dataset.semantic_classes, semantic_ids=dataset.semantic_ids)

@@ -7,6 +7,7 @@ import torch
 
 from detres.build import build_model
 from detres.config import ModelConfig
+from detres.config_file import ConfigError, load_config
 from detres.engine.checkpoint import WeightsMeta, load_weights, save_weights
 from detres.engine.train import train
 from detres.weights.finetune import load_start
@@ -107,3 +108,60 @@ def test_training_begins_from_them(detector_config, tmp_path):
     train(config.model_copy(update={"model": model, "data": config.data.model_copy(update={"val": None})}))
     after, _ = load_weights(f"{config.output}/checkpoints/final.safetensors")
     assert all(torch.allclose(after[name], before[name], atol=1e-6) for name in before)
+
+
+CASCADE = {"name": "cascade_mask_rcnn", **MODEL, "cascade": {"ious": [0.6]}}
+KEYPOINTS = {"name": "keypoint_rcnn", **MODEL, "keypoint_head": {"num_keypoints": 4, "channels": 16, "convs": 1}}
+PANOPTIC = {"name": "panoptic_fpn", **MODEL, "semantic_head": {"channels": 16}}
+MASK = {"name": "mask_rcnn", **MODEL}
+
+
+@pytest.mark.parametrize("theirs, name, told", [
+    (MASK, "faster_rcnn", "their mask head is left out"), (CASCADE, "cascade_rcnn", "their mask head is left out"),
+    (PANOPTIC, "mask_rcnn", "their semantic head is left out"), (KEYPOINTS, "faster_rcnn", "their keypoint head is left out"),
+    ({**MASK, "name": "faster_rcnn"}, "mask_rcnn", "the mask head begins anew, as they have none"),
+    ({**MASK, "name": "faster_rcnn"}, "keypoint_rcnn", "the keypoint head begins anew"),
+    (MASK, "panoptic_fpn", "the semantic head begins anew")])
+def test_heads_come_and_go(tmp_path, theirs, name, told):
+    """All else goes on, the layers of classes among it, as the classes are the same."""
+    things = ("things", "sky")
+    theirs = ModelConfig.model_validate(theirs)
+    before = build_model(theirs, 2, 2 * theirs.is_panoptic)
+    meta = WeightsMeta({"model": theirs.model_dump(mode="json")}, tuple("ab"), (1, 2), 1, {},
+                       semantic_classes=things if theirs.is_panoptic else ())
+    save_weights(tmp_path / "w.safetensors", before.state_dict(), meta)
+    config = load_config(None, [f"weights={tmp_path / 'w.safetensors'}", f"model.name={name}"]).config.model
+    assert config.name == name and config.backbone == theirs.backbone
+    model = build_model(config, 2, 2 * config.is_panoptic)
+    own = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    assert f"all layers go on, as the classes are the same; {told}" in load_start(
+        model, str(tmp_path / "w.safetensors"), "ab", things if config.is_panoptic else ())
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before.state_dict().get(key, own[key])), key
+
+
+def test_kinds_of_other_networks_are_refused(tmp_path):
+    saved(ModelConfig.model_validate(MASK), "ab", tmp_path / "w.safetensors")
+    for name in ("retinanet", "cascade_rcnn", "semantic_fpn"):
+        with pytest.raises(ConfigError, match=f"must be of a {name}.*got those of a mask_rcnn.*Leave model.name out"):
+            load_config(None, [f"weights={tmp_path / 'w.safetensors'}", f"model.name={name}"])
+
+
+def test_another_number_of_keypoints(tmp_path):
+    before = saved(ModelConfig.model_validate(KEYPOINTS), "a", tmp_path / "w.safetensors")
+    model = build_model(ModelConfig.model_validate({**KEYPOINTS, "keypoint_head": {
+        **KEYPOINTS["keypoint_head"], "num_keypoints": 3}}), 1)
+    assert "layer of keypoints begins anew" in load_start(model, str(tmp_path / "w.safetensors"), "a")
+    assert {name.rsplit(".", 1)[0] for name in changed(model.state_dict(), before)} == {"roi_heads.keypoint_head.deconv"}
+
+
+@pytest.mark.parametrize("change", [{"freeze_stages": 2}, {"norm": "frozen_bn"}])
+def test_batch_norms_may_be_frozen_and_thawed(tmp_path, change):
+    """Frozen ones have no counter of batches."""
+    trained = {**MASK, "backbone": {**MODEL["backbone"], "norm": "bn"}}
+    frozen = {**trained, "backbone": {**trained["backbone"], **change}}
+    for theirs, ours in ((trained, frozen), (frozen, trained)):
+        before = saved(ModelConfig.model_validate(theirs), "ab", tmp_path / "w.safetensors")
+        model = build_model(ModelConfig.model_validate(ours), 2)
+        load_start(model, str(tmp_path / "w.safetensors"), "ab")
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)
