@@ -174,7 +174,7 @@ def test_unknown_key_names_place_nearest_and_accepted(folder):
     problem = _problem("model:\n  box_head:\n    resolutoin: 7\n")
     assert problem.startswith("model.box_head.resolutoin is not a known key (a.yaml:3). "
                               "Did you mean model.box_head.resolution? Keys of model.box_head: batch_per_image, ")
-    assert "Did you mean train.lr? Top-level keys: output, device, model, data, train, eval." in _problem("lr: 1")
+    assert "Did you mean train.lr? Top-level keys: output, device, model, data, train, eval, weights." in _problem("lr: 1")
     assert "Did you mean model.backbone?" in _problem("backbone: {depth: 18}")
     assert "Did you mean" not in _problem("xyzzy: 1")
     assert _problem("", "trian.lr=1").startswith("trian is not a known key (command line). Did you mean train?")

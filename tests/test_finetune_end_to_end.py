@@ -17,7 +17,7 @@ import detres
 from detres.cli import build_parser, main
 from detres.config_file import load_config
 from detres.data.shapes import ShapesOptions, write_shapes
-from detres.engine.checkpoint import find_weights, load_weights
+from detres.engine.checkpoint import find_weights, load_weights, save_weights
 from detres.weights import zoo
 
 ROOT = Path(__file__).parents[1]
@@ -149,3 +149,67 @@ def test_configs(path, trained, monkeypatch):
     for part in command.split(" && "):
         args, _ = build_parser().parse_known_args(shlex.split(part)[1:])
         assert getattr(args, "config", Path(f"configs/finetune/{path.name}")) == Path(f"configs/finetune/{path.name}")
+
+
+PAGE = (ROOT / "docs/finetune.md").read_text(encoding="utf-8")
+
+
+def stand_in_balloon(shapes: Path, folder: Path) -> None:
+    """Images and VIA's polygons, in the layout of balloon."""
+    for split in ("train", "val"):
+        content = json.loads((shapes / f"annotations/instances_{split}.json").read_text())
+        (folder / split).mkdir(parents=True)
+        photos = {}
+        for image in content["images"]:
+            shutil.copy(shapes / split / image["file_name"], folder / split)
+            boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == image["id"]]
+            outlines = [{"name": "polygon", "all_points_x": [int(x), int(x + w), int(x)], "all_points_y": [int(y), int(y), int(y + h)]}
+                        for x, y, w, h in boxes]
+            photos[image["file_name"]] = {"filename": image["file_name"], "regions": {
+                str(i): {"shape_attributes": outline, "region_attributes": {}} for i, outline in enumerate(outlines)}}
+        (folder / split / "via_region_data.json").write_text(json.dumps(photos))
+
+
+def without_masks(run: Path, file: Path) -> Path:
+    tensors, meta = load_weights(find_weights(run))
+    meta.config["model"]["name"] = "faster_rcnn"
+    save_weights(file, {name: tensor for name, tensor in tensors.items() if "mask_head" not in name}, meta)
+    return file
+
+
+def test_the_guide_runs_as_written(trained, mine, shapes, tmp_path, monkeypatch, capsys):
+    """In an empty folder with the configs; small weights stand for the published ones, drawn scenes for the photographs."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    boxes = without_masks(trained, tmp_path / "faster_rcnn.safetensors")
+    monkeypatch.setattr(zoo, "fetch", lambda name: boxes if name.startswith("faster") else find_weights(trained))
+    stand_in_balloon(shapes, Path("datasets/balloon"))
+    shutil.copytree(shapes / "voc", "datasets/BCCD_Dataset/BCCD")
+    lists = Path("datasets/BCCD_Dataset/BCCD/ImageSets/Main")
+    shutil.copy(lists / "val.txt", lists / "test.txt")
+    for split in ("train", "val"):
+        shutil.copytree(shapes / "train", f"my/{split}")
+        shutil.copy(mine, f"my/{split}.json")
+    names: dict = {}
+    count = 0
+    for language, code in re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL):
+        if language == "python":
+            exec(compile(code, "finetune.md", "exec"), names)
+            continue
+        for command in code.splitlines():
+            words = shlex.split(command)
+            count += 1
+            assert words[0] == "detres" and main(words[1:] + SHORT * (words[1] == "train")) == 0, command
+    assert count == 9 and names["coco"]["annotations"]
+    printed = capsys.readouterr()
+    (said,) = re.findall(r"^Weights .*$", PAGE, re.MULTILINE)
+    assert said.replace("person", "disc, cross") in printed.out + printed.err
+    for file in ("found/predictions.json", "runs/bccd_from_masks/results.json", "runs/balloon/errors", "balloon.pth"):
+        assert Path(file).exists(), file
+
+
+def test_what_the_guide_names_exists():
+    for file in re.findall(r"\]\(([^)#:]+)\)", PAGE):
+        assert (ROOT / "docs" / file).exists(), file
+    for name in re.findall(r"`([\w-]+/\w+_\dx|\w+_resnet\d+\w*)`", PAGE):
+        assert zoo.resolve(name).url.startswith("https://"), name
