@@ -29,6 +29,7 @@ EXAMPLES = {
     "": """
   detres demo                                      train, evaluate and predict on the built-in data set
   detres train configs/faster_rcnn_r50_fpn_1x.yaml data.train=my/coco data.val=my/coco
+  detres train configs/finetune/small.yaml weights=maskrcnn_resnet50_fpn_v2 data.train=my/train.json
   detres eval runs/mine                            AP of the best weights of a run
   detres predict runs/mine photos/                 pictures and JSON of what is found
   detres COMMAND --help                            options and examples of a command""",

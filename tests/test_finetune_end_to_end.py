@@ -208,6 +208,15 @@ def test_the_guide_runs_as_written(trained, mine, shapes, tmp_path, monkeypatch,
         assert Path(file).exists(), file
 
 
+def test_figures_of_the_guide_are_those_measured():
+    metrics = json.loads((ROOT / "results/finetune_cpu.json").read_text())["metrics"]
+    rows = re.findall(r"^\| (BCCD|balloon) \| (\S+) \| (\S+) \| (\S+) \|$", PAGE, re.MULTILINE)
+    assert len(rows) == 4
+    for data, metric, tuned, scratch in rows:
+        for figure, run in ((tuned, data.lower()), (scratch, f"{data.lower()}_scratch")):
+            assert figure == f"{metrics[f'{run}/{metric}']:.3f}", (data, metric)
+
+
 def test_what_the_guide_names_exists():
     for file in re.findall(r"\]\(([^)#:]+)\)", PAGE):
         assert (ROOT / "docs" / file).exists(), file

@@ -220,6 +220,15 @@ def test_short_sides_are_drawn_from_all_and_flips_by_chance():
     assert 8 < flipped < 30
 
 
+def test_short_sides_follow_the_model():
+    """Of a model of 48 pixels, at scales of 0.8 to 1."""
+    for scales, sides in (((1.0, 1.0), {48}), ((0.8, 1.0), set(range(38, 49)))):
+        found = {min(apply(markers(BOXES), seed, min_sizes=None, scales=scales).size) for seed in range(90)}
+        assert found == sides
+    with pytest.raises(ValueError, match="scales must be a range, got .1.0, 0.8."):
+        AugmentConfig(scales=(1.0, 0.8))
+
+
 @pytest.mark.parametrize("entry", [
     {"HorizontalFlip": {"p": 1}}, {"VerticalFlip": {"p": 1}}, {"Transpose": {"p": 1}}, {"RandomRotate90": {"p": 1}},
     {"D4": {"p": 1}}, {"RandomCrop": {"height": 30, "width": 40, "p": 1}},
