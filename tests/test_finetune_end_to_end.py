@@ -215,6 +215,8 @@ def test_figures_of_the_guide_are_those_measured():
     for data, metric, tuned, scratch in rows:
         for figure, run in ((tuned, data.lower()), (scratch, f"{data.lower()}_scratch")):
             assert figure == f"{metrics[f'{run}/{metric}']:.3f}", (data, metric)
+    others = re.findall(r"segm/AP (0\.\d+)", PAGE)
+    assert others == [f"{metrics[f'{run}/segm/AP']:.3f}" for run in ("balloon_lr", "balloon_frozen")]
 
 
 def test_what_the_guide_names_exists():
