@@ -17,6 +17,8 @@ from detres.weights.export import export
 from detres.weights.importers import convert, recognise
 from detres.weights.torchvision import FAMILIES
 
+from .test_torchvision_parity import partners
+
 HEIGHT, WIDTH = 160, 208  # P6 and P7 are 3 x 4 and 2 x 2: torchvision takes their strides from the grid
 SIZES = [(160, 208), (144, 176)]
 CLASSES = 4
@@ -89,12 +91,7 @@ def test_detections_agree(pair):
     found = ours(batch(images))
     for i, image in enumerate(expected):
         valid = found.valid[i]
-        assert valid.sum() == len(image["boxes"]) > 20
-        torch.testing.assert_close(found.scores[i][valid], image["scores"], atol=1e-4, rtol=0)
-        distance = (found.boxes[i][valid][:, None] - image["boxes"]).abs().amax(-1)
-        distance[found.labels[i][valid][:, None] + 1 != image["labels"]] = torch.inf
-        nearest, partner = distance.min(1)
-        assert nearest.max() < 1e-2 and len(partner.unique()) == len(partner)
+        partners(found.boxes[i][valid], found.scores[i][valid], found.labels[i][valid] + 1, image)
 
 
 def test_losses_agree(pair):

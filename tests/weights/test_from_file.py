@@ -14,7 +14,7 @@ from torchvision.transforms._presets import ImageClassification, SemanticSegment
 import detres
 
 from .test_dense_parity import calibrate as calibrate_dense
-from .test_torchvision_parity import calibrate
+from .test_torchvision_parity import calibrate, partners
 
 MIN_SIZE, MAX_SIZE = 160, 240
 COUNTS = {"maskrcnn_resnet50_fpn": 91, "keypointrcnn_resnet50_fpn": 2, "fcos_resnet50_fpn": 5}
@@ -61,12 +61,8 @@ def test_detections_from_a_jpeg(name, photos, tmp_path):
     for path in photos[:2] if fewer else photos:
         expected, = theirs([pil_to_tensor(Image.open(path)) / 255])
         found = ours.predict(path, 0.0, min_size=MIN_SIZE, max_size=MAX_SIZE)
-        assert len(found) == len(expected["boxes"]) >= 10
-        torch.testing.assert_close(found.scores, expected["scores"], atol=1e-4, rtol=0)
-        distance = (found.boxes[:, None] - expected["boxes"]).abs().amax(-1)
-        distance[torch.tensor(found.category_ids)[:, None] != expected["labels"]] = torch.inf
-        nearest, partner = distance.min(1)
-        assert nearest.max() < 2e-2  # 1e-2 px of the resized image, which is smaller
+        labels = torch.tensor(found.category_ids)
+        partner = partners(found.boxes, found.scores, labels, expected, pixels=2e-2)  # 1e-2 of the resized image
         if found.masks is not None:
             bitmaps = expected["masks"][partner, 0] >= 0.5
             assert (found.masks ^ bitmaps).sum() < 0.002 * (found.masks | bitmaps).sum()

@@ -15,7 +15,7 @@ from detres.build import build_model
 from detres.structures import ImageBatch, Proposals, Targets
 from detres.weights.torchvision import torchvision_config
 
-from .test_torchvision_parity import calibrate, converted
+from .test_torchvision_parity import calibrate, converted, partners
 
 SIZES = [(160, 208), (208, 160)]  # in a batch
 
@@ -52,12 +52,7 @@ def test_detections_agree(pair):
     found = ours(batch(pixels))
     for i, image in enumerate(theirs([image.float() / 255 for image in pixels])):
         valid = found.valid[i]
-        assert valid.sum() == len(image["boxes"]) == 30
-        torch.testing.assert_close(found.scores[i][valid], image["scores"], atol=1e-4, rtol=0)
-        distance = (found.boxes[i][valid][:, None] - image["boxes"]).abs().amax(-1)  # the order may differ
-        distance[found.labels[i][valid][:, None] + 1 != image["labels"]] = torch.inf
-        nearest, partner = distance.min(1)
-        assert nearest.max() < 1e-2 and len(partner.unique()) == len(partner)
+        partner = partners(found.boxes[i][valid], found.scores[i][valid], found.labels[i][valid] + 1, image)
         points, wanted = found.keypoints[i][valid], image["keypoints"][partner]
         torch.testing.assert_close(points[..., 2], image["keypoints_scores"][partner], atol=1e-3, rtol=1e-4)
         away = (points[..., :2] - wanted[..., :2]).norm(dim=-1)

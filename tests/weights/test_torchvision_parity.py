@@ -89,6 +89,18 @@ def pair(request):
     return theirs.eval(), ours.eval(), pixels
 
 
+def partners(boxes, scores, labels, theirs, pixels=1e-2) -> torch.Tensor:
+    """Which of torchvision's detections of an image each of ours (D,) is: all are found, with the same scores, and boxes
+    at most `pixels` away. Their order may differ among equal scores. labels as torchvision counts them."""
+    assert len(boxes) == len(theirs["boxes"]) >= 10
+    torch.testing.assert_close(scores, theirs["scores"], atol=1e-4, rtol=0)
+    distance = (boxes[:, None] - theirs["boxes"]).abs().amax(-1)
+    distance[labels[:, None] != theirs["labels"]] = torch.inf
+    nearest, partner = distance.min(1)
+    assert nearest.max() < pixels and len(partner.unique()) == len(partner)
+    return partner
+
+
 @torch.no_grad()
 def test_detections_agree(pair):
     theirs, ours, pixels = pair
@@ -96,13 +108,7 @@ def test_detections_agree(pair):
     found = ours(batch(pixels))
     for i, image in enumerate(expected):
         valid = found.valid[i]
-        assert valid.sum() == len(image["boxes"]) > 20
-        torch.testing.assert_close(found.scores[i][valid], image["scores"], atol=1e-4, rtol=0)
-        # to all of theirs: the order may differ among equal scores
-        distance = (found.boxes[i][valid][:, None] - image["boxes"]).abs().amax(-1)
-        distance[found.labels[i][valid][:, None] + 1 != image["labels"]] = torch.inf
-        nearest, partner = distance.min(1)
-        assert nearest.max() < 1e-2 and len(partner.unique()) == len(partner)
+        partner = partners(found.boxes[i][valid], found.scores[i][valid], found.labels[i][valid] + 1, image)
         if found.masks is not None:
             # In their boxes: pasting cuts to whole pixels, where a difference of 1e-5 px may move an edge by one.
             bitmaps = paste_masks(found.masks[i][valid], image["boxes"][partner], SIZES[i], convention="torchvision")
