@@ -74,13 +74,14 @@ def encode(boxes: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 1
     return deltas * constant(tuple(weights), deltas.device, deltas.dtype)
 
 
-def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1)) -> Tensor:
-    """The inverse of `encode`; dw and dh are limited to `MAX_LOG_SCALE`."""
+def decode(deltas: Tensor, anchors: Tensor, weights: tuple[float, ...] = (1, 1, 1, 1),
+           limit: float = MAX_LOG_SCALE) -> Tensor:
+    """The inverse of `encode`; dw and dh are at most `limit`, weights apart."""
     anchor_wh = anchors[..., 2:] - anchors[..., :2]
     center = anchors[..., :2] + 0.5 * anchor_wh
     deltas = deltas / constant(tuple(weights), deltas.device, deltas.dtype)
     center = center + deltas[..., :2] * anchor_wh
-    half = 0.5 * anchor_wh * deltas[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    half = 0.5 * anchor_wh * deltas[..., 2:].clamp(max=limit).exp()
     return torch.cat([center - half, center + half], -1)
 
 

@@ -60,6 +60,7 @@ class Prediction:
     skeleton: tuple[tuple[int, int], ...] = ()  # keypoints that a line joins
     panoptic: Tensor | None = None  # of a panoptic model: (H, W) int32 ids of its segments, 0 where there is none
     segments: list[dict[str, Any]] = field(default_factory=list)  # id, name, category_id, isthing, score, area
+    semantic: Tensor | None = None  # of a panoptic model: (H, W) uint8 likeliest class, 0 things, then stuff
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -75,7 +76,7 @@ class Prediction:
         return self[self.scores >= score]
 
     def __getitem__(self, which: Tensor | slice | list[int]) -> Prediction:
-        """Some of the detections: a slice, indices, or a mask of D booleans. The panoptic map stays as it is."""
+        """Some of the detections: a slice, indices, or a mask of D booleans. Maps of pixels stay as they are."""
         rows = torch.arange(len(self))[which]
         return replace(self, boxes=self.boxes[rows], scores=self.scores[rows], labels=self.labels[rows],
                        names=[self.names[i] for i in rows], category_ids=[self.category_ids[i] for i in rows],
@@ -179,14 +180,14 @@ class Predictor:
         points = None
         if found.keypoints is not None:
             points = found.keypoints[i, keep].float().cpu() * self.has_keypoints[labels, None, None]
-        panoptic, segments = None, []
+        semantic, panoptic, segments = None, None, []
         if found.semantic is not None:
             semantic = original_labels(found.semantic[i], content, image.shape[:2])
             panoptic, segments = self.panoptic(found.scores[i, keep].float(), found.labels[i, keep], masks, semantic)
         return Prediction(boxes.cpu(), found.scores[i, keep].float().cpu(), labels, [self.classes[k] for k in labels],
                           [self.category_ids[k] for k in labels], None if masks is None else masks.cpu(), image, path,
                           points, self.keypoint_names, self.skeleton, None if panoptic is None else panoptic.cpu(),
-                          segments)
+                          segments, None if semantic is None else semantic.cpu())
 
 
 def load_predictor(path: str | Path | Sequence[str | Path], device: str = "auto",

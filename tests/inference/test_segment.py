@@ -110,6 +110,9 @@ def test_segments_of_things_and_stuff(panoptic):
         assert segment["area"] == (one.panoptic == segment["id"]).sum()
     assert cat["area"] == pytest.approx(1200, rel=0.1) and one.panoptic[10, 10] == cat["id"]
     assert one.panoptic[50, 70] == sky["id"] and len(one) == 1 and one.names == ["cat"]
+    assert one.semantic.dtype == torch.uint8 and other.semantic.shape == (100, 70)
+    assert [one.semantic[at].item() for at in ((10, 10), (10, 70), (50, 70))] == [0, 1, 2], "under things, too"
+    assert one[:0].semantic is one.semantic and one.above(0.95).semantic is one.semantic
     drawn = np.array(one.draw())
     colours = [np.array(color_of(label)) for label in (1, 2, 3)]
     for (y, x), colour, own in zip(((60, 60), (60, 400), (340, 460)), colours, ((250, 0, 0), (60,) * 3, (0, 0, 250))):

@@ -122,6 +122,20 @@ def test_scores_and_boxes_are_those_of_the_stages_one_after_another(average):
         torch.testing.assert_close(torch.tensor(own), torch.tensor(boxes), atol=1e-2, rtol=0)
 
 
+@torch.no_grad()
+def test_each_stage_bounds_how_a_box_grows_and_nothing_bounds_them_together():
+    model, (images, _) = wide_awake(), make_batch(1)
+    heads = model.roi_heads
+    for k, (_, weights) in enumerate(STAGES):
+        heads.box_predictor[k].box.weight.zero_()
+        heads.box_predictor[k].box.bias.copy_(torch.tensor([0.0, 0.0, 2.0, 9.0 if k == 0 else 0.0]) * weights[2])
+    proposals = Proposals(torch.tensor([[[63.9, 47.4, 64.1, 48.6]]]), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.bool))
+    _, regions = model.propose(images)
+    found = heads.detect(partial(heads.score, regions, sizes=images.sizes), proposals, images.sizes)
+    width, height = (found.boxes[0, 0, 2:] - found.boxes[0, 0, :2]).tolist()
+    assert width == pytest.approx(0.2 * math.exp(6), rel=1e-3) and height == pytest.approx(1.2 * 1000 / 16, rel=1e-3)
+
+
 def test_losses_are_those_of_the_stages_one_after_another():
     model, (images, targets) = wide_awake(moves=0.03), make_batch(2)
     targets = replace(targets, valid=torch.tensor([[True, True], [True, False]]))

@@ -9,6 +9,7 @@ K classes, J keypoints, C channels, S side of a pooled grid.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from detres import losses
-from detres.geometry.boxes import clip, decode, larger_than, take
+from detres.geometry.boxes import MAX_LOG_SCALE, clip, decode, larger_than, take
 from detres.models.matching import match_boxes, sample_boxes
 from detres.models.roi_heads.keypoint_head import keypoint_cells
 from detres.models.roi_heads.mask_head import crop_masks
@@ -203,12 +204,14 @@ class RoIHeads(nn.Module):
 
     @torch.no_grad()
     def score(self, regions: Regions, boxes: Tensor, valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-        """What boxes (N, P, 4) hold: probabilities (N, P, K) of the foreground classes, and deltas (N, P, K or 1, 4).
+        """What boxes (N, P, 4) hold: probabilities (N, P, K) of the foreground classes, and deltas (N, P, K or 1, 4),
+        which say how far a box may grow: `move` sets no limit, as a cascade has one for each stage.
 
         valid (N, P); sizes (N, 2): height and width of the contents. What is not valid may hold anything.
         """
         logits, deltas = self.stage_outputs(self.box_head, self.box_predictor, regions, boxes, valid, sizes)
-        return logits.softmax(-1)[..., :-1], deltas
+        growth = MAX_LOG_SCALE * losses.BOX_WEIGHTS[2]
+        return logits.softmax(-1)[..., :-1], torch.cat([deltas[..., :2], deltas[..., 2:].clamp(max=growth)], -1)
 
     def stage_outputs(self, box_head: nn.Module, box_predictor: nn.Module, regions: Regions, boxes: Tensor,
                      valid: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
@@ -304,7 +307,7 @@ def move(boxes: Tensor, deltas: Tensor, index: Tensor, labels: Tensor, sizes: Te
     """Rows `index` (N, c) of boxes (N, P, 4), moved by their deltas (N, P, K or 1, 4) for classes (N, c), clipped."""
     image = torch.arange(len(index), device=index.device)[:, None]
     own = deltas[image, index, labels.clamp(max=deltas.shape[2] - 1)]
-    return clip(decode(own, boxes[image, index], losses.BOX_WEIGHTS), sizes)
+    return clip(decode(own, boxes[image, index], losses.BOX_WEIGHTS, limit=math.inf), sizes)
 
 
 @torch.no_grad()
