@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from detres.build import build_model
-from detres.config import Config, MaskHeadConfig
+from detres.config import Config
 from detres.data.shapes import ShapesOptions, write_shapes
 from detres.engine.checkpoint import TrainState, load_state, load_weights
 from detres.engine.optim import EMA, Schedule, build_optimizer
@@ -26,8 +26,6 @@ LOSSES = {"faster_rcnn": RCNN, "mask_rcnn": RCNN | {"loss_mask"}, "keypoint_rcnn
 METRIC = {"rpn": "box_proposals/AR@1000", "keypoint_rcnn": "keypoints/AP", "panoptic_fpn": "panoptic/PQ",
           **dict.fromkeys(("mask_rcnn", "cascade_mask_rcnn", "point_rend"), "segm/AP"),
           **dict.fromkeys(("fcn", "deeplabv3", "deeplabv3_plus", "semantic_fpn"), "sem_seg/mIoU")}
-if "type" not in MaskHeadConfig.model_fields:
-    del LOSSES["point_rend"]
 SMALL = {"fpn": {"channels": 16}, "semantic_head": {"channels": 16}, "dense_head": {"convs": 1},
          "keypoint_head": {"num_keypoints": 11, "channels": 16, "convs": 1}}
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from detres.build import build_model
-from detres.config import MaskHeadConfig, ModelConfig
+from detres.config import ModelConfig
 from detres.structures import ImageBatch, SemanticTargets, Targets
 
 from .conftest import make_batch, semantic_labels, small_config
@@ -23,8 +23,6 @@ LAYOUTS = {
     "panoptic_fpn": ("fpn",),
 }
 POINTS = {"coarse_fc_dim": 32, "fc_dim": 32, "train_points": 16, "steps": 2, "step_points": 64}
-if "type" not in MaskHeadConfig.model_fields:
-    del LAYOUTS["point_rend"]
 BACKBONES = {  # every kind of ResNet
     "basic": {"depth": 18},
     "plain": {"depth": 18, "shortcut": "none"},
