@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import pickle
 
 import numpy as np
@@ -232,6 +231,5 @@ def test_a_file_of_another_kind(tmp_path):
 
 
 def test_caffes_of_another_depth(caffe):
-    with pytest.raises(ValueError, match=r"another depth, .*\(3, 4, 6, 3\)") as error:
+    with pytest.raises(ValueError, match="weights of another model, model.backbone.depth=50 instead of 101"):
         loaded(caffe[0], depth=101, stride_in_1x1=True)
-    assert "(3, 4, 23, 3)" in str(error.value) and logging.getLogger("detres").level <= logging.WARNING
