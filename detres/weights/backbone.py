@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from detres.config import BackboneConfig, ModelConfig
 from detres.weights.detectron2 import BACKBONES
 from detres.weights.importers import FAMILIES
+from detres.weights.infer import infer
 from detres.weights.mismatch import check_fit
 from detres.weights.pickles import read_tensors
+from detres.weights.source import Family, merged
 from detres.weights.zoo import fetch
 
 # Files that torchvision publishes (models/resnet.py, IMAGENET1K_V1: the recipe nearest the paper's), by depth, groups
@@ -80,12 +83,13 @@ def imagenet_file(config: BackboneConfig) -> str:
 def read_backbone(source: str, config: BackboneConfig) -> dict[str, Tensor]:
     """The ResNet, and the fc layer if it has one, of a file or a published name, under torchvision's names."""
     file = _locate(source)
-    state, _ = read_tensors(file)
+    state, about = read_tensors(file)
     family = next((family for family in (*FAMILIES, *BACKBONES) if family.fits(state)), None)
     if family is not None:
         state, _ = family.keymap.to_ours(state)
-        if family.toolkit == "Caffe":
-            state = _with_statistics(state, config)
+        _warn_of_stride(family, state, about, config)
+        if family.toolkit == "Caffe" and config.norm != "gn":
+            state = _with_statistics(state, config.norm_eps)
     if not any(name.startswith(OURS) for name in state):  # a ResNet alone
         return dict(state)
     body = {name.removeprefix(OURS): tensor for name, tensor in state.items() if name.startswith((OURS, "fc."))}
@@ -93,20 +97,33 @@ def read_backbone(source: str, config: BackboneConfig) -> dict[str, Tensor]:
     return {**body, **conv5}
 
 
-def _with_statistics(state: dict[str, Tensor], config: BackboneConfig) -> dict[str, Tensor]:
+def _warn_of_stride(family: Family, state: Mapping[str, Tensor], about: Mapping[str, Any], config: BackboneConfig) -> None:
+    """Which convolution of a bottleneck strides is not in the tensors: features are others, and no shape shows it."""
+    try:
+        sections, _ = infer(state)
+    except ValueError:  # no ResNet that is here: `load_resnet` says what does not fit
+        return
+    told, _ = family.told(about) if family.told else ({}, None)
+    there = merged(ModelConfig().model_dump(), family.conventions(sections), told)
+    stride = there["backbone"]["stride_in_1x1"]
+    if config.depth < 50 or stride == config.stride_in_1x1 or not family.shows_stride:
+        return
+    own = there["input"]
+    logging.getLogger(__name__).warning(
+        "Backbone weights of %s (%s) %s the stride in the %s: say model.backbone.stride_in_1x1=%s, and give model.input "
+        "channel_order=%s, mean=%s and std=%s of theirs.", family.toolkit, family.name,
+        "have, as far as is known," if family.assumed else "have", "first 1x1" if stride else "3x3", str(stride).lower(),
+        own["channel_order"], list(own["mean"]), list(own["std"]))
+
+
+def _with_statistics(state: dict[str, Tensor], eps: float) -> dict[str, Tensor]:
     """Norms that are scales and shifts alone are batch norms whose deviation, with epsilon, is 1."""
-    if config.depth >= 50 and config.groups == 1 and config.norm != "gn" and not config.stride_in_1x1:
-        logging.getLogger(__name__).warning(
-            "Backbone weights of Caffe were trained with the stride in the first 1x1: say "
-            "model.backbone.stride_in_1x1=true, and give model.input Caffe's channel_order, mean and std.")
-    if config.norm == "gn":
-        return state
     found = dict(state)
     for name, weight in state.items():
         if weight.dim() == 1 and name.endswith(".weight"):
             prefix = name.removesuffix("weight")
             found.setdefault(f"{prefix}running_mean", torch.zeros_like(weight))
-            found.setdefault(f"{prefix}running_var", torch.full_like(weight, 1 - config.norm_eps))
+            found.setdefault(f"{prefix}running_var", torch.full_like(weight, 1 - eps))
     return found
 
 

@@ -181,5 +181,5 @@ BACKBONES = (
     Family("Caffe", "ResNet", ("conv1_w", "res2_0_branch2a_w"), KeyMap(_caffe(), r"pred_|fc1000_|conv1_b|lr$|weight_order"),
            conventions, ASSUMED),
     Family("Detectron2", "ResNet", ("stem.conv1.weight", "res2.0.conv1.weight"), KeyMap(body(""), r"stem\.fc\.|fc\.|linear"),
-           conventions, ASSUMED),
+           conventions, ASSUMED, shows_stride=False),  # its converter gives torchvision's these names too
 )

@@ -130,7 +130,7 @@ def _backbone(s: Settings) -> dict[str, Any]:
     s.expect(f"{part}.RES2_OUT_CHANNELS", width * (4 if depth >= 50 else 1),
              "stage 2 has the channels of the stem, four times as many with bottlenecks")
     return {"depth": depth, "width": width, "groups": s(f"{part}.NUM_GROUPS"),
-            "group_width": s(f"{part}.WIDTH_PER_GROUP"), "norm": s.choose(f"{part}.NORM", NORMS),
+            "group_width": s(f"{part}.WIDTH_PER_GROUP") * 64 // width, "norm": s.choose(f"{part}.NORM", NORMS),
             "stride_in_1x1": s(f"{part}.STRIDE_IN_1X1"), "deform_stages": deform,
             "freeze_stages": s("MODEL.BACKBONE.FREEZE_AT"), "layout": _layout(s)}
 

@@ -6,9 +6,12 @@ What shapes do not show (preprocessing, anchors, thresholds, which convolution s
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from detres.models.resnet import DEPTHS
 from detres.weights.source import Sections, State
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 BODY = "backbone.body."
 CONV5 = "roi_heads.box_head."  # the last stage of a C4 detector
@@ -19,7 +22,11 @@ def infer(state: State) -> tuple[Sections, int]:
 
     Raises ValueError for a body that is no ResNet of `DEPTHS`.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    return infer_shapes({name: tuple(tensor.shape) for name, tensor in state.items()})
+
+
+def infer_shapes(shapes: Shapes) -> tuple[Sections, int]:
+    """As `infer`, of shapes."""
     backbone = _backbone(shapes)
     if "fc.weight" in shapes:
         return {"name": "classifier", "backbone": {**backbone, "layout": "c5"}, "anchors": {"sizes": [[32]]}}, \
@@ -45,14 +52,14 @@ def infer(state: State) -> tuple[Sections, int]:
     return _rcnn(shapes, sections)
 
 
-def _dense(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Sections, int]:
+def _dense(shapes: Shapes, sections: Sections) -> tuple[Sections, int]:
     sections["dense_head"] = {"convs": _count(shapes, r"head\.cls_tower\.(\d+)\.weight"),
                               "norm": _norm(shapes, "head.cls_norm.0.")}
     name = "fcos" if "head.centerness.weight" in shapes else "retinanet"
     return {"name": name, **sections}, shapes["head.cls.weight"][0] // (shapes["head.box.weight"][0] // 4)
 
 
-def _rcnn(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Sections, int]:
+def _rcnn(shapes: Shapes, sections: Sections) -> tuple[Sections, int]:
     stages = _count(shapes, r"roi_heads\.box_predictor\.(\d+)\.cls\.weight")  # of a cascade
     name, first = ("cascade_rcnn", "0.") if stages else ("faster_rcnn", "")
     num_classes = shapes[f"roi_heads.box_predictor.{first}cls.weight"][0] - 1
@@ -60,7 +67,7 @@ def _rcnn(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Secti
     sections["box_head"] = {"class_agnostic": boxes == 1 < num_classes,
                             **_box_head(shapes, sections, f"roi_heads.box_head.{first}")}
     if stages:
-        sections["cascade"] = {"ious": [0.5 + 0.1 * k for k in range(1, stages)]}  # which only training asks for
+        sections["cascade"] = {"ious": [round(0.5 + 0.1 * k, 2) for k in range(1, stages)]}  # which only training asks for
     if "roi_heads.keypoint_head.deconv.weight" in shapes:
         name = "keypoint_rcnn"
         channels, count, *_ = shapes["roi_heads.keypoint_head.deconv.weight"]
@@ -80,7 +87,7 @@ def _rcnn(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Secti
     return {"name": name, **sections}, num_classes
 
 
-def _semantic(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[Sections, int]:
+def _semantic(shapes: Shapes, sections: Sections) -> tuple[Sections, int]:
     """Stages are dilated as in torchvision: that is not in the tensors."""
     num_classes = shapes["head.predict.weight"][0]
     if "head.scales.0.0.conv.weight" in shapes:
@@ -97,18 +104,18 @@ def _semantic(shapes: dict[str, tuple[int, ...]], sections: Sections) -> tuple[S
     return {"name": name, **sections}, num_classes
 
 
-def _semantic_head(shapes: dict[str, tuple[int, ...]], first: str) -> Sections:
+def _semantic_head(shapes: Shapes, first: str) -> Sections:
     """first: a convolution of the head and its norm."""
     norm = _norm(shapes, first + "norm.")
     return {"channels": shapes[first + "conv.weight"][0], "norm": "bn" if norm == "frozen_bn" else norm}
 
 
-def _fpn(shapes: dict[str, tuple[int, ...]]) -> Sections:
+def _fpn(shapes: Shapes) -> Sections:
     return {"channels": shapes["backbone.fpn.lateral.0.weight"][0],
             "norm": _norm(shapes, "backbone.fpn.lateral_norm.0.")}
 
 
-def _point_rend(shapes: dict[str, tuple[int, ...]], prefix: str) -> Sections:
+def _point_rend(shapes: Shapes, prefix: str) -> Sections:
     channels = shapes[prefix + "coarse_head.conv.weight"][0]
     dim, inputs = shapes[prefix + "coarse_head.fcs.0.weight"]
     points = {"coarse_fc_dim": dim, "fc_dim": shapes[prefix + "point_head.fcs.0.weight"][0],
@@ -117,17 +124,18 @@ def _point_rend(shapes: dict[str, tuple[int, ...]], prefix: str) -> Sections:
             "points": points}
 
 
-def _box_head(shapes: dict[str, tuple[int, ...]], sections: Sections, prefix: str = "roi_heads.box_head.") -> Sections:
+def _box_head(shapes: Shapes, sections: Sections, prefix: str = "roi_heads.box_head.") -> Sections:
     if sections["backbone"]["layout"] == "c4":
         return {"resolution": 14}
     channels = sections["fpn"]["channels"] if "fpn" in sections else _last_channels(shapes)
     dim, inputs = shapes[prefix + "fcs.0.weight"]
     return {"fc_dim": dim, "resolution": round((inputs / channels)**0.5), "norm": _norm(shapes, prefix + "norms.0."),
+            "global_context": shapes[prefix.replace("box_head", "box_predictor") + "cls.weight"][1] == 2 * dim,
             "fcs": _count(shapes, re.escape(prefix) + r"fcs\.(\d+)\.weight"),
             "convs": _count(shapes, re.escape(prefix) + r"convs\.(\d+)\.weight")}
 
 
-def _backbone(shapes: dict[str, tuple[int, ...]]) -> Sections:
+def _backbone(shapes: Shapes) -> Sections:
     """Of the ResNet, whose last stage may be the box head of a C4 detector."""
     moved = {name.replace(CONV5, BODY + "layer4.", 1): shape for name, shape in shapes.items()
              if name.startswith(BODY) or re.match(r"roi_heads\.box_head\.\d+\.(conv|bn|downsample)", name)}
@@ -141,7 +149,7 @@ def _backbone(shapes: dict[str, tuple[int, ...]]) -> Sections:
     deep = BODY + "conv1.0.weight" in moved
     width = moved[BODY + ("conv1.6.weight" if deep else "conv1.weight")][0]
     found = {"depth": depth, "width": width, "weights": None, "stem": "deep" if deep else "imagenet",
-             "avg_down": BODY + "layer2.0.downsample.2.weight" in moved, "norm": _norm(moved, BODY + "bn1.")}
+             "preact": BODY + "layer1.norm.weight" in moved, "avg_down": BODY + "layer2.0.downsample.2.weight" in moved, "norm": _norm(moved, BODY + "bn1.")}
     if bottleneck:
         inner, per_group = moved[BODY + "layer1.0.conv2.weight"][:2]
         found["groups"] = inner // per_group
@@ -150,18 +158,18 @@ def _backbone(shapes: dict[str, tuple[int, ...]]) -> Sections:
     return found
 
 
-def _last_channels(shapes: dict[str, tuple[int, ...]]) -> int:
+def _last_channels(shapes: Shapes) -> int:
     last = max(int(match[1]) for name in shapes if (match := re.match(r"backbone\.body\.layer4\.(\d+)\.", name)))
     names = (f"{BODY}layer4.{last}.conv{k}.weight" for k in (3, 2))
     return next(shapes[name][0] for name in names if name in shapes)
 
 
-def _count(shapes: dict[str, tuple[int, ...]], pattern: str) -> int:
+def _count(shapes: Shapes, pattern: str) -> int:
     """How many layers there are: one more than the highest number."""
     return max((int(match[1]) for name in shapes if (match := re.fullmatch(pattern, name))), default=-1) + 1
 
 
-def _norm(shapes: dict[str, tuple[int, ...]], prefix: str) -> str:
+def _norm(shapes: Shapes, prefix: str) -> str:
     """frozen_bn stands for all batch norms: which of them trains is not in the tensors."""
     if prefix + "weight" not in shapes:
         return "none"

@@ -9,8 +9,9 @@ is what is exported.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,7 +85,11 @@ class KeyMap:
         """Tensors under their names, and our names that no rule fits."""
         return self._convert(state, [(b, a, change and change.to_theirs) for a, b, change in self.rules])
 
-    def _convert(self, state: Mapping[str, Tensor], rules: list[tuple]) -> tuple[dict[str, Tensor], list[str]]:
+    def their_names(self, ours: Iterable[str]) -> tuple[dict[str, None], list[str]]:
+        """Their names of ours, and our names that no rule fits."""
+        return self._convert(dict.fromkeys(ours), [(b, a, None) for a, b, _ in self.rules])
+
+    def _convert(self, state: Mapping[str, Any], rules: list[tuple]) -> tuple[dict[str, Any], list[str]]:
         converted, unknown = {}, []
         for name, tensor in state.items():
             if name.endswith(COUNTER) or self.ignored.match(name):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from detres.config import ModelConfig
+from detres.weights.infer import infer_shapes
+from detres.weights.source import merged
 
 SHOWN = 12  # rows of the table
+FIELDS = 4  # of those that differ
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -44,43 +50,80 @@ def check_fit(given: Shapes, wanted: Shapes, title: str, fix: str) -> None:
             *(Row(name, "missing", "-", str(wanted[name])) for name in missing),
             *(Row(name, "unexpected", str(given[name]), "-") for name in unexpected)]
     reason = _reason(given, wanted, missing, unexpected, wrong) or fix
-    raise WeightsMismatch(f"{title}, got {len(rows)} tensors that differ", missing, unexpected, wrong,
+    raise WeightsMismatch(f"{title}, got {_count(rows)} that {'differs' if len(rows) == 1 else 'differ'}", missing, unexpected, wrong,
                           f"{_table(rows)}\n{reason}")
 
 
+def _count(rows: Sequence[Row]) -> str:
+    return f"{len(rows)} tensor{'' if len(rows) == 1 else 's'}"
+
+
 def _table(rows: Sequence[Row]) -> str:
-    """The first rows of each kind, one for each layer."""
+    """The first rows of each kind, one for each layer: its weight stands for its bias and its norm's statistics."""
     kinds = dict.fromkeys(row.what for row in rows)
-    lines = [("tensor", "", "in the weights", "in the model")]
+    lines = [("layer", "", "in the weights", "in the model")]
     for kind in kinds:
-        of_kind = [row for row in rows if row.what == kind]
-        shown = of_kind[:max(1, SHOWN // len(kinds))]
+        layers: dict[str, Row] = {}
+        for row in rows:
+            if row.what == kind:
+                layers.setdefault(row.layer.rpartition(".")[0], row)
+        shown = list(layers.values())[:max(1, SHOWN // len(kinds))]
         lines += [(row.layer, row.what, row.given, row.wanted) for row in shown]
-        if len(of_kind) > len(shown):
-            lines.append((f"and {len(of_kind) - len(shown)} more", kind, "", ""))
+        if len(layers) > len(shown):
+            lines.append((f"and {len(layers) - len(shown)} layers more", kind, "", ""))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
 
 
 def _reason(given: Shapes, wanted: Shapes, missing: Sequence[str], unexpected: Sequence[str],
             wrong: Sequence[str]) -> str:
+    """What the networks are of that the tensors show (`infer`); else what the names say."""
     differing = [*missing, *unexpected, *wrong]
+    theirs, ours = _network(given), _network(wanted)
+    if theirs and ours:
+        (fields, classes), (own_fields, own_classes) = theirs, ours
+        different = [f"model.{name}={_shown(value)} instead of {_shown(own_fields[name])}" for name, value in fields.items()
+                     if value != own_fields[name]]
+        if different:
+            more = f" and {len(different) - FIELDS} fields more" if len(different) > FIELDS else ""
+            return (f"Likely: weights of another model, {', '.join(different[:FIELDS])}{more}. Set these fields as the "
+                    "weights have them, or take the model that the weights carry.")
+        if classes != own_classes:
+            return (f"Likely: other classes, {classes} in the weights and {own_classes} in the model. Train with "
+                    "model.weights=FILE: layers of classes then begin anew, but for classes of both.")
+    if all(name.startswith(("head.cls.", "head.box.")) for name in differing):
+        return "Likely: another number of anchors in a cell. Set model.anchors.sizes and aspect_ratios to those of the weights."
     if all(OF_CLASSES.match(name) for name in differing):
-        return ("Likely: other classes. Say that heads begin anew for them: train with weights=..., where classes of both "
-                "lists keep their rows, or give --classes to import.")
-    if _blocks(given) != _blocks(wanted):
-        return f"Likely: another depth, with stages of {_blocks(given)} blocks instead of {_blocks(wanted)}. Set " \
-               "model.backbone.depth to that of the weights."
-    parts = [{_part(name) for name in shapes} for shapes in (given, wanted)]
-    if parts[0] != parts[1]:
-        return (f"Likely: another family of models. The weights have {_list(parts[0] - parts[1])}, the model has "
-                f"{_list(parts[1] - parts[0])} instead. Set model.name, or take the model that the weights carry.")
-    if all("running_" in name or "norm" in name or ".bn" in name or name.endswith(".bias") for name in differing):
-        return "Likely: another kind of norm. Set model.backbone.norm (and those of the heads) to that of the weights."
-    if not missing and not unexpected:
-        return "Likely: layers of another width, or in groups. Set model.backbone.width, groups and group_width, or the " \
-               "channels of the heads."
+        return ("Likely: other classes. Train with model.weights=FILE: layers of classes then begin anew, but for classes "
+                "of both.")
+    if _blocks(given) != _blocks(wanted) and all(map(any, (_blocks(given), _blocks(wanted)))):
+        return f"Likely: another depth, with stages of {_blocks(given)} blocks instead of {_blocks(wanted)}."
     return ""
+
+
+def _network(shapes: Shapes) -> tuple[dict[str, Any], int] | None:
+    """Fields of a model, or of its ResNet alone, and the number of classes; None if the shapes are of neither."""
+    if not any(name.startswith("backbone.") for name in shapes):
+        shapes = {f"backbone.body.{name}": shape for name, shape in shapes.items()}
+    try:
+        sections, classes = infer_shapes(shapes)
+    except (ArithmeticError, IndexError, KeyError, StopIteration, ValueError):  # they are not of a model that is here
+        return None
+    return dict(_leaves(merged(ModelConfig().model_dump(), sections))), classes
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _shown(value: Any) -> str:
+    if value == "frozen_bn":  # tensors do not tell them apart
+        return "frozen_bn or bn"
+    return str(list(value)) if isinstance(value, tuple) else str(value)
 
 
 def _blocks(shapes: Shapes) -> tuple[int, ...]:
@@ -90,12 +133,3 @@ def _blocks(shapes: Shapes) -> tuple[int, ...]:
         if match := re.search(r"\b(layer\d)\.(\d+)\.conv1\.", name):
             numbers[match[1]] = max(numbers.get(match[1], 0), int(match[2]) + 1)
     return tuple(numbers[stage] for stage in sorted(numbers))
-
-
-def _part(name: str) -> str:
-    """backbone.body, rpn.head, roi_heads.mask_head ..."""
-    return ".".join(name.split(".")[:2]) if name.startswith(("backbone.", "roi_heads.")) else name.split(".")[0]
-
-
-def _list(parts: set[str]) -> str:
-    return ", ".join(sorted(parts)) or "nothing"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import yaml
 
 from detres.build import build_model
 from detres.config import Config, ModelConfig
@@ -65,21 +66,28 @@ def import_config(source: str | Path, out: str | Path) -> None:
 
 
 def export_weights(source: str | Path, out: str | Path, format: str) -> None:
-    """Write weights in the layout of another toolkit, and print how to load them there and what it does otherwise.
+    """Write weights in the layout of another toolkit, with its settings if it has such files, and print how to load them
+    there and what it does otherwise.
 
     format: a key of `export.FORMATS`, or safetensors. Raises ValueError for a model that it does not have.
     """
+    out = Path(out)
     weights = read_weights(source)
     if format == "safetensors":
         save_weights(out, weights.tensors, weights.meta)
         print(f"Wrote {out}.")
         return
     exported = export(weights.tensors, _model(weights.meta), len(weights.meta.classes), FORMATS[format])
-    with atomic_write(Path(out)) as path:
+    with atomic_write(out) as path:
         torch.save(exported.content, path)
-    print(f"Wrote {out}.\n{exported.usage}")
-    for line in exported.differences:
-        print(f"  {line}")
+    print(f"Wrote {out}.")
+    if exported.settings:
+        with atomic_write(out.with_suffix(".yaml")) as path:
+            path.write_text(yaml.safe_dump(exported.settings, default_flow_style=None, width=120), encoding="utf-8")
+        print(f"Wrote {out.with_suffix('.yaml')}.")
+    print(exported.usage)
+    if exported.differences:
+        print("\n  ".join([f"What {FORMATS[format][0].toolkit} does otherwise, unless it is told:", *exported.differences]))
 
 
 def describe(weights: Weights) -> str:

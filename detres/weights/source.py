@@ -30,6 +30,7 @@ class Family:
     keymap: KeyMap
     conventions: Callable[[Sections], Sections]  # sections of the network as read from its tensors -> what to add
     assumed: tuple[str, ...] = ()  # for people: what of that may differ in models that are not the published ones
+    shows_stride: bool = True  # whether `conventions` know which convolution of a bottleneck strides
     told: Callable[[Mapping[str, Any]], Told] | None = None  # what a file says beside its tensors -> what that means
 
     def fits(self, names: Mapping[str, Any]) -> bool:

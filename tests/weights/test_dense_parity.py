@@ -120,7 +120,7 @@ def test_weights_go_back_to_torchvision(pair):
     theirs, ours, _ = pair
     weights = convert(theirs.state_dict(), Path("theirs.pth"))
     found = export(weights.tensors, Config.model_validate(weights.meta.config).model, CLASSES, FAMILIES)
-    assert not found.differences and f"of {CLASSES + 1} classes" in found.usage
+    assert not found.differences and f"num_classes={CLASSES + 1})" in found.usage
     expected = {name: value for name, value in theirs.state_dict().items() if not name.endswith("num_batches_tracked")}
     assert set(found.content) == set(expected)
     changed = [name for name, value in found.content.items() if not torch.equal(value, expected[name])]
