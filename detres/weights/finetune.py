@@ -54,7 +54,7 @@ def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_c
     check_fit(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, model.state_dict())),
               title, "Train with the model section that the weights carry: weights=... instead of model.weights.")
     model.load_state_dict(tensors)
-    return tell_kept(weights.meta, classes, semantic_classes)
+    return "; ".join([tell_kept(weights.meta, classes, semantic_classes), *weights.notes])
 
 
 def refit(weights: Weights, own: Mapping[str, Tensor], classes: Sequence[str],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 
 from detres.models.resnet import DEPTHS
-from detres.weights.source import Sections, State
+from detres.weights.source import Sections, State, UnknownNetwork
 
 BODY = "backbone.body."
 CONV5 = "roi_heads.box_head."  # the last stage of a C4 detector
@@ -17,7 +17,8 @@ CONV5 = "roi_heads.box_head."  # the last stage of a C4 detector
 def infer(state: State) -> tuple[Sections, int]:
     """Sections of the model's config, and its number of classes.
 
-    Raises ValueError for a body that is no ResNet of `DEPTHS`.
+    Raises UnknownNetwork for a body that is no ResNet of `DEPTHS`, LookupError or ValueError where tensors are missing or
+    of the wrong shape.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     backbone = _backbone(shapes)
@@ -136,8 +137,8 @@ def _backbone(shapes: dict[str, tuple[int, ...]]) -> Sections:
     depth = next((depth for depth, (kind, stages) in DEPTHS.items()
                   if kind == bottleneck and blocks in (stages, (*stages[:3], 0))), None)  # an RPN in C4 has three
     if depth is None:
-        raise ValueError(f"weights must be of a ResNet of {', '.join(map(str, DEPTHS))} layers, got stages of {blocks} "
-                         f"{'bottleneck' if bottleneck else 'basic'} blocks. Other networks cannot be imported.")
+        raise UnknownNetwork(f"weights must be of a ResNet of {', '.join(map(str, DEPTHS))} layers, got stages of {blocks} "
+                             f"{'bottleneck' if bottleneck else 'basic'} blocks. Other networks cannot be imported.")
     deep = BODY + "conv1.0.weight" in moved
     width = moved[BODY + ("conv1.6.weight" if deep else "conv1.weight")][0]
     found = {"depth": depth, "width": width, "weights": None, "stem": "deep" if deep else "imagenet",
