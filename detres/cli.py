@@ -183,8 +183,8 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
                         help="further weights; fields of the config that they carry, such as "
                              "model.box_head.score_thresh=0.1")
-    parser.add_argument("--data", metavar="PATH", help="COCO, VOC, YOLO or ILSVRC data set; for classifiers class folders "
-                                                       "or CIFAR; recognised from the path")
+    parser.add_argument("--data", metavar="PATH", help="COCO, VOC, YOLO or ILSVRC data set; for classifiers class "
+                                                       "folders or CIFAR; recognised from the path")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set, such as test")
     parser.add_argument("--save", type=Path, metavar="FILE|DIR",
                         help="write the detections: FILE.json as COCO results; DIR, of VOC data, as the text files "
@@ -223,7 +223,7 @@ def _eval(args: argparse.Namespace) -> None:
     from detres.evaluation.run import evaluate_weights
 
     further, overrides = _without_overrides(args.more)
-    evaluate_weights(_one_or_all([args.weights, *map(Path, further)]), data=args.data, split=args.split, save=args.save,
+    evaluate_weights(_one_or_all([args.weights, *further]), data=args.data, split=args.split, save=args.save,
                      metrics=args.metrics, batch_size=args.batch_size, device=args.device, overrides=overrides,
                      numbers=args.json, errors=args.errors)
 
@@ -248,7 +248,7 @@ def _predict(args: argparse.Namespace) -> None:
     from detres.inference.run import predict_files
 
     inputs, overrides = _without_overrides(args.images)
-    further = list(map(Path, itertools.takewhile(holds_weights, inputs)))
+    further = list(itertools.takewhile(holds_weights, inputs))
     predict_files(_one_or_all([args.weights, *further]), inputs[len(further):], args.out,
                   score_thresh=args.score_thresh, device=args.device, batch_size=args.batch_size, overrides=overrides)
 
@@ -259,31 +259,33 @@ def _add_import(commands: argparse._SubParsersAction, name: str) -> None:
                       "preprocessing. Without SOURCE, a YAML config of Detectron2 becomes a config of detres, and what "
                       "of it cannot be translated is named.", rest="items")
     parser.add_argument("items", nargs="*", default=[], metavar="[SOURCE] OUT key=value",
-                        help="a file, a URL, or a published name; what to write: .safetensors, or .yaml without SOURCE; "
-                             "fields of the model's config")
+                        help="a file, a URL, or a published name; what to write: .safetensors, or .yaml without "
+                             "SOURCE; fields of the model's config")
     parser.add_argument("--config", type=Path, metavar="FILE", help="Detectron2's YAML config of the model")
     parser.add_argument("--classes", metavar="A,B|FILE", help="names of the classes, or a file with one a line "
                                                               "(default: of the published data sets, by their number)")
-    parser.add_argument("--new-classes", metavar="A,B|FILE", help="classes that it is to have instead: layers of classes "
-                                                                  "begin anew, but for the classes of both lists")
+    parser.add_argument("--new-classes", metavar="A,B|FILE",
+                        help="classes that it is to have instead: layers of classes begin anew, but for the classes of "
+                             "both lists")
 
 
 def _import(args: argparse.Namespace) -> None:
     from detres.weights.run import import_config, import_weights
 
     files, overrides = _without_overrides(args.items)
-    if len(files) == 1 and args.config and not (overrides or args.classes or args.new_classes):
+    classes, new_classes = (None if text is None else _names(text) for text in (args.classes, args.new_classes))
+    if len(files) == 1 and args.config and not overrides and classes is new_classes is None:
         import_config(args.config, files[0])
         return
     if len(files) != 2:
         args.parser.error("give SOURCE and OUT, or --config FILE and OUT")
-    import_weights(*files, config=args.config, classes=args.classes and _names(args.classes),
-                   new_classes=args.new_classes and _names(args.new_classes), overrides=overrides)
+    import_weights(*files, config=args.config, classes=classes, new_classes=new_classes, overrides=overrides)
 
 
 def _names(text: str) -> list[str]:
-    """Of a file, one a line, or separated by commas."""
-    return Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    """Of a file, one a line, or separated by commas; without the space around them."""
+    names = Path(text).read_text(encoding="utf-8").splitlines() if Path(text).is_file() else text.split(",")
+    return [name.strip() for name in names if name.strip()]
 
 
 def _add_export(commands: argparse._SubParsersAction, name: str) -> None:
@@ -348,7 +350,7 @@ def _localize(args: argparse.Namespace) -> None:
     from detres.evaluation.localization import localize_weights
 
     further, overrides = _without_overrides(args.more)
-    localize_weights([args.weights, *map(Path, further)], classifiers=args.classifier, regions=args.regions,
+    localize_weights([args.weights, *further], classifiers=args.classifier, regions=args.regions,
                      data=args.data, split=args.split, crops=args.crops, class_crops=args.class_crops,
                      batch_size=args.batch_size, device=args.device, overrides=overrides, draw=args.draw,
                      numbers=args.json)
@@ -459,8 +461,8 @@ COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "lo
 
 
 def _add_weights(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    parser.add_argument("weights", type=Path, metavar="RUN_OR_WEIGHTS", nargs=nargs,
-                        help="weights file, or run folder: its best weights")
+    parser.add_argument("weights", metavar="RUN_OR_WEIGHTS", nargs=nargs,  # no Path: it may be a URL
+                        help="weights file of any toolkit, run folder (its best weights), URL, or published name")
 
 
 def _without_overrides(items: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -469,7 +471,7 @@ def _without_overrides(items: Sequence[str]) -> tuple[list[str], list[str]]:
     return tuple([item for item, flag in zip(items, is_override) if flag == kind] for kind in (False, True))
 
 
-def _one_or_all(weights: list[Path]) -> Path | list[Path]:
+def _one_or_all(weights: list[str]) -> str | list[str]:
     return weights if len(weights) > 1 else weights[0]
 
 

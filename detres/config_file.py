@@ -1,11 +1,11 @@
 """YAML files and `key=value` overrides into a `Config`, and back.
 
-A file may name one parent, `base: _base/coco.yaml`, relative to itself; mappings merge key by key, everything else
-is replaced. `weights: NAME` begins with the model of these weights, of any toolkit (`weights.importers`): its section
+A file may name one parent, `base: _base/coco.yaml`, relative to itself; mappings merge key by key, everything else is
+replaced. `weights: NAME` begins with the model of these weights, of any toolkit (`weights.importers`): the section
 `model` is theirs but for what the config itself says, and training begins from them. Overrides come last:
-`train.lr=0.02 model.backbone.depth=101 train.milestones=[6000,8000]`. Values follow the core schema of YAML 1.2:
-`1e-3` is a number, `off` and `2024-01-01` are strings. Relative paths inside a config (data, weights, output) start at
-the working directory.
+`train.lr=0.02 model.backbone.depth=101 train.milestones=[6000,8000]`. Values follow the core schema of YAML 1.2: `1e-3`
+is a number, `off` and `2024-01-01` are strings. Relative paths inside a config (data, weights, output) start at the
+working directory.
 
 All that is wrong is reported at once, with the dotted path, the file and line, and what would be accepted. For
 completion and checks in an editor write the schema once, `detres config --schema > detres.schema.json`, and put
@@ -130,17 +130,29 @@ def _with_weights(tree: _Tree, problems: list[str]) -> _Tree:
     from detres.weights.importers import read_weights  # it imports this module
 
     if not isinstance(start.value, str):
-        problems.append(f"weights must be a run, a file or a published name, got {_flow(start.value)} ({start.origin}).")
+        problems.append(f"weights must be a run, a file or a published name, got {_flow(start.value)} "
+                        f"({start.origin}).")
         return tree
-    meta = read_weights(start.value).meta
-    origin = f"weights {start.value}"
-    theirs = _tree_of(Config.model_validate(meta.config).model, origin)
-    has, wanted = theirs["name"].value, tree.get("model", {}).get("name")
-    if wanted is not None and wanted.value != has and not any({wanted.value, has} <= kinds for kinds in SAME_BOXES):
-        problems.append(f"weights must be of a {wanted.value}, which model.name asks for ({wanted.origin}), got those of a "
-                        f"{has} ({start.origin}). Leave model.name out; weights of a backbone belong in "
-                        "model.backbone.weights.")
+    model = tree.get("model", {})
+    if not isinstance(model, dict):
+        return tree  # told by `_validate`
+    try:
+        theirs = _tree_of(Config.model_validate(read_weights(start.value).meta.config).model, f"weights {start.value}")
+    except (ValueError, OSError) as error:
+        problems.append(f"{error} (weights, {start.origin})")
+        return tree
+    for name, other in (("name", theirs["name"].value), ("weights", start.value)):
+        own = model.get(name)
+        if isinstance(own, _Leaf) and own.value not in (None, other) and not _share_boxes(own.value, other):
+            problems.append(f"model.{name} must fit the weights, got {_flow(own.value)} ({own.origin}) and weights "
+                            f"{start.value} ({start.origin}), which ask for {other}. Leave model.{name} out; weights of "
+                            "a backbone belong in model.backbone.weights.")
     return _merge(_merge({"model": theirs}, tree), {"model": {"weights": start}})
+
+
+def _share_boxes(a: Any, b: Any) -> bool:
+    """Whether these are names of models that differ in heads beside the boxes' alone (`weights.finetune`)."""
+    return any({a, b} <= kinds for kinds in SAME_BOXES)
 
 
 def _tree_of(section: BaseModel, origin: str) -> _Tree:
@@ -211,6 +223,8 @@ def _read(path: Path, named_by: str) -> str:
     except FileNotFoundError:
         there = sorted(map(_shown, path.parent.glob("*.y*ml")))
         hint = _nearest(_shown(path), there) or (f"Files there: {', '.join(there)}." if there else "")
+        if "=" in str(path):
+            hint = "A YAML file, or the folder of a run, comes before key=value."
         raise ConfigError([f"config file must exist, got {_shown(path)} ({named_by}). {hint}".rstrip()]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"config file must be readable UTF-8 text, got {path} ({named_by}): {error}."]) from None

@@ -27,6 +27,7 @@ from detres.engine.distributed import gather, rank
 from detres.engine.optim import EMA
 
 META_KEY = "detres"
+SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl")  # of weights of any toolkit
 
 
 @dataclass(frozen=True)
@@ -124,13 +125,14 @@ def find_weights(path: str | Path) -> Path:
         raise FileNotFoundError(f"a run must have finished or been evaluated to have weights, got {path}, which was "
                                 "interrupted before. Resume it with --resume.")
     found = "a folder without weights" if path.is_dir() else "which does not exist"
-    raise FileNotFoundError(f"weights must be a .safetensors file or a run folder, got {path}, {found}.")
+    raise FileNotFoundError(f"weights must be a file, a run folder or a published name, got {path}, {found}. "
+                            "Check the path.")
 
 
 def holds_weights(path: str | Path) -> bool:
-    """Whether the path is a weights file, or the folder of a run that has one."""
+    """Whether the path is a weights file, by its suffix, or the folder of a run that has one."""
     try:
-        return find_weights(path).suffix == ".safetensors"
+        return find_weights(path).suffix in SUFFIXES
     except FileNotFoundError:
         return False
 

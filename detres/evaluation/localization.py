@@ -146,9 +146,9 @@ def check_fits(config: Config, classes: Sequence[str], name: str, model_input: I
 # From weights
 
 
-def localize_weights(path: Path | Sequence[Path], *, classifiers: Sequence[Path] = (), regions: Sequence[Path] = (),
-                     data: str | None = None, split: str | None = None, crops: str | None = None,
-                     class_crops: str | None = None, batch_size: int | None = None, device: str = "auto",
+def localize_weights(path: str | Path | Sequence[str | Path], *, classifiers: Sequence[Path] = (),
+                     regions: Sequence[Path] = (), data: str | None = None, split: str | None = None,
+                     crops: str | None = None, class_crops: str | None = None, batch_size: int | None = None, device: str = "auto",
                      overrides: Sequence[str] = (), draw: Path | None = None,
                      numbers: Path | None = None) -> dict[str, float]:
     """Evaluate a localizer (or several) on a data set; print the table; return the metrics.

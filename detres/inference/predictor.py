@@ -9,6 +9,7 @@ Legend: N images, D detections, (H, W) size of the image as given.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,8 @@ from detres.inference.segment import PanopticMerger, SemanticPredictor, original
 from detres.ops.paste_masks import paste_masks
 from detres.structures import Detections
 from detres.weights.importers import read_weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, repr=False)
@@ -214,8 +217,9 @@ def load_model(path: str | Path | Sequence[str | Path], device: str = "auto",
 
     That is the config of the weights with `device`, then with `overrides` (key=value) that keep the network.
     Several paths make an ensemble, which has the description and the config of the first.
-    Raises what `find_weights` and `load_weights` do, ConfigError for bad overrides, and ValueError for weights that do
-    not fit their own model, for overrides that make another one, or for models that make no ensemble.
+    Logs what was assumed of weights of another toolkit. Raises what `read_weights` does, ConfigError for bad overrides,
+    and ValueError for weights that do not fit their own model, for overrides that make another one, or for models that
+    make no ensemble.
     """
     if isinstance(path, (str, os.PathLike)):
         return _load_one(path, device, overrides)
@@ -227,6 +231,8 @@ def load_model(path: str | Path | Sequence[str | Path], device: str = "auto",
 def _load_one(path: str | Path, device: str, overrides: Sequence[str]) -> tuple[nn.Module, WeightsMeta, Config]:
     weights = read_weights(path)
     file, tensors, meta = weights.file, weights.tensors, weights.meta
+    for note in weights.notes:
+        log.warning("%s: %s", file, note)
     try:
         own = Config.model_validate({**meta.config, "device": device})
         model = build_model(own.model, len(meta.classes), len(meta.semantic_classes))

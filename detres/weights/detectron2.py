@@ -10,6 +10,7 @@ from torch import Tensor
 from detres.config import CASCADES
 from detres.weights.keymap import POINTWISE, Change, KeyMap
 from detres.weights.source import Family, Sections, merged
+from detres.weights.zoo import MODELS, checksum
 
 
 def _of_all_taps(fill: float) -> Change:
@@ -150,12 +151,16 @@ FAMILIES = (
 )
 
 
-def published(file: Path) -> Sections:
-    """What configs of the zoo do otherwise than the others; told from where its files are."""
-    path = file.as_posix()
-    if "/Cityscapes/" in path:
+def published(file: Path) -> Sections | None:
+    """What the config of a file of the zoo does otherwise than the others; None for any other file. By checksums, so
+    that a name or a folder alone says nothing."""
+    md5 = checksum(file, "md5")[:6]
+    config = next((name for name, model in MODELS.items() if model.endswith(f"/{md5}")), None)
+    if config is None:
+        return None
+    if config.startswith("Cityscapes/"):
         return {"input": {"min_size": 1024, "max_size": 2048}}
-    if "/LVIS" in path:
+    if config.startswith("LVIS"):
         return {"box_head": {"score_thresh": 1e-4, "detections_per_image": 300}}
     return {}
 

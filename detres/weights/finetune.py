@@ -60,7 +60,7 @@ def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_c
     check_fit(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)), title,
               "Train with the model section that the weights carry: weights=... instead of model.weights.")
     model.load_state_dict(tensors)
-    return "; ".join([tell_kept(weights.meta, classes, semantic_classes), *told])
+    return "; ".join([tell_kept(weights.meta, classes, semantic_classes), *told, *weights.notes])
 
 
 def _with_heads_of(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

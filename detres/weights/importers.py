@@ -16,21 +16,23 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from detres.build import build_model
 from detres.config import Config, ModelConfig
 from detres.config_file import override
-from detres.engine.checkpoint import META_KEY, WeightsMeta, find_weights, load_weights
+from detres.engine.checkpoint import META_KEY, SUFFIXES, WeightsMeta, find_weights, load_weights
 from detres.weights import detectron2, mmdet, timm, torchvision, zoo
 from detres.weights.infer import infer
-from detres.weights.known_classes import Classes, detection_classes, image_classes, keypoint_layout, semantic_classes
+from detres.weights.known_classes import (
+    Classes, detection_classes, image_classes, keypoint_classes, keypoint_layout, semantic_classes)
 from detres.weights.mismatch import check_fit
-from detres.weights.pickles import read_tensors
-from detres.weights.source import Family, Sections, State, merged
+from detres.weights.pickles import holds_tensors, read_tensors
+from detres.weights.source import Family, Sections, State, UnknownNetwork, merged
 
 PUBLISHED = {"torchvision": torchvision.published, "Detectron2": detectron2.published}
-SUFFIXES = (".safetensors", ".pth", ".pt", ".pkl")
+BODY = {"conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"}  # of a ResNet without a classifier
 FAMILIES: tuple[Family, ...] = (*torchvision.FAMILIES, *detectron2.FAMILIES, *timm.FAMILIES, *mmdet.FAMILIES)
 
 
@@ -49,15 +51,18 @@ def read_weights(source: str | Path, *, model: Mapping[str, Any] | None = None, 
                  overrides: Sequence[str] = ()) -> Weights:
     """Weights of a run folder, a file, a URL or a published name (`zoo`).
 
-    model: sections of its config that the tensors do not show, over what is assumed of the toolkit; `overrides` likewise,
-    as "model.input.min_size=600". classes: names, where they are not those of a published data set. All three are for
-    other toolkits' weights; ours carry theirs.
+    model: sections of its config that the tensors do not show, over what is assumed of the toolkit; `overrides`
+    likewise, as "model.input.min_size=600". classes: names, where they are not those of a published data set. All three
+    are for other toolkits' weights; ours carry theirs.
 
-    Raises FileNotFoundError, or ValueError for a file that is no weights, or of a model that no toolkit here has;
-    WeightsMismatch, if tensors do not fit the model that they show.
+    Raises FileNotFoundError, or ValueError for a file that is no weights, or of a model that no toolkit here has, or for
+    what it carries itself; WeightsMismatch, if tensors do not fit the model that they show.
     """
     file = locate(source)
     if _is_own(file):
+        if model or classes is not None or overrides:
+            raise ValueError(f"weights of detres must be read as they describe themselves, got a config, classes or "
+                             f"key=value beside {file}. Leave them out; predict and eval take key=value.")
         tensors, meta = load_weights(file)
         return Weights(tensors, meta, file)
     state, about = read_tensors(file)
@@ -67,51 +72,100 @@ def read_weights(source: str | Path, *, model: Mapping[str, Any] | None = None, 
 def locate(source: str | Path) -> Path:
     """The file that a user means; of a name or URL, the one in the cache, downloaded into it first if need be."""
     if Path(source).exists():
-        return find_weights(source)
+        return _find(source)
     try:
         zoo.resolve(str(source))
     except ValueError:
-        if Path(source).name != str(source) or Path(source).suffix in SUFFIXES:  # meant as a path
+        is_path = Path(source).name != str(source) or Path(source).suffix in SUFFIXES
+        if is_path and "://" not in str(source):
             return find_weights(source)
         raise
     return zoo.fetch(source)
 
 
+def _find(path: str | Path) -> Path:
+    """`find_weights` of what exists, which may hide what was meant."""
+    try:
+        return find_weights(path)
+    except FileNotFoundError as error:
+        if str(path) in zoo.names():
+            raise FileNotFoundError(f"{error} It hides the published weights of that name: rename the folder, or run "
+                                    "elsewhere.") from None
+        raise
+
+
 def _is_own(file: Path) -> bool:
     """Whether it is a safetensors file with our description. Any other is looked into by `read_tensors`."""
-    with file.open("rb") as stream:
-        start = stream.read(8)
-        header = stream.read(min(int.from_bytes(start, "little"), 2**20)) if len(start) == 8 else b""
-    return header.startswith(b"{") and f'"{META_KEY}"'.encode() in header
+    try:
+        with safe_open(file, "pt") as tensors:
+            return META_KEY in (tensors.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def convert(state: State, file: Path, about: Mapping[str, Any] | None = None, *,
             model: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None,
             overrides: Sequence[str] = ()) -> Weights:
     """Tensors of another toolkit; about: what else the file says. See `read_weights`."""
+    about = about or {}
     family = recognise(state, file)
-    tensors, unknown = family.keymap.to_ours(state)
-    if unknown:
-        raise ValueError(f"weights must be of a model that detres has, got {file}: {family.toolkit}'s {family.name} with "
-                         f"{len(unknown)} tensors of other parts, such as {', '.join(unknown[:4])}. "
-                         "Models with parts of one's own cannot be imported.")
-    sections, num_classes = infer(tensors)
-    published = PUBLISHED.get(family.toolkit, lambda file: {})(file)
-    told, names = family.told(about or {}) if family.told else ({}, None)
-    config = _config(merged(sections, family.conventions(sections), published, told, model or {}), overrides, file)
-    known, semantic = _classes(config.model, num_classes, tensors, classes or names, file)
-    built = build_model(config.model, num_classes, **_semantic_channels(semantic))
+    tensors, sections, num_classes = _inferred(family, state, file)
+    published = PUBLISHED[family.toolkit](file) if family.toolkit in PUBLISHED else None
+    told, names = family.told(about) if family.told else ({}, None)
+    config = _config(merged(sections, family.conventions(sections), published or {}, told, model or {}), overrides, file)
+    given = names if classes is None else classes
+    known, semantic = _classes(config.model, num_classes, tensors, given, file)
+    with torch.device("meta"):  # its shapes are all that is looked at
+        built = build_model(config.model, num_classes, **_semantic_channels(semantic))
     tensors = _with_counters(tensors, built)
     check_fit(_shapes(tensors), _shapes(built.state_dict()),
               f"weights must fit the model that they show ({file}, {family.toolkit}'s {family.name})",
               "Give what the tensors do not show as --config or key=value.")
     names, ids = known or (tuple(f"class {i}" for i in range(num_classes)), tuple(range(1, num_classes + 1)))
-    notes = [] if known else [f"names of its {num_classes} classes are not known: give --classes"]
-    about = {"semantic_classes": semantic[0], "semantic_ids": semantic[1]} if semantic else {}
+    layout = {"semantic_classes": semantic[0], "semantic_ids": semantic[1]} if semantic else {}
     if config.model.has_keypoints:
-        about["keypoints"] = keypoint_layout(config.model.keypoint_head.num_keypoints)
-    meta = WeightsMeta(config.model_dump(mode="json"), names, ids, 0, {}, **about)
-    return Weights(tensors, meta, file, family, (*family.assumed, *notes))
+        layout["keypoints"] = keypoint_layout(config.model.keypoint_head.num_keypoints)
+    meta = WeightsMeta(config.model_dump(mode="json"), names, ids, 0, {}, **layout)
+    notes = () if published is not None else (*family.assumed, *_class_notes(known, num_classes, given))
+    return Weights(tensors, meta, file, family, (*notes, *_file_notes(tensors, about)))
+
+
+def _inferred(family: Family, state: State, file: Path) -> tuple[dict[str, Tensor], Sections, int]:
+    """Tensors under our names, and what `infer` says of them. Raises ValueError for parts that are not known, and where
+    parts lack."""
+    try:
+        tensors, unknown = family.keymap.to_ours(state)
+        inferred = () if unknown else infer(tensors)
+    except UnknownNetwork as error:
+        raise ValueError(f"{error} ({file})") from None
+    except (LookupError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        what = f"without {error}" if isinstance(error, KeyError) else f"whose shapes do not fit each other ({error})"
+        raise ValueError(f"weights must have all tensors of {family.toolkit}'s {family.name}, got {file}, {what}. "
+                         "Give the state dict of the whole model, as the toolkit builds it.") from None
+    if unknown:
+        raise ValueError(f"weights must be of a model that detres has, got {file}: {family.toolkit}'s {family.name} "
+                         f"with {len(unknown)} tensors of other parts, such as {', '.join(unknown[:4])}. "
+                         "Models with parts of one's own cannot be imported.")
+    return tensors, *inferred
+
+
+def _class_notes(known: Classes | None, count: int, given: Sequence[str] | None) -> list[str]:
+    if given is not None:
+        return []
+    if known is None:
+        return [f"names of its {count} classes are not known: give --classes to import"]
+    few = ", ".join(known[0][:3]) + (" ..." if count > 3 else "")
+    return [f"its classes are those of a published data set of as many ({few}): give --classes to import if they are "
+            "others"] if count > 1 else []
+
+
+def _file_notes(tensors: State, about: Mapping[str, Any]) -> list[str]:
+    """What of a file is left aside, or odd."""
+    notes = [f"'{name}', other tensors in the file, is left aside" for name, value in about.items()
+             if holds_tensors(value)]
+    if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        notes.append(f"{len(odd)} tensors have values that are not finite, such as {odd[0]}: their training failed")
+    return notes
 
 
 def recognise(state: State, file: str | Path) -> Family:
@@ -120,8 +174,11 @@ def recognise(state: State, file: str | Path) -> Family:
         if family.fits(state):
             return family
     kinds = ", ".join(dict.fromkeys(family.toolkit for family in FAMILIES))
+    is_backbone = any(family.fits(state) for family in detectron2.BACKBONES) or BODY <= set(state)
+    fix = "Weights of a backbone belong in model.backbone.weights" if is_backbone else \
+        "Give the state dict of the whole model"
     raise ValueError(f"weights must be of a model of {kinds}, or of detres, got {file} with tensors such as "
-                     f"{', '.join(list(state)[:4])}. Give the state dict of the whole model.")
+                     f"{', '.join(list(state)[:4])}. {fix}.")
 
 
 def _config(sections: Sections, overrides: Sequence[str], file: Path) -> Config:
@@ -144,7 +201,7 @@ def _classes(config: ModelConfig, count: int, tensors: State, given: Sequence[st
                                                   tuple(range(channels)))
     if given is not None:
         if len(given) != count or len(set(given)) != count:
-            raise ValueError(f"classes must be {count} distinct names, got {len(given)} ({file}).")
+            raise ValueError(f"classes must be {count} distinct names, got {', '.join(given) or 'none'} ({file}).")
         published = detection_classes(count)  # whose ids have gaps, if these are they
         return (published if published and published[0] == tuple(given) else
                 (tuple(given), tuple(range(1, count + 1)))), semantic
@@ -154,7 +211,7 @@ def _classes(config: ModelConfig, count: int, tensors: State, given: Sequence[st
         return image_classes(count), semantic
     if config.is_semantic:
         return semantic_classes(count), semantic
-    return detection_classes(count), semantic
+    return (keypoint_classes if config.has_keypoints else detection_classes)(count), semantic
 
 
 def _semantic_channels(semantic: Classes | None) -> dict[str, int]:
@@ -163,7 +220,8 @@ def _semantic_channels(semantic: Classes | None) -> dict[str, int]:
 
 def _with_counters(tensors: State, model: torch.nn.Module) -> dict[str, Tensor]:
     """Batch norms count their batches, which nothing depends on and not every toolkit saves."""
-    counters = {name: tensor for name, tensor in model.state_dict().items() if name.endswith("num_batches_tracked")}
+    counters = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in model.state_dict().items()
+                if name.endswith("num_batches_tracked")}
     return {**counters, **tensors}
 
 

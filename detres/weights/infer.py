@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 
 from detres.models.resnet import DEPTHS
-from detres.weights.source import Sections, State
+from detres.weights.source import Sections, State, UnknownNetwork
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -20,7 +20,8 @@ CONV5 = "roi_heads.box_head."  # the last stage of a C4 detector
 def infer(state: State) -> tuple[Sections, int]:
     """Sections of the model's config, and its number of classes.
 
-    Raises ValueError for a body that is no ResNet of `DEPTHS`.
+    Raises UnknownNetwork for a body that is no ResNet of `DEPTHS`, LookupError or ValueError where tensors are missing or
+    of the wrong shape.
     """
     return infer_shapes({name: tuple(tensor.shape) for name, tensor in state.items()})
 
@@ -144,8 +145,8 @@ def _backbone(shapes: Shapes) -> Sections:
     depth = next((depth for depth, (kind, stages) in DEPTHS.items()
                   if kind == bottleneck and blocks in (stages, (*stages[:3], 0))), None)  # an RPN in C4 has three
     if depth is None:
-        raise ValueError(f"weights must be of a ResNet of {', '.join(map(str, DEPTHS))} layers, got stages of {blocks} "
-                         f"{'bottleneck' if bottleneck else 'basic'} blocks. Other networks cannot be imported.")
+        raise UnknownNetwork(f"weights must be of a ResNet of {', '.join(map(str, DEPTHS))} layers, got stages of {blocks} "
+                             f"{'bottleneck' if bottleneck else 'basic'} blocks. Other networks cannot be imported.")
     deep = BODY + "conv1.0.weight" in moved
     width = moved[BODY + ("conv1.6.weight" if deep else "conv1.weight")][0]
     found = {"depth": depth, "width": width, "weights": None, "stem": "deep" if deep else "imagenet",

@@ -29,15 +29,20 @@ Classes = tuple[tuple[str, ...], tuple[int, ...]]  # names, and ids of the data 
 
 
 def detection_classes(count: int) -> Classes | None:
-    """COCO's 80, or its 90 ids with gaps as torchvision has them; VOC's 20; the 8 of Cityscapes; a person. Else None."""
+    """COCO's 80, or its 90 ids with gaps as torchvision has them; VOC's 20; the 8 of Cityscapes. Else None."""
     names = _coco_by_id()
     known = {i: name for i, name in names.items() if name != "N/A"}
     if count == len(known):
         return tuple(known.values()), tuple(known)
     if count == len(names):
         return tuple(name if name != "N/A" else f"N/A {i}" for i, name in names.items()), tuple(names)
-    known = {len(VOC): VOC, len(CITYSCAPES_THINGS): CITYSCAPES_THINGS, 1: ("person",)}.get(count)
+    known = {len(VOC): VOC, len(CITYSCAPES_THINGS): CITYSCAPES_THINGS}.get(count)
     return known and (known, tuple(range(1, count + 1)))
+
+
+def keypoint_classes(count: int) -> Classes | None:
+    """A person, as COCO has keypoints of nothing else. Else None."""
+    return (("person",), (1,)) if count == 1 else None
 
 
 def keypoint_layout(count: int) -> dict[str, list]:

@@ -125,10 +125,10 @@ def of_meta(about: Mapping[str, Any]) -> Told:
     Of the text of its config (`config`, or `cfg` in version 3) the mean, the deviation and the order of channels are
     read, and which convolution strides ("caffe": the first 1x1). Nothing in it is executed.
     """
-    meta = about.get("meta") or {}
+    meta = about["meta"] if isinstance(about.get("meta"), dict) else {}
     data = meta.get("dataset_meta") or {}
     classes = data.get("classes") or data.get("CLASSES") or meta.get("CLASSES")
-    text = meta.get("cfg") or meta.get("config") or ""
+    text = str(meta.get("cfg") or meta.get("config") or "")
     found: Sections = {}
     for name in ("mean", "std"):
         if match := re.search(rf"\b{name}=(\[[-\d., \n]+\])", text):

@@ -25,9 +25,13 @@ ZIP = b"PK\x03\x04"
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # torch's own magic number, itself pickled
 PICKLE = tuple(b"\x80" + bytes([protocol]) for protocol in (2, 3, 4, 5))
 SECTIONS = ("model", "blobs", "state_dict")  # Detectron2 and torchvision, Caffe2, MMDetection: where tensors are
+# What comes before all names in a model that was wrapped: by DataParallel and averages, Lightning, torch.compile.
+WRAPPERS = re.compile(r"((module|model|_orig_mod)\.)+")
 OPTIMIZER = re.compile(r".*_momentum$")  # Caffe2 keeps the momentum of each blob beside it
-# What MMEngine's records of losses are pickled with, which stand beside the weights of a run.
+# What stands beside the weights of a run: MMEngine's records of losses, the options of torchvision's scripts.
 RECORDS = ("mmengine.logging.history_buffer.HistoryBuffer", "builtins.getattr", "numpy.ndarray", "numpy.dtype",
+           "argparse.Namespace",
+           *(f"pathlib{module}.{system}Path" for module in ("", "._local") for system in ("Posix", "Windows")),
            *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")))
 HINT = "Get the file from its publisher again, or save its tensors alone where it can be loaded: " \
        "torch.save(model.state_dict(), 'weights.pth')."
@@ -44,23 +48,53 @@ def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileNotFoundError(f"weights file must exist, got '{path}'. Check the path.")
     with path.open("rb") as file:
         start = file.read(len(LEGACY_TORCH))
+    if not start:
+        raise _refused(path, "an empty file", "tensors")
     if start.startswith(ZIP) or start == LEGACY_TORCH:
         found = read_torch(path)
     elif start.startswith(PICKLE):
         found = read_pickle(path)
     elif start[8:9] == b"{":
-        return _read_safetensors(path)
+        found = _read_safetensors(path)
     else:
         raise _refused(path, f"a file that begins with {start[:8]!r}", "a safetensors, torch or pickle file")
-    section = next((name for name in SECTIONS if isinstance(found.get(name), dict)), None)
+    section = _section(path, found)
     inside = found if section is None else found[section]
-    outside = {} if section is None else {name: value for name, value in found.items() if name != section}
+    outside = {} if section is None else {name: value for name, value in found.items()
+                                          if name != section and not isinstance(value, _Record)}
+    _check_values(path, inside)
     tensors = {name: _tensor(value) for name, value in inside.items() if isinstance(value, (Tensor, np.ndarray))
                and isinstance(name, str) and not OPTIMIZER.match(name)}
     if not tensors:
         raise _refused(path, f"none in its keys {[str(name)[:40] for name in found][:6]}", "a dict of tensors")
     rest = {name: value for name, value in inside.items() if not isinstance(value, (Tensor, np.ndarray))}
-    return tensors, {**outside, **rest}
+    return _unwrapped(tensors), {**outside, **rest}
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether it is a dict of tensors, as a state dict is, which that of an optimizer is not."""
+    return isinstance(value, dict) and any(isinstance(each, (Tensor, np.ndarray)) for each in value.values())
+
+
+def _section(path: Path, found: dict[str, Any]) -> str | None:
+    """The key of the state dict, where others stand beside it; None where `found` is one."""
+    inner = [name for name, value in found.items() if holds_tensors(value)]
+    if known := [name for name in SECTIONS if name in inner]:
+        return known[0]
+    if not inner or holds_tensors(found):
+        return None
+    if len(inner) > 1:
+        raise _refused(path, f"several: {', '.join(map(str, inner))}", "one dict of tensors")
+    return inner[0]
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without what a wrapper put before the names; an average has one tensor more, that counts."""
+    starts = {match[0] if (match := WRAPPERS.match(name)) else "" for name in tensors if name != "n_averaged"}
+    if len(starts) != 1 or starts == {""}:
+        return tensors
+    start = starts.pop()
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 class _Record:
@@ -82,21 +116,26 @@ def read_torch(path: str | Path) -> dict[str, Any]:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file may raise anything
         text = " ".join(str(error).split()).rpartition("WeightsUnpickler error: ")[2]
-        name = re.search(r"GLOBAL (\S*\w)", text)
-        what = f"the global {name[1]}" if name else f"{type(error).__name__}: {text[:200]}"
-        raise _refused(path, what, "tensors, numbers and containers alone") from None
+        if name := re.search(r"GLOBAL (\S*\w)", text):
+            raise _refused(path, f"the global {name[1]}", "tensors, numbers and containers alone") from None
+        what = f"a damaged one: {type(error).__name__}: {text.partition('. This is')[0][:200]}"
+        raise _refused(path, what, "what torch.save wrote, whole") from None
     if not isinstance(found, dict):
         raise _refused(path, f"a {type(found).__name__}", "a dict of tensors")
-    for name, value in _items_of(found):
+    return found
+
+
+def _check_values(path: Path, state: dict[str, Any]) -> None:
+    for name, value in state.items():
         if isinstance(value, _Record):
-            raise _refused(path, f"{name}, an array of numpy or another object", "tensors, numbers and containers alone")
+            raise _refused(path, f"{name}, an array of numpy or another object",
+                           "tensors, numbers and containers alone")
         if not isinstance(value, Tensor):
             continue
         if value.layout != torch.strided or value.device.type != "cpu" \
                 or value.numel() * value.element_size() > value.untyped_storage().nbytes():
             raise _refused(path, f"{name} {tuple(value.shape)}, {value.layout}, without numbers of its own",
                            "dense tensors")
-    return found
 
 
 def _check_zip(path: Path) -> None:
@@ -109,15 +148,11 @@ def _check_zip(path: Path) -> None:
         raise _refused(path, "compressed or overlapping entries", "a zip as torch.save writes it, not compressed")
 
 
-def _items_of(found: dict[str, Any]) -> list[tuple[str, Any]]:
-    sections = [found, *(found[name] for name in SECTIONS if isinstance(found.get(name), dict))]
-    return [item for section in sections for item in section.items()]
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> dict[str, Tensor | str]:
+    """Tensors, and the strings that describe them."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+            return {**(file.metadata() or {}), **{name: file.get_tensor(name) for name in file.keys()}}
     except SafetensorError as error:
         raise _refused(path, f"{type(error).__name__}: {error}", "a whole safetensors file") from None
 

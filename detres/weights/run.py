@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,12 +25,11 @@ def import_weights(source: str | Path, out: str | Path, *, config: str | Path | 
                    overrides: Sequence[str] = ()) -> Weights:
     """Write weights of any toolkit as a weights file of detres, and print what they are.
 
-    config: Detectron2's YAML of the model, for what its tensors do not show. classes: names of those it has; new_classes:
-    those that it is to have, for which layers of classes begin anew (`finetune`). Raises as `read_weights`.
+    config: Detectron2's YAML of the model, for what its tensors do not show. classes: names of those it has;
+    new_classes: those that it is to have, for which layers of classes begin anew (`finetune`). Raises as `read_weights`,
+    and ValueError for an output that cannot be written.
     """
-    out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"imported weights must be written to a .safetensors file, got {out}. Say {out}.safetensors.")
+    out = _output(out, "safetensors")
     sections = None
     if config is not None:
         fields, notes = translate(config)
@@ -40,15 +40,37 @@ def import_weights(source: str | Path, out: str | Path, *, config: str | Path | 
     if new_classes is not None:
         weights = of_new_classes(weights, new_classes)
     save_weights(out, weights.tensors, weights.meta)
-    print(f"{weights.file}\n{describe(weights)}\nWrote {out}: detres predict {out} IMAGES, detres eval {out} --data DATA")
+    print(f"{weights.file}\n{describe(weights)}\n"
+          f"Wrote {out}: detres predict {out} IMAGES, detres eval {out} --data DATA")
     return weights
+
+
+def _output(out: str | Path, format: str) -> Path:
+    """The path, once it is known that a file of that format can be written there."""
+    out = Path(out)
+    if (out.suffix == ".safetensors") != (format == "safetensors"):
+        fit = out.with_suffix(".safetensors" if format == "safetensors" else ".pth")
+        raise ValueError(f"output must be a .safetensors file for weights of detres, and no such for others, got {out} "
+                         f"for {format}. Say {fit}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        problem = "is a folder" if out.is_dir() else None if os.access(out.parent, os.W_OK) else "is in a read-only folder"
+    except OSError as error:
+        problem = f"cannot be made: {error}"
+    if problem:
+        raise ValueError(f"output must be a file that can be written, got {out}, which {problem}. Give another path.")
+    return out
 
 
 def of_new_classes(weights: Weights, classes: Sequence[str]) -> Weights:
     """The same model for other classes: random layers of classes, but for the rows of classes of both lists."""
     if not classes or len(set(classes)) != len(classes):
         raise ValueError(f"new classes must be one or more distinct names, got {', '.join(classes) or 'none'}.")
-    own = build_model(_model(weights.meta), len(classes), len(weights.meta.semantic_classes)).state_dict()
+    model = _model(weights.meta)
+    if model.name == "rpn":
+        raise ValueError(f"new classes must be for a model that tells classes apart, got {', '.join(classes)} for an "
+                         f"rpn ({weights.file}). Leave them out.")
+    own = build_model(model, len(classes), len(weights.meta.semantic_classes)).state_dict()
     tensors = refit(weights, own, classes, weights.meta.semantic_classes)
     meta = replace(weights.meta, classes=tuple(classes), category_ids=tuple(range(1, len(classes) + 1)))
     told = tell_kept(weights.meta, classes, weights.meta.semantic_classes)
@@ -71,8 +93,10 @@ def export_weights(source: str | Path, out: str | Path, format: str) -> None:
 
     format: a key of `export.FORMATS`, or safetensors. Raises ValueError for a model that it does not have.
     """
-    out = Path(out)
+    out = _output(out, format)
     weights = read_weights(source)
+    for note in weights.notes:
+        print(f"assumed: {note}")
     if format == "safetensors":
         save_weights(out, weights.tensors, weights.meta)
         print(f"Wrote {out}.")

@@ -20,6 +20,10 @@ Sections = dict[str, Any]  # of ModelConfig
 Told = tuple[Sections, tuple[str, ...] | None]  # sections to add, and names of the classes, where it has them
 
 
+class UnknownNetwork(ValueError):
+    """Weights of a model that nothing here is."""
+
+
 @dataclass(frozen=True)
 class Family:
     """Models of one toolkit that share names and conventions."""

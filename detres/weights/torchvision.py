@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torchvision.models import WeightsEnum
 from detres.config import ModelConfig
 from detres.weights.keymap import BACKGROUND_LAST, Change, KeyMap, without_background
 from detres.weights.source import Family, Sections, merged
+from detres.weights.zoo import checksum
 
 # In detectors the body has our names. Names with ".0" less are of older versions.
 FPN = [
@@ -153,37 +155,43 @@ def segmentation_conventions(sections: Sections | None = None) -> Sections:
             "backbone": {"freeze_stages": 0}}
 
 
+EPS = ("batch norms have epsilon 1e-5; of a model that was trained on from torchvision's COCO_V1 weights it is 0: give "
+       "model.backbone.norm_eps=0",)
 # Weights whose models torchvision builds with batch norms without epsilon.
 WITHOUT_EPS = {"FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "MaskRCNN_ResNet50_FPN_Weights.COCO_V1",
                "KeypointRCNN_ResNet50_FPN_Weights.COCO_V1", "RetinaNet_ResNet50_FPN_Weights.COCO_V1"}
 
 
-def published(file: Path) -> Sections:
-    """What torchvision does otherwise with a file that it publishes than with any other of the model; by its name."""
-    weights = _by_file().get(file.name)
+def published(file: Path) -> Sections | None:
+    """What torchvision does otherwise with a file that it publishes than with any other of the model; None for a file
+    that it does not. By the checksum, which torchvision writes into names: a file may have been renamed."""
+    weights = _by_checksum().get(checksum(file, "sha256")[:8])
+    if weights is None:
+        return None
     if str(weights) in WITHOUT_EPS:
         return {"backbone": {"norm_eps": 0.0}}
-    options = getattr(weights and weights.transforms, "keywords", {})
+    options = getattr(weights.transforms, "keywords", {})
     if "crop_size" in options:
         return {"input": {"min_size": options.get("resize_size", 256), "crop": options["crop_size"]}}
     return {}
 
 
 @lru_cache
-def _by_file() -> dict[str, WeightsEnum]:
+def _by_checksum() -> dict[str, WeightsEnum]:
     names = [name for module in (models, models.detection, models.segmentation) for name in models.list_models(module)]
-    return {weights.url.rpartition("/")[2]: weights for name in names for weights in models.get_model_weights(name)}
+    return {match[1]: weights for name in names for weights in models.get_model_weights(name)
+            if (match := re.search(r"-([0-9a-f]{8})\.pth$", weights.url))}
 
 
 FAMILIES = (
     Family("torchvision", "R-CNN, version 2", ("rpn.head.conv.1.0.weight", "roi_heads.box_head.5.weight"),
            KeyMap([*RCNN, *CONVS_AND_FC]), rcnn_conventions),
     Family("torchvision", "R-CNN", ("rpn.head.cls_logits.weight", "roi_heads.box_head.fc6.weight"),
-           KeyMap([*RCNN, *TWO_FCS]), rcnn_conventions),
+           KeyMap([*RCNN, *TWO_FCS]), rcnn_conventions, EPS),
     Family("torchvision", "FCOS", ("head.regression_head.bbox_ctrness.weight",), _dense(1, CONV_NORM_RELU),
            fcos_conventions),
     Family("torchvision", "RetinaNet", ("head.regression_head.bbox_reg.weight",), _dense(9, CONV_AND_NORM),
-           retinanet_conventions, assumed=("boxes of version 2 trained by GIoU",)),
+           retinanet_conventions, assumed=("boxes of version 2 trained by GIoU", *EPS)),
     Family("torchvision", "DeepLabV3", ("classifier.0.project.0.weight",), KeyMap([*DEEPLABV3, *SEGMENTATION]),
            segmentation_conventions),
     Family("torchvision", "FCN", ("classifier.0.weight", "classifier.4.weight", "backbone.layer4.0.conv1.weight"),

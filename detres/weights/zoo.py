@@ -95,7 +95,8 @@ BACKBONES = {
 @dataclass(frozen=True)
 class Source:
     """name: in full, such as 'COCO-Detection/faster_rcnn_R_50_FPN_1x' or 'resnet50.IMAGENET1K_V2'; a URL is its own.
-    file: its place under torch hub's `checkpoints`. checksum: algorithm and first hex digits, None if unknown."""
+    file: its place under torch hub's `checkpoints`; without a checksum, which would tell it from others of its name, in
+    a folder of its own. checksum: algorithm and first hex digits, None if unknown."""
 
     name: str
     url: str
@@ -147,12 +148,19 @@ def _source(name: str, url: str) -> Source:
     if url.startswith((DETECTRON2, CAFFE2)):  # several files there are called R-50.pkl
         md5 = re.search(r"model_\w+_([0-9a-f]{6})\.pkl$", path.name)
         return Source(name, url, str(path).lstrip("/"), ("md5", md5[1]) if md5 else None)
-    sha256 = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)  # torch hub's convention, which MMDetection follows
-    return Source(name, url, path.name, ("sha256", sha256[1]) if sha256 else None)
+    # torch hub's convention, which MMDetection follows; a date is none
+    if sha256 := re.search(r"-(?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.\w+$", path.name):
+        return Source(name, url, path.name, ("sha256", sha256[1]))
+    return Source(name, url, f"{hashlib.sha256(url.encode()).hexdigest()[:16]}/{path.name}", None)
+
+
+def names() -> list[str]:
+    """All that `resolve` knows, but for URLs and versions of torchvision's."""
+    return [*MODELS, *(known.rpartition("/")[2] for known in MODELS), *BACKBONES, *_torchvision()]
 
 
 def _unknown(name: str) -> ValueError:
-    known = [*MODELS, *(known.rpartition("/")[2] for known in MODELS), *BACKBONES, *_torchvision()]
+    known = names()
     if (model := name.partition(".")[0]) in _torchvision():
         known = [f"{model}.{version}" for version in models.get_model_weights(model).__members__]
     near = difflib.get_close_matches(name, known, 3, 0.6) or [k for k in known if name.lower() in k.lower()][:3]
@@ -197,9 +205,14 @@ def _wrong(path: Path, source: Source) -> str | None:
     if source.checksum is None:
         return None
     algorithm, prefix = source.checksum
+    digest = checksum(path, algorithm)
+    return None if digest.startswith(prefix) else f"{algorithm} {digest[:len(prefix)]}, not {prefix}"
+
+
+def checksum(path: Path, algorithm: str) -> str:
+    """Of a file, in hex digits."""
     hashed = hashlib.new(algorithm, usedforsecurity=False)
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
             hashed.update(chunk)
-    digest = hashed.hexdigest()
-    return None if digest.startswith(prefix) else f"{algorithm} {digest[:len(prefix)]}, not {prefix}"
+    return hashed.hexdigest()

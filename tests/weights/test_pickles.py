@@ -6,6 +6,7 @@ import argparse
 import collections
 import io
 import os
+import pathlib
 import pickle
 import pickletools
 import struct
@@ -249,14 +250,14 @@ HOSTILE_TORCH = {
     "zip": (archive(pickle.dumps({"a": Calls(os.system, TOUCH)}, 2)), "the global posix.system"),
     "legacy": (legacy(pickle.dumps({"a": Calls(os.system, TOUCH)}, 2)), "the global posix.system"),
     "eval": (archive(pickle.dumps(Calls(eval, f"open('{MARKER}', 'w')"), 2)), "the global eval"),
-    "namespace": (bytes_of({"model": STATE, "args": argparse.Namespace(lr=1)}), "the global argparse.Namespace"),
+    "model": (bytes_of(torch.nn.Linear(2, 2)), "the global torch.nn.modules.linear.Linear"),
     "compressed": (archive(bytes(10_000_000), zipfile.ZIP_DEFLATED), "compressed or overlapping"),
     "expanded": (bytes_of({"model": {"a": torch.ones(1).expand(1 << 40)}}), "a (1099511627776,)"),
     "sparse": (bytes_of({"a": torch.ones(2, 2).to_sparse()}), "torch.sparse_coo"),
     "meta": (bytes_of({"a": torch.ones(2, device="meta")}), "without numbers of its own"),
     "tensor": (bytes_of(torch.ones(2)), "got a Tensor"), "text": (b"not a model at all", "begins with b'not a mo'"),
     "git lfs": (b"version https://git-lfs.github.com/spec/v1\n", "begins with b'version '"),
-    "html": (b"<!DOCTYPE html><html>", "begins with"), "empty": (b"", "begins with b''"),
+    "html": (b"<!DOCTYPE html><html>", "begins with"), "empty": (b"", "an empty file"),
     "short zip": (bytes_of(STATE)[:300], "model.pth"), "short legacy": (bytes_of(
         STATE, _use_new_zipfile_serialization=False)[:-20], "model.pth"),
     "huge safetensors": (struct.pack("<Q", 1 << 60) + b"{}", "safetensors"),
@@ -280,6 +281,29 @@ def test_views_of_one_storage_are_fine(tmp_path):
     both = torch.arange(6.0)
     torch.save({"model": {"a": both[:3], "b": both[2:].flip(0), "c": both.view(2, 3).T}}, tmp_path / "model.pth")
     assert read_torch(tmp_path / "model.pth")["model"]["c"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@pytest.mark.parametrize("content", [
+    {"model": STATE, "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []}, "epoch": 3,
+     "args": argparse.Namespace(lr=1, device="cuda", output=pathlib.PosixPath("/out"))},  # torchvision's scripts
+    {"state_dict": {f"model.{name}": tensor for name, tensor in STATE.items()}, "epoch": 3},  # Lightning
+    {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in STATE.items()}},  # DataParallel
+    {"model": STATE, "model_ema": {f"module.{name}": tensor + 1 for name, tensor in STATE.items()}},
+    {"n_averaged": torch.ones(()), **{f"module.{name}": tensor for name, tensor in STATE.items()}},
+    {f"module._orig_mod.{name}": tensor for name, tensor in STATE.items()},
+    {"model_state_dict": STATE, "optimizer_state_dict": {"state": {}}, "loss": 0.5, "best": np.float64(3)},
+])
+def test_where_people_put_weights(content, tmp_path):
+    torch.save(content, tmp_path / "model.pth")
+    found, about = read_tensors(tmp_path / "model.pth")
+    assert found.keys() == STATE.keys() and all(found[name].equal(STATE[name]) for name in STATE)
+    assert "args" not in about and ("model_ema" in about) == ("model_ema" in content)
+
+
+def test_several_state_dicts_are_named(tmp_path):
+    torch.save({"student": STATE, "teacher": STATE}, tmp_path / "model.pth")
+    with pytest.raises(ValueError, match="one dict of tensors, got several: student, teacher"):
+        read_tensors(tmp_path / "model.pth")
 
 
 class History:

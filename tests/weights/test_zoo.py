@@ -76,8 +76,9 @@ def test_names_of_torchvision(name, full, digits):
 @pytest.mark.parametrize("url, file, checksum", [
     ("https://example.org/a/faster_20200130-d4d42cab.pth?download=1", "faster_20200130-d4d42cab.pth",
      ("sha256", "d4d42cab")),
-    ("https://example.org/R-50.pkl", "R-50.pkl", None), ("file:///tmp/x-12345678.safetensors", "x-12345678.safetensors",
-                                                         ("sha256", "12345678")),
+    ("https://example.org/R-50.pkl", "3814bc69c054af5f/R-50.pkl", None),
+    ("https://example.org/x-20240131.pth", "e6515bf17ed961c7/x-20240131.pth", None),  # a date
+    ("file:///tmp/x-12345678.safetensors", "x-12345678.safetensors", ("sha256", "12345678")),
     ("detectron2://other/model_final_abcdef.pkl", "detectron2/other/model_final_abcdef.pkl", ("md5", "abcdef")),
 ])
 def test_urls(url, file, checksum):
@@ -102,6 +103,11 @@ def test_unknown_names(name, hint):
     with pytest.raises(ValueError, match="weights must be a file that exists or a name that is known") as error:
         fetch(name)
     assert f"got '{name}'" in str(error.value) and hint in str(error.value)
+
+
+def test_urls_without_a_checksum_do_not_share_a_file():
+    paths = {resolve(f"https://example.org/{end}").path for end in ("a/model.pth", "b/model.pth", "a/model.pth?v=2")}
+    assert len(paths) == 3 and {path.name for path in paths} == {"model.pth"}
 
 
 # ---- downloads -----------------------------------------------------------------------------------------------------
