@@ -97,7 +97,8 @@ def read_backbone(source: str, config: BackboneConfig) -> dict[str, Tensor]:
     return {**body, **conv5}
 
 
-def _warn_of_stride(family: Family, state: Mapping[str, Tensor], about: Mapping[str, Any], config: BackboneConfig) -> None:
+def _warn_of_stride(family: Family, state: Mapping[str, Tensor], about: Mapping[str, Any],
+                    config: BackboneConfig) -> None:
     """Which convolution of a bottleneck strides is not in the tensors: features are others, and no shape shows it."""
     try:
         sections, _ = infer(state)
@@ -110,8 +111,8 @@ def _warn_of_stride(family: Family, state: Mapping[str, Tensor], about: Mapping[
         return
     own = there["input"]
     logging.getLogger(__name__).warning(
-        "Backbone weights of %s (%s) %s the stride in the %s: say model.backbone.stride_in_1x1=%s, and give model.input "
-        "channel_order=%s, mean=%s and std=%s of theirs.", family.toolkit, family.name,
+        "Backbone weights of %s (%s) %s the stride in the %s: say model.backbone.stride_in_1x1=%s, and give "
+        "model.input channel_order=%s, mean=%s and std=%s of theirs.", family.toolkit, family.name,
         "have, as far as is known," if family.assumed else "have", "first 1x1" if stride else "3x3", str(stride).lower(),
         own["channel_order"], list(own["mean"]), list(own["std"]))
 

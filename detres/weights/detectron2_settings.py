@@ -10,7 +10,8 @@ from detres.weights.detectron2_defaults import DEFAULTS
 from detres.weights.source import Sections
 
 NAMES = {name: theirs for theirs, name in NORMS.items()} | {"none": ""}
-KINDS = {"retinanet": "RetinaNet", "rpn": "ProposalNetwork", "panoptic_fpn": "PanopticFPN", "semantic_fpn": "SemanticSegmentor"}
+KINDS = {"retinanet": "RetinaNet", "rpn": "ProposalNetwork", "panoptic_fpn": "PanopticFPN",
+         "semantic_fpn": "SemanticSegmentor"}
 
 
 def settings(model: ModelConfig, num_classes: int, num_semantic: int) -> dict[str, Any]:
@@ -18,9 +19,11 @@ def settings(model: ModelConfig, num_classes: int, num_semantic: int) -> dict[st
     fpn, rcnn = model.backbone.layout == "fpn", model.name not in ("retinanet", "rpn", "semantic_fpn")
     found = {**_of_all(model), **_resnet(model)}
     if fpn:
-        found |= _section("MODEL.FPN", IN_FEATURES=_stages(model), OUT_CHANNELS=model.fpn.channels, NORM=NAMES[model.fpn.norm])
+        found |= _section("MODEL.FPN", IN_FEATURES=_stages(model), OUT_CHANNELS=model.fpn.channels,
+                          NORM=NAMES[model.fpn.norm])
     if model.name != "semantic_fpn":
-        found |= _section("MODEL.ANCHOR_GENERATOR", SIZES=model.anchors.sizes, ASPECT_RATIOS=[model.anchors.aspect_ratios])
+        found |= _section("MODEL.ANCHOR_GENERATOR", SIZES=model.anchors.sizes,
+                          ASPECT_RATIOS=[model.anchors.aspect_ratios])
     if model.name in ("semantic_fpn", "panoptic_fpn"):
         found |= _section("MODEL.SEM_SEG_HEAD", NUM_CLASSES=num_semantic or num_classes,
                           CONVS_DIM=model.semantic_head.channels or 128, NORM=NAMES[model.semantic_head.norm or "gn"])
@@ -84,8 +87,8 @@ def _resnet(model: ModelConfig) -> dict[str, Any]:
 def _rpn(model: ModelConfig) -> dict[str, Any]:
     own = model.rpn
     return {"MODEL.PROPOSAL_GENERATOR.MIN_SIZE": own.min_size,
-            **_section("MODEL.RPN", IN_FEATURES=_levels(model, 6), CONV_DIMS=[-1] * own.convs, NMS_THRESH=own.nms_thresh,
-                       PRE_NMS_TOPK_TEST=own.pre_nms_topk_test, POST_NMS_TOPK_TEST=own.post_nms_topk_test)}
+            **_section("MODEL.RPN", IN_FEATURES=_levels(model, 6), CONV_DIMS=[-1] * own.convs,
+                       NMS_THRESH=own.nms_thresh, PRE_NMS_TOPK_TEST=own.pre_nms_topk_test, POST_NMS_TOPK_TEST=own.post_nms_topk_test)}
 
 
 def _pool(model: ModelConfig) -> dict[str, Any]:
@@ -131,7 +134,8 @@ def _retinanet(model: ModelConfig, num_classes: int) -> dict[str, Any]:
     own = model.dense_head
     return {"TEST.DETECTIONS_PER_IMAGE": own.detections_per_image,
             **_section("MODEL.RETINANET", NUM_CLASSES=num_classes, NUM_CONVS=own.convs, NORM=NAMES[own.norm],
-                       SCORE_THRESH_TEST=own.score_thresh, NMS_THRESH_TEST=own.nms_thresh, TOPK_CANDIDATES_TEST=own.topk)}
+                       SCORE_THRESH_TEST=own.score_thresh, NMS_THRESH_TEST=own.nms_thresh,
+                       TOPK_CANDIDATES_TEST=own.topk)}
 
 
 def _plain(value: Any) -> Any:

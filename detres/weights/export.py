@@ -50,9 +50,10 @@ class Exported:
     settings: Sections = field(default_factory=dict)  # of Detectron2, under which it does the rest as the model
 
 
-def export(tensors: Mapping[str, Tensor], model: ModelConfig, num_classes: int, families: tuple[Family, ...]) -> Exported:
-    """Tensors under the names of the family that has them all. Raises ValueError, which says why, where the toolkit has no
-    such model."""
+def export(tensors: Mapping[str, Tensor], model: ModelConfig, num_classes: int,
+           families: tuple[Family, ...]) -> Exported:
+    """Tensors under the names of the family that has them all. Raises ValueError, which says why, where the toolkit has
+    no such model."""
     toolkit = families[0].toolkit
     lacking = [f"{name}={_value(model.model_dump(), name)}" for name, allowed in _had(toolkit, model).items()
                if _value(model.model_dump(), name) not in allowed]
@@ -75,8 +76,10 @@ def export(tensors: Mapping[str, Tensor], model: ModelConfig, num_classes: int, 
     if call is None:
         raise _refused(toolkit, model, "no function or class of its builds that")
     _check_builds(call, found, model)
-    theirs = ModelConfig.model_validate(merged(_inferred(tensors, model), family.conventions(_inferred(tensors, model))))
-    return Exported(found, f"Load it by load_state_dict(torch.load(FILE)) into\n  {call}", tuple(_differences(theirs, model)))
+    sections = merged(infer(tensors)[0], {"name": model.name})
+    theirs = ModelConfig.model_validate(merged(sections, family.conventions(sections)))
+    usage = f"Load it by load_state_dict(torch.load(FILE)) into\n  {call}"
+    return Exported(found, usage, tuple(_differences(theirs, model)))
 
 
 def _to_detectron2(found: dict[str, Tensor], tensors: Mapping[str, Tensor], model: ModelConfig,
@@ -84,7 +87,8 @@ def _to_detectron2(found: dict[str, Tensor], tensors: Mapping[str, Tensor], mode
     num_semantic = len(tensors.get("semantic_head.predict.weight", ()))
     needed = settings(model, num_classes, num_semantic)
     theirs = ModelConfig.model_validate({**translate(needed)[0]["model"], "weights": None})
-    usage = f"Load it as MODEL.WEIGHTS, of {num_classes} classes, under the settings that are with it: cfg.merge_from_file"
+    usage = (f"Load the weights, of {num_classes} classes, as MODEL.WEIGHTS under the settings of the .yaml file: "
+             "cfg.merge_from_file(...)")
     differences = list(_differences(theirs, model))
     if model.has_masks and model.mask_head.type == "point_rend":
         differences.append("its PointRend, a project of its own, has settings of its own, which are not with it")
@@ -118,11 +122,6 @@ def _check_builds(call: Call, found: Mapping[str, Tensor], model: ModelConfig) -
              for name in {**given, **built} if given.get(name) != built.get(name)]
     if wrong:
         raise _refused("torchvision", model, f"{call} differs in {len(wrong)} tensors, such as {'; '.join(wrong[:3])}")
-
-
-def _inferred(tensors: Mapping[str, Tensor], model: ModelConfig) -> Sections:
-    sections, _ = infer(tensors)
-    return merged(sections, {"name": model.name})
 
 
 def _differences(theirs: ModelConfig, ours: ModelConfig) -> Iterator[str]:

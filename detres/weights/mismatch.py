@@ -50,12 +50,11 @@ def check_fit(given: Shapes, wanted: Shapes, title: str, fix: str) -> None:
             *(Row(name, "missing", "-", str(wanted[name])) for name in missing),
             *(Row(name, "unexpected", str(given[name]), "-") for name in unexpected)]
     reason = _reason(given, wanted, missing, unexpected, wrong) or fix
-    raise WeightsMismatch(f"{title}, got {_count(rows)} that {'differs' if len(rows) == 1 else 'differ'}", missing, unexpected, wrong,
-                          f"{_table(rows)}\n{reason}")
+    raise WeightsMismatch(f"{title}, got {_count(rows)}", missing, unexpected, wrong, f"{_table(rows)}\n{reason}")
 
 
 def _count(rows: Sequence[Row]) -> str:
-    return f"{len(rows)} tensor{'' if len(rows) == 1 else 's'}"
+    return "1 tensor that differs" if len(rows) == 1 else f"{len(rows)} tensors that differ"
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -86,16 +85,22 @@ def _reason(given: Shapes, wanted: Shapes, missing: Sequence[str], unexpected: S
                      if value != own_fields[name]]
         if different:
             more = f" and {len(different) - FIELDS} fields more" if len(different) > FIELDS else ""
-            return (f"Likely: weights of another model, {', '.join(different[:FIELDS])}{more}. Set these fields as the "
-                    "weights have them, or take the model that the weights carry.")
+            return (f"Likely: weights of another model, {', '.join(different[:FIELDS])}{more}. Set these fields as "
+                    "the weights have them, or take the model that the weights carry.")
         if classes != own_classes:
-            return (f"Likely: other classes, {classes} in the weights and {own_classes} in the model. Train with "
-                    "model.weights=FILE: layers of classes then begin anew, but for classes of both.")
-    if all(name.startswith(("head.cls.", "head.box.")) for name in differing):
-        return "Likely: another number of anchors in a cell. Set model.anchors.sizes and aspect_ratios to those of the weights."
+            return (f"Likely: other classes, {classes} in the weights and {own_classes} in the model. Train "
+                    "with model.weights=FILE: layers of classes then begin anew, but for classes of both.")
+    if theirs and ours and all(name.startswith(("head.cls.", "head.box.")) for name in differing):
+        return ("Likely: another number of anchors in a cell. Set model.anchors.sizes and aspect_ratios to those of the "
+                "weights.")
     if all(OF_CLASSES.match(name) for name in differing):
         return ("Likely: other classes. Train with model.weights=FILE: layers of classes then begin anew, but for classes "
                 "of both.")
+    if all("running_" in name or "norm" in name or ".bn" in name for name in differing):
+        return "Likely: another kind of norm. Set model.backbone.norm (and those of the heads) to that of the weights."
+    if not missing and not unexpected:
+        return ("Likely: layers of another width, or in groups. Set model.backbone.width, groups and group_width, or the "
+                "channels of the heads.")
     if _blocks(given) != _blocks(wanted) and all(map(any, (_blocks(given), _blocks(wanted)))):
         return f"Likely: another depth, with stages of {_blocks(given)} blocks instead of {_blocks(wanted)}."
     return ""
@@ -103,6 +108,8 @@ def _reason(given: Shapes, wanted: Shapes, missing: Sequence[str], unexpected: S
 
 def _network(shapes: Shapes) -> tuple[dict[str, Any], int] | None:
     """Fields of a model, or of its ResNet alone, and the number of classes; None if the shapes are of neither."""
+    if "cls.weight" in shapes or "head.cls.weight" in shapes and "head.cls_tower.0.weight" not in shapes:
+        return None  # a localizer or region classifier, which `infer` does not know
     if not any(name.startswith("backbone.") for name in shapes):
         shapes = {f"backbone.body.{name}": shape for name, shape in shapes.items()}
     try:

@@ -26,10 +26,12 @@ class Call:
     arguments: dict[str, Any]
 
     def __repr__(self) -> str:
-        return f"torchvision.{self.function}({', '.join(f'{name}={value!r}' for name, value in self.arguments.items())})"
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
+        return f"torchvision.{self.function}({arguments})"
 
     def make(self) -> nn.Module:
-        arguments = {name: value.make() if isinstance(value, Call) else value for name, value in self.arguments.items()}
+        arguments = {name: value.make() if isinstance(value, Call) else value
+                     for name, value in self.arguments.items()}
         return attrgetter(self.function)(torchvision)(**arguments)
 
 
