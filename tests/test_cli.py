@@ -154,11 +154,11 @@ def test_eval_and_predict(monkeypatch):
     call = Call(monkeypatch, evaluation_run, "evaluate_weights")
     assert cli.main(["eval", "runs/a", "--data", "d", "--split", "test", "--metrics", "coco", "voc", "--batch-size",
                      "3", "--save", "r.json", "--json", "n.json", "--errors", "e", "--device", "cpu"]) == 0
-    assert call.arguments == {"path": Path("runs/a"), "data": "d", "split": "test", "save": Path("r.json"),
+    assert call.arguments == {"path": "runs/a", "data": "d", "split": "test", "save": Path("r.json"),
                               "metrics": ["coco", "voc"], "batch_size": 3, "device": "cpu", "overrides": [],
                               "numbers": Path("n.json"), "errors": Path("e")}
     assert cli.main(["eval", "runs/a", "data.workers=0", "--device", "cpu", "eval.batch_size=4"]) == 0
-    assert call.arguments == {"path": Path("runs/a"), "data": None, "split": None, "save": None, "metrics": None,
+    assert call.arguments == {"path": "runs/a", "data": None, "split": None, "save": None, "metrics": None,
                               "batch_size": None, "device": "cpu", "overrides": ["data.workers=0", "eval.batch_size=4"],
                               "numbers": None, "errors": None}
     call = Call(monkeypatch, inference_run, "predict_files")
@@ -171,10 +171,10 @@ def test_several_weights_are_an_ensemble(folder, monkeypatch):
     call = Call(monkeypatch, evaluation_run, "evaluate_weights")
     assert cli.main(["eval", "runs/a", "runs/b", "eval.batch_size=4", "--device", "cpu", "c=d.safetensors/x",
                      "data.workers=0"]) == 0
-    assert call.arguments["path"] == [Path("runs/a"), Path("runs/b")]
+    assert call.arguments["path"] == ["runs/a", "runs/b"]
     assert call.arguments["overrides"] == ["eval.batch_size=4", "c=d.safetensors/x", "data.workers=0"]
     assert cli.main(["eval", "runs/a", "runs/lr=0.1"]) == 0
-    assert call.arguments["path"] == [Path("runs/a"), Path("runs/lr=0.1")] and not call.arguments["overrides"]
+    assert call.arguments["path"] == ["runs/a", "runs/lr=0.1"] and not call.arguments["overrides"]
     Path("run", "checkpoints").mkdir(parents=True)
     for name in ("run/checkpoints/final.safetensors", "b.safetensors", "x=1.jpg"):
         Path(name).touch()
