@@ -505,7 +505,8 @@ class DataConfig(Section):
 
 
 class RPNStepsConfig(Section):
-    """What the RPN's two steps of alternating training do otherwise than `train`, whose fields these are; null: as it."""
+    """What the RPN's two steps of alternating training do otherwise than `train`, whose fields these are; null: no
+    other."""
 
     batch_size: Count | None = None
     reference_batch_size: Count | None = None

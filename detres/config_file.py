@@ -145,14 +145,14 @@ def _with_weights(tree: _Tree, problems: list[str]) -> _Tree:
         own = model.get(name)
         if isinstance(own, _Leaf) and own.value not in (None, other) and not _share_boxes(own.value, other):
             problems.append(f"model.{name} must fit the weights, got {_flow(own.value)} ({own.origin}) and weights "
-                            f"{start.value} ({start.origin}), which ask for {other}. Leave model.{name} out; weights of "
-                            "a backbone belong in model.backbone.weights.")
+                            f"{start.value} ({start.origin}), which ask for {other}. Leave model.{name} out; weights "
+                            "of a backbone belong in model.backbone.weights.")
     return _merge(_merge({"model": theirs}, tree), {"model": {"weights": start}})
 
 
 def _share_boxes(a: Any, b: Any) -> bool:
     """Whether these are names of models that differ in heads beside the boxes' alone (`weights.finetune`)."""
-    return any({a, b} <= kinds for kinds in SAME_BOXES)
+    return isinstance(a, str) and any({a, b} <= kinds for kinds in SAME_BOXES)
 
 
 def _tree_of(section: BaseModel, origin: str) -> _Tree:

@@ -178,7 +178,7 @@ def without_masks(run: Path, file: Path) -> Path:
 
 
 def test_the_guide_runs_as_written(trained, mine, shapes, tmp_path, monkeypatch, capsys):
-    """In an empty folder with the configs; small weights stand for the published ones, drawn scenes for the photographs."""
+    """In an empty folder with the configs; small weights stand for published ones, drawn scenes for photographs."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     boxes = without_masks(trained, tmp_path / "faster_rcnn.safetensors")

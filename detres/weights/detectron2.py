@@ -109,8 +109,8 @@ ASSUMED = ("images and strides as in the model zoo (BGR; ResNets but for those w
 
 
 def conventions(sections: Sections) -> Sections:
-    """Those of the model zoo, whose backbones come from Caffe: stride in the first 1x1, no deviations. ResNeXts and models
-    with norms in their pyramids stride in the 3x3; ResNeXts alone have deviations."""
+    """Those of the model zoo, whose backbones come from Caffe: stride in the first 1x1, no deviations. ResNeXts and
+    models with norms in their pyramids stride in the 3x3; ResNeXts alone have deviations."""
     backbone = sections["backbone"]
     resnext = backbone.get("groups", 1) > 1
     in_1x1 = not resnext and sections.get("fpn", {}).get("norm", "none") == "none"

@@ -20,8 +20,8 @@ CONV5 = "roi_heads.box_head."  # the last stage of a C4 detector
 def infer(state: State) -> tuple[Sections, int]:
     """Sections of the model's config, and its number of classes.
 
-    Raises UnknownNetwork for a body that is no ResNet of `DEPTHS`, LookupError or ValueError where tensors are missing or
-    of the wrong shape.
+    Raises UnknownNetwork for a body that is no ResNet of `DEPTHS`, LookupError or ValueError where tensors are missing
+    or of the wrong shape.
     """
     return infer_shapes({name: tuple(tensor.shape) for name, tensor in state.items()})
 

@@ -52,7 +52,7 @@ def keypoint_layout(count: int) -> dict[str, list]:
 
 
 def semantic_classes(count: int) -> Classes | None:
-    """VOC's 20 after the background; "things", then COCO's stuff, of a panoptic model; the 19 of Cityscapes. Else None."""
+    """VOC's 20 after the background; "things", then COCO's stuff, of a panoptic model; Cityscapes' 19. Else None."""
     if count == len(COCO_STUFF) + 1:
         return ("things", *COCO_STUFF.values()), (0, *COCO_STUFF)
     known = {len(VOC) + 1: ("background", *VOC), len(CITYSCAPES): CITYSCAPES}.get(count)
@@ -60,7 +60,7 @@ def semantic_classes(count: int) -> Classes | None:
 
 
 def image_classes(count: int) -> Classes | None:
-    """ImageNet's 1000, as torchvision names them; of the two pairs of equal names the second has a number. Else None."""
+    """ImageNet's 1000, as torchvision names them; the second of two equal names has a number. Else None."""
     names = get_model_weights("resnet50")["IMAGENET1K_V1"].meta["categories"]
     if count != len(names):
         return None

@@ -26,8 +26,8 @@ def import_weights(source: str | Path, out: str | Path, *, config: str | Path | 
     """Write weights of any toolkit as a weights file of detres, and print what they are.
 
     config: Detectron2's YAML of the model, for what its tensors do not show. classes: names of those it has;
-    new_classes: those that it is to have, for which layers of classes begin anew (`finetune`). Raises as `read_weights`,
-    and ValueError for an output that cannot be written.
+    new_classes: those that it is to have, for which layers of classes begin anew (`finetune`). Raises as
+    `read_weights`, and ValueError for an output that cannot be written.
     """
     out = _output(out, "safetensors")
     sections = None
@@ -88,8 +88,8 @@ def import_config(source: str | Path, out: str | Path) -> None:
 
 
 def export_weights(source: str | Path, out: str | Path, format: str) -> None:
-    """Write weights in the layout of another toolkit, with its settings if it has such files, and print how to load them
-    there and what it does otherwise.
+    """Write weights in the layout of another toolkit, with its settings if it has such files, and print how to load
+    them there and what it does otherwise.
 
     format: a key of `export.FORMATS`, or safetensors. Raises ValueError for a model that it does not have.
     """

@@ -1,4 +1,4 @@
-"""torchvision's models (torchvision.models, .detection, .segmentation): names of weights, and what they do otherwise."""
+"""Models of torchvision (.models, .models.detection, .segmentation): names of weights, and what they do otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Given torchvision's weights, RetinaNet and FCOS compute torchvision's detections and losses; Detectron2's are read."""
+"""Given torchvision's weights, RetinaNet and FCOS compute its detections and losses; Detectron2's are read."""
 
 from __future__ import annotations
 

@@ -90,8 +90,8 @@ def pair(request):
 
 
 def partners(boxes, scores, labels, theirs, pixels=1e-2) -> torch.Tensor:
-    """Which of torchvision's detections of an image each of ours (D,) is: all are found, with the same scores, and boxes
-    at most `pixels` away. Their order may differ among equal scores. labels as torchvision counts them."""
+    """Which of torchvision's detections of an image each of ours (D,) is: all are found, with the same scores, and
+    boxes at most `pixels` away. Their order may differ among equal scores. labels as torchvision counts them."""
     assert len(boxes) == len(theirs["boxes"]) >= 10
     torch.testing.assert_close(scores, theirs["scores"], atol=1e-4, rtol=0)
     distance = (boxes[:, None] - theirs["boxes"]).abs().amax(-1)
