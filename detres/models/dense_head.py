@@ -72,7 +72,8 @@ def _rows(maps: Tensor, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def select(logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], centerness: list[Tensor], sizes: Tensor, *,
+def select(logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], centerness: list[Tensor],
+           sizes: Tensor, *,
            decode: Callable[[Tensor, Tensor], Tensor], topk: int, score_thresh: float, nms_thresh: float,
            clip_before_nms: bool, detections_per_image: int) -> Detections:
     """The best `topk` pairs of box and class of each level, decoded, NMS within a class, the best of all.
@@ -81,7 +82,8 @@ def select(logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], ce
     of these; sizes (N, 2): height and width of the contents, which boxes are clipped to. A score is the probability of
     the class, with centerness the geometric mean of both.
     """
-    parts = [_candidates(*level, decode, topk) for level in zip(logits, deltas, anchors, centerness or [None] * len(logits))]
+    levels = zip(logits, deltas, anchors, centerness or [None] * len(logits))
+    parts = [_candidates(*level, decode, topk) for level in levels]
     scores, labels, boxes = (torch.cat(part, 1) for part in zip(*parts))
     boxes = clip(boxes, sizes) if clip_before_nms else boxes
     kept = torch.where(nms(boxes, scores, scores > score_thresh, nms_thresh, groups=labels), scores, -1.0)

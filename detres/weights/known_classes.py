@@ -22,8 +22,8 @@ COCO_STUFF = {
     197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged"}
 
 # Pairs of COCO's 17 keypoints, counted from 0, that a line joins.
-COCO_SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10),
-                 (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
+COCO_SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9),
+                 (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 
 Classes = tuple[tuple[str, ...], tuple[int, ...]]  # names, and ids of the data set
 

@@ -54,7 +54,7 @@ def _output(out: str | Path, format: str) -> Path:
                          f"for {format}. Say {fit}.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        problem = "is a folder" if out.is_dir() else None if os.access(out.parent, os.W_OK) else "is in a read-only folder"
+        problem = "is a folder" if out.is_dir() else "is in a read-only folder" * (not os.access(out.parent, os.W_OK))
     except OSError as error:
         problem = f"cannot be made: {error}"
     if problem:
@@ -111,7 +111,8 @@ def export_weights(source: str | Path, out: str | Path, format: str) -> None:
         print(f"Wrote {out.with_suffix('.yaml')}.")
     print(exported.usage)
     if exported.differences:
-        print("\n  ".join([f"What {FORMATS[format][0].toolkit} does otherwise, unless it is told:", *exported.differences]))
+        title = f"What {FORMATS[format][0].toolkit} does otherwise, unless it is told:"
+        print("\n  ".join([title, *exported.differences]))
 
 
 def describe(weights: Weights) -> str:
@@ -124,8 +125,8 @@ def describe(weights: Weights) -> str:
     lines = [f"recognised  {origin}",
              f"model       {model.name}, ResNet-{body.depth}, layout {body.layout}, norm {body.norm}",
              f"classes     {len(classes)}: {few}",
-             f"input       {own.channel_order.upper()}, {size}, {'antialiased' if own.antialias else 'plain'} bilinear, "
-             f"mean {_numbers(own.mean)}, std {_numbers(own.std)}"]
+             f"input       {own.channel_order.upper()}, {size}, {'antialiased' if own.antialias else 'plain'} "
+             f"bilinear, mean {_numbers(own.mean)}, std {_numbers(own.std)}"]
     return "\n".join([*lines, *(f"assumed     {note}" for note in weights.notes)])
 
 
