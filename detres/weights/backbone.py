@@ -113,7 +113,8 @@ def _warn_of_stride(family: Family, state: Mapping[str, Tensor], about: Mapping[
     logging.getLogger(__name__).warning(
         "Backbone weights of %s (%s) %s the stride in the %s: say model.backbone.stride_in_1x1=%s, and give "
         "model.input channel_order=%s, mean=%s and std=%s of theirs.", family.toolkit, family.name,
-        "have, as far as is known," if family.assumed else "have", "first 1x1" if stride else "3x3", str(stride).lower(),
+        "have, as far as is known," if family.assumed else "have", "first 1x1" if stride else "3x3",
+        str(stride).lower(),
         own["channel_order"], list(own["mean"]), list(own["std"]))
 
 

@@ -169,3 +169,14 @@ def test_batch_norms_may_be_frozen_and_thawed(tmp_path, change):
         model = build_model(ModelConfig.model_validate(ours), 2)
         load_start(model, str(tmp_path / "w.safetensors"), "ab")
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)
+
+
+def test_conventions_that_no_shape_shows_are_told(tmp_path):
+    """As of `model.weights=FILE` beside a config for weights of another toolkit."""
+    theirs = {**MASK, "anchors": {**MASK["anchors"], "convention": "torchvision"}, "pool": {"aligned": False}}
+    saved(ModelConfig.model_validate(theirs), "ab", tmp_path / "w.safetensors")
+    for ours, told in ((theirs, False), (MASK, True)):
+        ours = ModelConfig.model_validate(ours)
+        said = load_start(build_model(ours, 2), str(tmp_path / "w.safetensors"), "ab", config=ours)
+        different = "anchors.convention detectron2, theirs is torchvision, pool.aligned True, theirs is False"
+        assert told == (different in said)
