@@ -152,7 +152,7 @@ def _with_weights(tree: _Tree, problems: list[str]) -> _Tree:
 
 def _share_boxes(a: Any, b: Any) -> bool:
     """Whether these are names of models that differ in heads beside the boxes' alone (`weights.finetune`)."""
-    return any({a, b} <= kinds for kinds in SAME_BOXES)
+    return any(a in kinds and b in kinds for kinds in SAME_BOXES if isinstance(a, str))
 
 
 def _tree_of(section: BaseModel, origin: str) -> _Tree:

@@ -136,7 +136,7 @@ def test_a_file_that_lacks_a_layer_is_told_as_a_table(faster_rcnn, tmp_path):
     path, theirs = faster_rcnn
     torch.save({name: tensor for name, tensor in theirs.items() if name != "rpn.head.bbox_pred.bias"},
                tmp_path / "theirs.pth")
-    with pytest.raises(ValueError, match=r"(?s)1 tensors that differ.*rpn.head.box.bias +missing +- +\(12,\)"):
+    with pytest.raises(ValueError, match=r"(?s)1 tensor that differs.*rpn.head.box.bias +missing +- +\(12,\)"):
         read_weights(tmp_path / "theirs.pth")
 
 
