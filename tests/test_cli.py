@@ -163,7 +163,7 @@ def test_eval_and_predict(monkeypatch):
                               "numbers": None, "errors": None}
     call = Call(monkeypatch, inference_run, "predict_files")
     assert cli.main(["predict", "w", "a.jpg", "--out", "o", "b/", "--score-thresh", "0.3", "c/*.png"]) == 0
-    assert call.arguments == {"weights": Path("w"), "inputs": ["a.jpg", "b/", "c/*.png"], "out": Path("o"),
+    assert call.arguments == {"weights": "w", "inputs": ["a.jpg", "b/", "c/*.png"], "out": Path("o"),
                               "score_thresh": 0.3, "device": "auto", "batch_size": 8, "overrides": []}
 
 
@@ -180,7 +180,7 @@ def test_several_weights_are_an_ensemble(folder, monkeypatch):
         Path(name).touch()
     call = Call(monkeypatch, inference_run, "predict_files")
     assert cli.main(["predict", "a", "run", "b.safetensors", "x=1.jpg", "run", "model.rpn.nms_thresh=0.5"]) == 0
-    assert call.arguments["weights"] == [Path("a"), Path("run"), Path("b.safetensors")]
+    assert call.arguments["weights"] == ["a", "run", "b.safetensors"]
     assert call.arguments["inputs"] == ["x=1.jpg", "run"]  # after an image, a run is a folder of images
     assert call.arguments["overrides"] == ["model.rpn.nms_thresh=0.5"]
 
