@@ -205,7 +205,7 @@ def test_the_guide_runs_as_written(trained, mine, shapes, tmp_path, monkeypatch,
             assert words[0] == "detres" and status == is_export, command
     assert count == 9 and names["coco"]["annotations"]
     printed = capsys.readouterr()
-    (said,) = re.findall(r"^Weights .*$", PAGE, re.MULTILINE)
+    (said,) = re.findall(r"^Weights \S+: .*$", PAGE, re.MULTILINE)
     assert said.replace("person", "disc, cross") in printed.out + printed.err
     assert "must be one that torchvision has, got mask_rcnn" in printed.err
     for file in ("found/predictions.json", "runs/bccd_from_masks/results.json", "runs/balloon/errors"):
