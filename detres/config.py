@@ -39,8 +39,8 @@ class InputConfig(Section):
     antialias: bool = Field(
         True, description="resize as PIL does; false: plain bilinear on floats, as torchvision's detectors")
     round_down: bool = Field(
-        False, description="cut the long side to whole pixels, as torchvision does, which antialias=false implies; false: "
-                           "round it, as Detectron2 does")
+        False, description="cut the long side to whole pixels, as torchvision does, which antialias=false implies; "
+                           "false: round it, as Detectron2 does")
 
 
 class BackboneConfig(Section):
@@ -110,8 +110,8 @@ class FPNConfig(Section):
     channels: Count = 256
     norm: HeadNorm = "none"
     top: Literal["pool", "c5", "p5"] = Field(
-        "pool", description="pool: P2..P5, and P6 by taking every other pixel of P5; c5 and p5: P3..P5, and P6 and P7 by "
-                            "convolutions that begin from C5 (RetinaNet, arXiv 1708.02002) or P5 (FCOS, 1904.01355)")
+        "pool", description="pool: P2..P5, and P6 by taking every other pixel of P5; c5 and p5: P3..P5, and P6 and P7 "
+                            "by convolutions that begin from C5 (RetinaNet, arXiv 1708.02002) or P5 (FCOS, 1904.01355)")
     top_relu: bool = Field(True, description="of c5 and p5: relu between P6 and P7; false in MMDetection's RetinaNet")
 
 
@@ -120,8 +120,8 @@ class AnchorConfig(Section):
         ((32,), (64,), (128,), (256,), (512,)), description="square roots of areas in pixels, per feature level")
     aspect_ratios: tuple[Positive, ...] = Field((0.5, 1.0, 2.0), description="height / width")
     convention: Literal["detectron2", "torchvision"] = Field(
-        "detectron2", description="torchvision rounds base anchors to pixels and takes strides from the grid; points of "
-                                  "FCOS are in the middle of their cells, in torchvision in the corner")
+        "detectron2", description="torchvision rounds base anchors to pixels and takes strides from the grid; points "
+                                  "of FCOS are in the middle of their cells, in torchvision in the corner")
 
 
 class RPNConfig(Section):
@@ -224,7 +224,7 @@ class MaskHeadConfig(Section):
     paste: Literal["detectron2", "torchvision"] = Field(
         "detectron2", description="how masks fill their boxes; torchvision grows and cuts boxes to whole pixels")
     on_pred_boxes: bool = Field(
-        False, description="train masks in the boxes that the box head moves regions to, as Detectron2's PointRend does")
+        False, description="train masks in the boxes that the box head moves regions to, as Detectron2's PointRend")
     points: PointConfig = PointConfig()
 
     @model_validator(mode="after")
@@ -243,7 +243,7 @@ class KeypointHeadConfig(Section):
     channels: Count = 512
     convs: Annotated[int, Field(ge=0)] = Field(8, description="3x3 convolutions before the upsampling")
     score: Literal["probability", "logit"] = Field(
-        "probability", description="of a keypoint: Detectron2's, relative to the heatmap; torchvision's, the peak itself")
+        "probability", description="of a keypoint: Detectron2's, relative to the heatmap; torchvision's, the peak")
 
 
 class CascadeConfig(Section):
@@ -260,7 +260,7 @@ class DenseHeadConfig(Section):
     RetinaNet's in Detectron2."""
 
     convs: Annotated[int, Field(ge=0)] = Field(4, description="3x3 convolutions before each output")
-    norm: Literal["none", "gn"] = Field("none", description="after each of them; gn in FCOS and torchvision's version 2")
+    norm: Literal["none", "gn"] = Field("none", description="after each; gn in FCOS and torchvision's version 2")
     prior: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.01, description="probability of each class at the start of training (arXiv 1708.02002, section 3.3)")
     focal_alpha: Probability = Field(0.25, description="weight of the positives; the others have the rest of 1")
@@ -279,7 +279,7 @@ class DenseHeadConfig(Section):
     score_thresh: Probability = Field(0.05, description="detections up to it are dropped")
     nms_thresh: Probability = 0.5
     clip_before_nms: bool = Field(
-        False, description="true: torchvision, which keeps what is clipped to nothing; false: Detectron2, which drops it")
+        False, description="true: torchvision keeps what is clipped to nothing; false: Detectron2 drops it")
     detections_per_image: Count = 100
 
     @model_validator(mode="after")
@@ -338,8 +338,8 @@ class ModelConfig(Section):
         "mask_rcnn", description="rpn: proposals alone; fcn to semantic_fpn: semantic segmentation; localizer and "
                                  "region_classifier: arXiv 1512.03385, appendix C")
     weights: str | None = Field(
-        None, description="run, file or published name of weights of a model of this kind that training begins from, such "
-                          "as a detector of COCO for VOC; layers of other classes begin anew; null: from "
+        None, description="run, file or published name of weights of a model of this kind that training begins from, "
+                          "such as a detector of COCO for VOC; layers of other classes begin anew; null: from "
                           "backbone.weights")
     input: InputConfig = InputConfig()
     backbone: BackboneConfig = BackboneConfig()
@@ -390,8 +390,8 @@ class ModelConfig(Section):
                              "localizer, region_classifier): others read four stages, and it has three, got "
                              f"name={self.name}")
         if self.name in CASCADES and self.backbone.layout == "c4":
-            raise ValueError("backbone.layout must not be c4 for a cascade, each of whose stages would have a conv5 of its "
-                             f"own, got name={self.name}. Use fpn, c5 or dc5.")
+            raise ValueError("backbone.layout must not be c4 for a cascade, each of whose stages would have a conv5 of "
+                             f"its own, got name={self.name}. Use fpn, c5 or dc5.")
         if self.has_masks and self.mask_head.type == "point_rend" and self.backbone.layout != "fpn":
             raise ValueError("mask_head.type point_rend must go with backbone.layout fpn, whose finest map it reads, "
                              f"got layout={self.backbone.layout}")
@@ -403,8 +403,8 @@ class ModelConfig(Section):
             raise ValueError("backbone.layout must be c5 or dc5 for a localizer, which reads the last stage, got "
                              f"{self.backbone.layout}")
         if self.name == "region_classifier" and self.input.crop is None:
-            raise ValueError("input.crop must be given for a region_classifier, whose regions are warped to it, got null. "
-                             "Say input.crop=224, as the paper does.")
+            raise ValueError("input.crop must be given for a region_classifier, whose regions are warped to it, got "
+                             "null. Say input.crop=224, as the paper does.")
         if self.name == "region_classifier" and 2 * self.box_head.context >= self.input.crop:
             raise ValueError("box_head.context must be under half of input.crop, which it frames, got "
                              f"context={self.box_head.context}, crop={self.input.crop}. Set model.box_head.context=0.")
@@ -413,11 +413,11 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _dense_heads(self):
         if self.fpn.top != "pool" and self.backbone.layout == "fpn" and self.name not in ALL_LEVELS:
-            raise ValueError("fpn.top must be pool but for retinanet, fcos and rpn, as regions are pooled from P2..P5, got "
-                             f"{self.fpn.top} for name={self.name}")
+            raise ValueError("fpn.top must be pool but for retinanet, fcos and rpn, as regions are pooled from P2..P5, "
+                             f"got {self.fpn.top} for name={self.name}")
         if self.name == "fcos" and self.dense_head.box_loss not in ("giou", "diou", "ciou"):
-            raise ValueError("dense_head.box_loss must be giou, diou or ciou for fcos, which regresses boxes by their IoU, "
-                             f"got {self.dense_head.box_loss}. Set model.dense_head.box_loss=giou.")
+            raise ValueError("dense_head.box_loss must be giou, diou or ciou for fcos, which regresses boxes by their "
+                             f"IoU, got {self.dense_head.box_loss}. Set model.dense_head.box_loss=giou.")
         return self
 
     @model_validator(mode="after")
@@ -437,8 +437,8 @@ class SourceConfig(Section):
     split: str | None = Field(None, description="image set within the folder, such as 'train', or a union, "
                                                 "'train+val'; null: by role")
     keypoint_offset: float = Field(
-        0.0, description="added to x and y of keypoints, in pixels: 0.5 where a file names the pixel that a keypoint is "
-                         "in, counted from 0, as COCO's do for Detectron2; results are in the coordinates of the file")
+        0.0, description="added to x and y of keypoints, in pixels: 0.5 where a file names the pixel that a keypoint "
+                         "is in, counted from 0, as COCO's do for Detectron2; results are as the file's")
 
 
 Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
@@ -469,7 +469,7 @@ class AugmentConfig(Section):
     @model_validator(mode="after")
     def _jitter_needs_canvas(self):
         if self.jitter is not None and self.crop_size is None:
-            raise ValueError("crop_size must be given with jitter, got null. Say crop_size=1024, as arXiv 2012.07177 does.")
+            raise ValueError("crop_size must be given with jitter, got null. Say crop_size=1024, as arXiv 2012.07177.")
         return self
 
 
@@ -499,8 +499,8 @@ class DataConfig(Section):
         None, description="run or weights of the localizer whose boxes train a region classifier")
     on_invalid: Literal["error", "drop"] = Field(
         "error", description="what invalid annotations do: stop, or be dropped and counted")
-    skip_empty: bool = Field(False, description="train without the images that have no box, or, for keypoints, none that "
-                                                "is labelled, as the COCO baselines do")
+    skip_empty: bool = Field(False, description="train without the images that have no box, or, for keypoints, none "
+                                                "that is labelled, as the COCO baselines do")
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
     augment: AugmentConfig = AugmentConfig()
@@ -508,7 +508,8 @@ class DataConfig(Section):
 
 
 class RPNStepsConfig(Section):
-    """What the RPN's two steps of alternating training do otherwise than `train`, whose fields these are; null: as it."""
+    """What the RPN's two steps of alternating training do otherwise than `train`, whose fields these are; null: no
+    other."""
 
     batch_size: Count | None = None
     reference_batch_size: Count | None = None
@@ -552,8 +553,8 @@ class TrainConfig(Section):
     checkpoint_every: Count = Field(1000, description="steps")
     eval_every: Count | None = Field(None, description="steps; null: at the end only")
     keep_best: str = Field("auto", description="metric of the best checkpoint; auto: panoptic/PQ, keypoints/AP, "
-                                               "segm/AP, bbox/AP, voc/AP, ilsvrc/AP, sem_seg/mIoU, box_proposals/AR@1000, "
-                                               "cls/top1 or loc/gt_class_error")
+                                               "segm/AP, bbox/AP, voc/AP, ilsvrc/AP, sem_seg/mIoU, "
+                                               "box_proposals/AR@1000, cls/top1 or loc/gt_class_error")
     patience: Count | None = Field(None, description="evaluations without a better keep_best before stopping early")
     seed: Annotated[int, Field(ge=0)] = 0
 

@@ -141,18 +141,20 @@ def _with_weights(tree: _Tree, problems: list[str]) -> _Tree:
     except (ValueError, OSError) as error:
         problems.append(f"{error} (weights, {start.origin})")
         return tree
-    for name, other in (("name", theirs["name"].value), ("weights", start.value)):
-        own = model.get(name)
-        if isinstance(own, _Leaf) and own.value not in (None, other) and not _share_boxes(own.value, other):
-            problems.append(f"model.{name} must fit the weights, got {_flow(own.value)} ({own.origin}) and weights "
-                            f"{start.value} ({start.origin}), which ask for {other}. Leave model.{name} out; weights of "
-                            "a backbone belong in model.backbone.weights.")
+    name, wanted, other = theirs["name"].value, model.get("name"), model.get("weights")
+    if wanted is not None and wanted.value != name and not _share_boxes(wanted.value, name):
+        problems.append(f"weights must be of a {wanted.value}, which model.name asks for ({wanted.origin}), got those of "
+                        f"a {name} ({start.origin}). Leave model.name out; weights of a backbone belong in "
+                        "model.backbone.weights.")
+    if other is not None and other.value not in (None, start.value):
+        problems.append(f"model.weights must be null or left out beside weights, got {_flow(other.value)} "
+                        f"({other.origin}) and {start.value} ({start.origin}). Keep one of them.")
     return _merge(_merge({"model": theirs}, tree), {"model": {"weights": start}})
 
 
 def _share_boxes(a: Any, b: Any) -> bool:
     """Whether these are names of models that differ in heads beside the boxes' alone (`weights.finetune`)."""
-    return any(a in kinds and b in kinds for kinds in SAME_BOXES if isinstance(a, str))
+    return isinstance(a, str) and any({a, b} <= kinds for kinds in SAME_BOXES)
 
 
 def _tree_of(section: BaseModel, origin: str) -> _Tree:

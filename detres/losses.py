@@ -54,8 +54,8 @@ def box_losses(deltas: Tensor, anchors: Tensor, gt_boxes: Tensor, positive: Tens
 
 
 def iou_losses(boxes: Tensor, gt_boxes: Tensor, positive: Tensor, kind: str) -> Tensor:
-    """Of boxes and gt_boxes (..., 4) each row (...), 0 where not `positive` (...): GIoU (arXiv 1902.09630), DIoU or CIoU
-    (both arXiv 1911.08287).
+    """Of boxes and gt_boxes (..., 4) each row (...), 0 where not `positive` (...): GIoU (arXiv 1902.09630), DIoU or
+    CIoU (both arXiv 1911.08287).
 
     The numbers are torchvision.ops', which picks the pairs that overlap by a mask: on a GPU the host would wait for it.
     """

@@ -165,7 +165,8 @@ def test_all_problems_at_once(folder):
     for start in ("train.lr must be given once, got it twice (a.yaml:6 and a.yaml:7)", "foo is not",
                   "train.larning_rate is not a known", "override must be key=value",
                   "model.backbone: depth must be 18, 34, 50, 101 or 152 with stem=imagenet, got 51 (depth: a.yaml:4",
-                  "train.lr must be a number > 0, got -2 (a.yaml:7)", "eval.metrics[1] must be coco, voc or ilsvrc, got vocc",
+                  "train.lr must be a number > 0, got -2 (a.yaml:7)",
+                  "eval.metrics[1] must be coco, voc or ilsvrc, got vocc",
                   "train.steps must be an integer >= 1, got x (command line)"):
         assert any(problem.startswith(start) for problem in problems), start
 
@@ -174,7 +175,8 @@ def test_unknown_key_names_place_nearest_and_accepted(folder):
     problem = _problem("model:\n  box_head:\n    resolutoin: 7\n")
     assert problem.startswith("model.box_head.resolutoin is not a known key (a.yaml:3). "
                               "Did you mean model.box_head.resolution? Keys of model.box_head: batch_per_image, ")
-    assert "Did you mean train.lr? Top-level keys: output, device, model, data, train, eval, weights." in _problem("lr: 1")
+    told = _problem("lr: 1")
+    assert "Did you mean train.lr? Top-level keys: output, device, model, data, train, eval, weights." in told
     assert "Did you mean model.backbone?" in _problem("backbone: {depth: 18}")
     assert "Did you mean" not in _problem("xyzzy: 1")
     assert _problem("", "trian.lr=1").startswith("trian is not a known key (command line). Did you mean train?")

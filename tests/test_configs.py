@@ -66,7 +66,8 @@ def test_zoo_name_says_what_is_inside(path):
     is_dense = kind in ("retinanet", "fcos")
     config = load_config(path).config
     point_rend = config.model.mask_head.type == "point_rend"
-    assert ("pointrend_" * point_rend + config.model.name, config.model.backbone.depth, config.model.backbone.layout) == (
+    backbone = config.model.backbone
+    assert ("pointrend_" * point_rend + config.model.name, backbone.depth, backbone.layout) == (
         kind, int(depth), layout)
     steps = {"1x": (90_000, (60_000, 80_000)), "3x": (270_000, (210_000, 250_000)), "voc": (18_000, (12_000, 16_000))}
     assert (config.train.steps, config.train.milestones) == steps[schedule]
@@ -86,8 +87,8 @@ def test_zoo_is_complete():
             for schedule in ("1x", "3x")}
     others = {f"{kind}_r50_fpn_{schedule}" for schedule in ("1x", "3x") for kind in (
         "cascade_rcnn", "cascade_mask_rcnn", "keypoint_rcnn", "pointrend_mask_rcnn")} | {"keypoint_rcnn_r101_fpn_3x"}
-    dense = {"retinanet_r50_fpn_1x", "retinanet_r50_fpn_3x", "retinanet_r101_fpn_3x", "fcos_r50_fpn_1x", "rpn_r50_fpn_1x",
-             "rpn_r50_c4_1x"}
+    dense = {"retinanet_r50_fpn_1x", "retinanet_r50_fpn_3x", "retinanet_r101_fpn_3x", "fcos_r50_fpn_1x",
+             "rpn_r50_fpn_1x", "rpn_r50_c4_1x"}
     assert names == coco | others | dense | {f"faster_rcnn_r{depth}_{layout}_voc" for depth, layout in parts}
 
 

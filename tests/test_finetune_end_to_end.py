@@ -22,8 +22,8 @@ from detres.weights import zoo
 
 ROOT = Path(__file__).parents[1]
 SMALL = ROOT / "configs/finetune/small.yaml"
-SHORT = ["train.steps=1", "train.batch_size=2", "train.reference_batch_size=2", "train.warmup_steps=0", "data.workers=0",
-         "train.eval_every=1", "train.precision=fp32"]
+SHORT = ["train.steps=1", "train.batch_size=2", "train.reference_batch_size=2", "train.warmup_steps=0",
+         "data.workers=0", "train.eval_every=1", "train.precision=fp32"]
 TINY = ["model.input.min_size=64", "model.input.max_size=96", "model.backbone.width=8", "model.fpn.channels=16",
         "model.box_head.fc_dim=32", "model.mask_head.channels=16", "model.mask_head.convs=1",
         "model.rpn.post_nms_topk_train=50", "model.rpn.post_nms_topk_test=50"]
@@ -64,7 +64,8 @@ def finetune(weights, data, run, *more) -> list[str]:
 def test_weights_of_torchvision_by_name(mine, shapes, tmp_path, monkeypatch, capsys):
     """From the command of the issue to the file for torchvision, with random numbers in the place of the published."""
     file = tmp_path / Path(zoo.resolve("maskrcnn_resnet50_fpn").file).name
-    torch.save(torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None).state_dict(), file)
+    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn(weights=None, weights_backbone=None)
+    torch.save(theirs.state_dict(), file)
     monkeypatch.setattr(zoo, "fetch", lambda name: file if name == "maskrcnn_resnet50_fpn" else pytest.fail(name))
     run = tmp_path / "run"
     assert main(finetune("maskrcnn_resnet50_fpn", mine, run, "model.input.min_size=64", "model.input.max_size=96",
@@ -164,7 +165,8 @@ def stand_in_balloon(shapes: Path, folder: Path) -> None:
         for image in content["images"]:
             shutil.copy(shapes / split / image["file_name"], folder / split)
             boxes = [a["bbox"] for a in content["annotations"] if a["image_id"] == image["id"]]
-            outlines = [{"name": "polygon", "all_points_x": [int(x), int(x + w), int(x)], "all_points_y": [int(y), int(y), int(y + h)]}
+            outlines = [{"name": "polygon", "all_points_x": [int(x), int(x + w), int(x)],
+                         "all_points_y": [int(y), int(y), int(y + h)]}
                         for x, y, w, h in boxes]
             photos[image["file_name"]] = {"filename": image["file_name"], "regions": {
                 str(i): {"shape_attributes": outline, "region_attributes": {}} for i, outline in enumerate(outlines)}}
@@ -179,7 +181,7 @@ def without_masks(run: Path, file: Path) -> Path:
 
 
 def test_the_guide_runs_as_written(trained, mine, shapes, tmp_path, monkeypatch, capsys):
-    """In an empty folder with the configs; small weights stand for the published ones, drawn scenes for the photographs."""
+    """In an empty folder with the configs; small weights stand for published ones, drawn scenes for photographs."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     boxes = without_masks(trained, tmp_path / "faster_rcnn.safetensors")

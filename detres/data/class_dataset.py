@@ -69,8 +69,8 @@ def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
 def align_labels(dataset: ClassDataset, classes: Sequence[str]) -> ClassDataset:
     """The data set with its labels renumbered to `classes`, those that were trained. Raises ValueError for others.
 
-    All of ImageNet's 1000 folders, which are called by WordNet ids, stand for 1000 trained classes in the order of the ids:
-    that of torchvision's weights, which have English names.
+    All of ImageNet's 1000 folders, which are called by WordNet ids, stand for 1000 trained classes in the order of the
+    ids: that of torchvision's weights, which have English names.
     """
     if len(classes) == len(dataset.classes) == IMAGENET and all(map(WORDNET_ID.fullmatch, dataset.classes)) \
             and not any(map(WORDNET_ID.fullmatch, classes)):

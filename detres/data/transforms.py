@@ -1,7 +1,7 @@
 """What is done to an image and its objects before they are batched.
 
-Training: albumentations (on the image as it is on disk), then a resize of the short side, and a random crop if asked, or
-large-scale jitter, then the flip. Evaluation: the resize only. Normalisation is the model's, on its device.
+Training: albumentations (on the image as it is on disk), then a resize of the short side, and a random crop if asked,
+or large-scale jitter, then the flip. Evaluation: the resize only. Normalisation is the model's, on its device.
 
 A label map follows the image as masks do. Legend: H, W the image; G objects; J keypoints. Coordinates are continuous:
 the image spans 0..W and 0..H.
@@ -132,8 +132,8 @@ class LargeScaleJitter:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A window of at most `side` pixels a side that holds the middle of an object, drawn among those that do; anywhere if
-    there is none. Objects are clipped to it, and those that leave it are dropped."""
+    """A window of at most `side` pixels a side that holds the middle of an object, drawn among those that do; anywhere
+    if there is none. Objects are clipped to it, and those that leave it are dropped."""
 
     side: int
 

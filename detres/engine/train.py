@@ -87,7 +87,7 @@ def _load_initial(config: Config, task: Task, model: nn.Module) -> None:
         if config.model.weights is None:
             load_backbone(model, config.model)
         else:
-            told = load_start(model, config.model.weights, task.classes, task.semantic_classes)
+            told = load_start(model, config.model.weights, task.classes, task.semantic_classes, config.model)
             tell(f"Weights {config.model.weights}: {told}")
 
 

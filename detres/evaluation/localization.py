@@ -132,7 +132,8 @@ def check_fits(config: Config, classes: Sequence[str], name: str, model_input: I
     if config.model.name != name:
         raise ValueError(f"weights must be of a {name}, got a {config.model.name} ({shown}).")
     if tuple(classes) != tuple(other_classes):
-        examples = [f", '{own}' in the place of '{other}'" for own, other in zip(classes, other_classes) if own != other]
+        examples = [f", '{own}' in the place of '{other}'" for own, other in zip(classes, other_classes)
+                    if own != other]
         raise ValueError(f"weights must have the {len(other_classes)} classes of those they work with, in their order, "
                          f"got {len(classes)}{''.join(examples[:1])} ({shown}).")
     if name != "classifier":  # which sees the images in its own way
@@ -148,8 +149,8 @@ def check_fits(config: Config, classes: Sequence[str], name: str, model_input: I
 
 def localize_weights(path: str | Path | Sequence[str | Path], *, classifiers: Sequence[Path] = (),
                      regions: Sequence[Path] = (), data: str | None = None, split: str | None = None,
-                     crops: str | None = None, class_crops: str | None = None, batch_size: int | None = None, device: str = "auto",
-                     overrides: Sequence[str] = (), draw: Path | None = None,
+                     crops: str | None = None, class_crops: str | None = None, batch_size: int | None = None,
+                     device: str = "auto", overrides: Sequence[str] = (), draw: Path | None = None,
                      numbers: Path | None = None) -> dict[str, float]:
     """Evaluate a localizer (or several) on a data set; print the table; return the metrics.
 

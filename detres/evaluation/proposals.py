@@ -1,8 +1,8 @@
 """Average recall of class-agnostic proposals (Hosang et al., arXiv 1502.05082), as Detectron2 measures it for an RPN.
 
 Of the best 100 or 1000 proposals of an image each covers at most one object, and each object is covered by at most one,
-pairs being made in order of their IoU. Recall is the part of the objects covered with at least an IoU; average recall its
-mean over IoU .5:.05:.95. Classes play no part; crowds and difficult objects are left out.
+pairs being made in order of their IoU. Recall is the part of the objects covered with at least an IoU; average recall
+its mean over IoU .5:.05:.95. Classes play no part; crowds and difficult objects are left out.
 
 COCO's AR (`coco_engine`) is another number: there proposals choose in order of their scores, at each IoU anew, and one
 proposal may be right for each class. An image without a single proposal counts here, with all its objects missed.
@@ -25,8 +25,8 @@ AREAS = {"": (0, 1e5**2), "s": (0, 32**2), "m": (32**2, 96**2), "l": (96**2, 1e5
 
 
 class ProposalEvaluator(Evaluator):
-    """Metrics "box_proposals/AR@100" and so on, with s, m or l after AR for small, medium and large objects; -1 where there
-    are none."""
+    """Metrics "box_proposals/AR@100" and so on, with s, m or l after AR for small, medium and large objects; -1 where
+    there are none."""
 
     metric_names = tuple(f"box_proposals/AR{area}@{limit}" for limit in LIMITS for area in AREAS)
 

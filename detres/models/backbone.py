@@ -12,9 +12,9 @@ from detres.models.resnet import ResNet
 class FPN(nn.Module):
     """Feature Pyramid Network (arXiv 1612.03144, section 3): P2..P5 from C2..C5, and P6 by subsampling P5.
 
-    top 'c5' or 'p5': from C3..C5 P3..P5, and P6 and P7 by convolutions with stride 2, that of P6 on C5 (RetinaNet, arXiv
-    1708.02002, section 4, footnote 2) or P5; top_relu: what P7 is made of is the relu of P6.
-    `forward` returns maps (N, channels, H_l, W_l), finest first.
+    top 'c5' or 'p5': from C3..C5 P3..P5, and P6 and P7 by convolutions with stride 2, that of P6 on C5 (RetinaNet,
+    arXiv 1708.02002, section 4, footnote 2) or P5; top_relu: what P7 is made of is the relu of P6. `forward` returns
+    maps (N, channels, H_l, W_l), finest first.
     """
 
     def __init__(self, in_channels: list[int], channels: int = 256, norm: str = "none", top: str = "pool",

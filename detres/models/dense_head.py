@@ -20,7 +20,8 @@ from detres.structures import Detections
 
 
 class DenseHead(nn.Module):
-    """Two towers of 3x3 convolutions, shared by the levels: one for classes, one for boxes and, if asked for, centerness.
+    """Two towers of 3x3 convolutions, shared by the levels: one for classes, one for boxes and, if asked for,
+    centerness.
 
     bias: of the convolutions in the towers.
     """
@@ -38,8 +39,8 @@ class DenseHead(nn.Module):
         nn.init.constant_(self.cls.bias, -math.log((1 - prior) / prior))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Per level: logits (N, A_l, K), deltas (N, A_l, 4) and logits of centerness (N, A_l), if there are, in the order
-        of `AnchorGenerator`."""
+        """Per level: logits (N, A_l, K), deltas (N, A_l, 4) and logits of centerness (N, A_l), if there are, in the
+        order of `AnchorGenerator`."""
         logits, deltas, centerness = [], [], []
         for feature in features:
             hidden = _through(feature, self.cls_tower, self.cls_norm)
@@ -71,16 +72,18 @@ def _rows(maps: Tensor, width: int) -> Tensor:
 
 
 @torch.no_grad()
-def select(logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], centerness: list[Tensor], sizes: Tensor, *,
+def select(logits: list[Tensor], deltas: list[Tensor], anchors: list[Tensor], centerness: list[Tensor],
+           sizes: Tensor, *,
            decode: Callable[[Tensor, Tensor], Tensor], topk: int, score_thresh: float, nms_thresh: float,
            clip_before_nms: bool, detections_per_image: int) -> Detections:
     """The best `topk` pairs of box and class of each level, decoded, NMS within a class, the best of all.
 
-    Per level logits (N, A_l, K), deltas (N, A_l, 4), anchors (A_l, 4) and logits of centerness (N, A_l), or no levels of
-    these; sizes (N, 2): height and width of the contents, which boxes are clipped to. A score is the probability of the
-    class, with centerness the geometric mean of both.
+    Per level logits (N, A_l, K), deltas (N, A_l, 4), anchors (A_l, 4) and logits of centerness (N, A_l), or no levels
+    of these; sizes (N, 2): height and width of the contents, which boxes are clipped to. A score is the probability of
+    the class, with centerness the geometric mean of both.
     """
-    parts = [_candidates(*level, decode, topk) for level in zip(logits, deltas, anchors, centerness or [None] * len(logits))]
+    levels = zip(logits, deltas, anchors, centerness or [None] * len(logits))
+    parts = [_candidates(*level, decode, topk) for level in levels]
     scores, labels, boxes = (torch.cat(part, 1) for part in zip(*parts))
     boxes = clip(boxes, sizes) if clip_before_nms else boxes
     kept = torch.where(nms(boxes, scores, scores > score_thresh, nms_thresh, groups=labels), scores, -1.0)

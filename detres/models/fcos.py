@@ -32,7 +32,8 @@ class FCOS(nn.Module):
     loss_names = ("loss_cls", "loss_box", "loss_centerness")
 
     def __init__(self, normalize: Normalize, backbone: nn.Module, head: DenseHead, points: AnchorGenerator, *,
-                 center_radius: float = 1.5, focal_alpha: float = 0.25, focal_gamma: float = 2.0, box_loss: str = "giou",
+                 center_radius: float = 1.5, focal_alpha: float = 0.25, focal_gamma: float = 2.0,
+                 box_loss: str = "giou",
                  box_loss_weight: float = 1.0, normalize_by: str = "batch", topk: int = 1000, score_thresh: float = 0.2,
                  nms_thresh: float = 0.6, clip_before_nms: bool = False, detections_per_image: int = 100):
         super().__init__()

@@ -46,10 +46,11 @@ def match_points(cells: Tensor, ranges: Tensor, gt_boxes: Tensor, gt_valid: Tens
                  center_radius: float) -> tuple[Tensor, Tensor]:
     """Match every point of a pyramid to an object that it is inside of (FCOS, arXiv 1904.01355, section 3.2).
 
-    cells (P, 4): squares around the points, with the stride of their level as side; ranges (P, 2): a point is for objects
-    whose farthest side is at a distance between these, in pixels; gt_boxes (N, G, 4); gt_valid (N, G). The point must also
-    be within `center_radius` strides of the object's middle, on both axes (center sampling, arXiv 2006.09214, section 3.1).
-    Of several objects it takes the one of least area. Returns match and gt_index as `match_boxes`; nothing is ignored.
+    cells (P, 4): squares around the points, with the stride of their level as side; ranges (P, 2): a point is for
+    objects whose farthest side is at a distance between these, in pixels; gt_boxes (N, G, 4); gt_valid (N, G). The
+    point must also be within `center_radius` strides of the object's middle, on both axes (center sampling, arXiv
+    2006.09214, section 3.1). Of several objects it takes the one of least area. Returns match and gt_index as
+    `match_boxes`; nothing is ignored.
     """
     center, radius = (cells[:, :2] + cells[:, 2:]) / 2, center_radius * (cells[:, 2:] - cells[:, :2])  # (P, 2)
     least = gt_boxes.new_full((len(gt_boxes), len(cells)), torch.inf)

@@ -20,7 +20,7 @@ class ProposalNetwork(nn.Module):
         self.normalize, self.backbone, self.rpn = normalize, backbone, rpn
 
     def forward(self, images: ImageBatch, targets: Targets | None = None) -> dict[str, Tensor] | Detections:
-        """Losses by name if targets are given, in training and evaluation mode alike; else the proposals, with label 0."""
+        """Losses by name if targets are given, in training and evaluation mode alike; else proposals, with label 0."""
         features = self.backbone(self.normalize(images))
         canvas = tuple(images.pixels.shape[-2:])
         if targets is not None:

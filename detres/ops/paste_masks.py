@@ -19,12 +19,12 @@ PasteConvention = Literal["detectron2", "torchvision"]
 @torch.no_grad()
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int], threshold: float = 0.5,
                 convention: PasteConvention = "torchvision") -> Tensor:
-    """Bitmaps (D, H, W) bool from masks (D, S, S) of probabilities and boxes (D, 4) in pixels of the image: where a mask,
-    resized bilinearly to its box, is at least `threshold`.
+    """Bitmaps (D, H, W) bool from masks (D, S, S) of probabilities and boxes (D, 4) in pixels of the image: where a
+    mask, resized bilinearly to its box, is at least `threshold`.
 
-    convention 'detectron2': cells lie evenly in the box as it is, and beyond them is zero. 'torchvision': a frame of zeros
-    around each mask, the box grown alike and cut to whole pixels. Resizing is separable and linear in the mask, so
-    pasting is two matrix products per mask, rows @ mask @ columns.
+    convention 'detectron2': cells lie evenly in the box as it is, and beyond them is zero. 'torchvision': a frame of
+    zeros around each mask, the box grown alike and cut to whole pixels. Resizing is separable and linear in the mask,
+    so pasting is two matrix products per mask, rows @ mask @ columns.
     """
     boxes, framed = boxes.float(), convention == "torchvision"
     if framed:
@@ -80,7 +80,8 @@ def _resize(start: Tensor, end: Tensor, length: int, side: int, framed: bool) ->
 def _positions(start: Tensor, end: Tensor, length: int, side: int, framed: bool) -> tuple[Tensor, Tensor]:
     """Where the pixels of an axis lie in the mask (D, L), in cells, and whether they are in its reach at all (D, L).
 
-    framed: the reach is the box, in which the outermost cells have no end; else half a cell more, where they fade to zero.
+    framed: the reach is the box, in which the outermost cells have no end; else half a cell more, where they fade to
+    zero.
     """
     extent = (end - start)[:, None]
     offset = torch.arange(length, device=start.device) + 0.5 - start[:, None]

@@ -46,9 +46,9 @@ def load_backbone(model: nn.Module, config: ModelConfig) -> None:
     """Put the weights that `config.backbone.weights` names into the model's ResNet; nothing if that is null.
 
     'imagenet': torchvision's file for the network, from the torch hub cache or downloaded into it, checksum verified.
-    Otherwise a file or a published name (`zoo`) of a ResNet or of any model with one: torchvision's, timm's, Detectron2's,
-    Caffe's (MSRA), or of detres. Offsets of deformable convolutions that are not in it stay zero.
-    Raises FileNotFoundError, or WeightsMismatch with the tensors that do not fit.
+    Otherwise a file or a published name (`zoo`) of a ResNet or of any model with one: torchvision's, timm's,
+    Detectron2's, Caffe's (MSRA), or of detres. Offsets of deformable convolutions that are not in it stay zero. Raises
+    FileNotFoundError, or WeightsMismatch with the tensors that do not fit.
     """
     source = config.backbone.weights
     if source is None:
@@ -102,7 +102,7 @@ def _warn_of_stride(family: Family, state: Mapping[str, Tensor], about: Mapping[
     """Which convolution of a bottleneck strides is not in the tensors: features are others, and no shape shows it."""
     try:
         sections, _ = infer(state)
-    except ValueError:  # no ResNet that is here: `load_resnet` says what does not fit
+    except (ValueError, LookupError):  # no ResNet that is here, or not all of it: `load_resnet` says what does not fit
         return
     told, _ = family.told(about) if family.told else ({}, None)
     there = merged(ModelConfig().model_dump(), family.conventions(sections), told)
@@ -113,7 +113,8 @@ def _warn_of_stride(family: Family, state: Mapping[str, Tensor], about: Mapping[
     logging.getLogger(__name__).warning(
         "Backbone weights of %s (%s) %s the stride in the %s: say model.backbone.stride_in_1x1=%s, and give "
         "model.input channel_order=%s, mean=%s and std=%s of theirs.", family.toolkit, family.name,
-        "have, as far as is known," if family.assumed else "have", "first 1x1" if stride else "3x3", str(stride).lower(),
+        "have, as far as is known," if family.assumed else "have", "first 1x1" if stride else "3x3",
+        str(stride).lower(),
         own["channel_order"], list(own["mean"]), list(own["std"]))
 
 

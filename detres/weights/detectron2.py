@@ -77,7 +77,8 @@ HEADS = [
     # PointRend; the second of two names is of its first version, which the published files have
     *((f"roi_heads.{theirs}.{layer}.", f"roi_heads.mask_head.coarse_head.{ours}.")
       for theirs in ("mask_head.coarse_head", "mask_coarse_head")
-      for layer, ours in (("reduce_spatial_dim_conv", "conv"), ("fc{i+1}", "fcs.{i}"), ("coarse_mask_fc{i+1}", "fcs.{i}"),
+      for layer, ours in (("reduce_spatial_dim_conv", "conv"), ("fc{i+1}", "fcs.{i}"),
+                          ("coarse_mask_fc{i+1}", "fcs.{i}"),
                           ("prediction", "predict"))),
     *((f"roi_heads.{theirs}.{layer}.", f"roi_heads.mask_head.point_head.{ours}.", POINTWISE)
       for theirs in ("mask_head.point_head", "mask_point_head")
@@ -109,8 +110,8 @@ ASSUMED = ("images and strides as in the model zoo (BGR; ResNets but for those w
 
 
 def conventions(sections: Sections) -> Sections:
-    """Those of the model zoo, whose backbones come from Caffe: stride in the first 1x1, no deviations. ResNeXts and models
-    with norms in their pyramids stride in the 3x3; ResNeXts alone have deviations."""
+    """Those of the model zoo, whose backbones come from Caffe: stride in the first 1x1, no deviations. ResNeXts and
+    models with norms in their pyramids stride in the 3x3; ResNeXts alone have deviations."""
     backbone = sections["backbone"]
     resnext = backbone.get("groups", 1) > 1
     in_1x1 = not resnext and sections.get("fpn", {}).get("norm", "none") == "none"
@@ -185,8 +186,10 @@ def _caffe() -> list[tuple]:
 
 
 BACKBONES = (
-    Family("Caffe", "ResNet", ("conv1_w", "res2_0_branch2a_w"), KeyMap(_caffe(), r"pred_|fc1000_|conv1_b|lr$|weight_order"),
+    Family("Caffe", "ResNet", ("conv1_w", "res2_0_branch2a_w"),
+           KeyMap(_caffe(), r"pred_|fc1000_|conv1_b|lr$|weight_order"),
            conventions, ASSUMED),
-    Family("Detectron2", "ResNet", ("stem.conv1.weight", "res2.0.conv1.weight"), KeyMap(body(""), r"stem\.fc\.|fc\.|linear"),
+    Family("Detectron2", "ResNet", ("stem.conv1.weight", "res2.0.conv1.weight"),
+           KeyMap(body(""), r"stem\.fc\.|fc\.|linear"),
            conventions, ASSUMED, shows_stride=False),  # its converter gives torchvision's these names too
 )

@@ -67,7 +67,8 @@ def _levels(model: ModelConfig, last: int) -> list[str]:
 def _of_all(model: ModelConfig) -> dict[str, Any]:
     own = model.input
     fpn = model.backbone.layout == "fpn"
-    return {**_section("INPUT", FORMAT=own.channel_order.upper(), MIN_SIZE_TEST=own.min_size, MAX_SIZE_TEST=own.max_size,
+    return {**_section("INPUT", FORMAT=own.channel_order.upper(), MIN_SIZE_TEST=own.min_size,
+                       MAX_SIZE_TEST=own.max_size,
                        MIN_SIZE_TRAIN=[own.min_size], MAX_SIZE_TRAIN=own.max_size),
             **_section("MODEL", META_ARCHITECTURE=KINDS.get(model.name, "GeneralizedRCNN"), MASK_ON=model.has_masks,
                        KEYPOINT_ON=model.has_keypoints, PIXEL_MEAN=own.mean, PIXEL_STD=own.std),
@@ -88,7 +89,8 @@ def _rpn(model: ModelConfig) -> dict[str, Any]:
     own = model.rpn
     return {"MODEL.PROPOSAL_GENERATOR.MIN_SIZE": own.min_size,
             **_section("MODEL.RPN", IN_FEATURES=_levels(model, 6), CONV_DIMS=[-1] * own.convs,
-                       NMS_THRESH=own.nms_thresh, PRE_NMS_TOPK_TEST=own.pre_nms_topk_test, POST_NMS_TOPK_TEST=own.post_nms_topk_test)}
+                       NMS_THRESH=own.nms_thresh, PRE_NMS_TOPK_TEST=own.pre_nms_topk_test,
+                       POST_NMS_TOPK_TEST=own.post_nms_topk_test)}
 
 
 def _pool(model: ModelConfig) -> dict[str, Any]:

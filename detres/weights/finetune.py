@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from detres.config import Config, ModelConfig
 from detres.engine.checkpoint import WeightsMeta
 from detres.weights.importers import Weights, read_weights
 from detres.weights.mismatch import OF_CLASSES, check_fit
@@ -46,11 +47,14 @@ OF_LOCALIZERS = {r"head\.(cls|box)\.": Rows(per_class=None)}
 HEADS = {"roi_heads.mask_head.": "mask head", "roi_heads.keypoint_head.": "keypoint head",
          "semantic_head.": "semantic head"}  # that kinds of models differ by
 OF_KEYPOINTS = "roi_heads.keypoint_head.deconv."
+CONVENTIONS = (("input", "channel_order"), ("input", "mean"), ("input", "std"), ("backbone", "stride_in_1x1"),
+               ("backbone", "norm_eps"), ("anchors", "convention"), ("anchors", "sizes"), ("pool", "aligned"))
 
 
-def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_classes: Sequence[str] = ()) -> str:
+def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_classes: Sequence[str] = (),
+               config: ModelConfig | None = None) -> str:
     """Put the weights of a model of the same kind, but for `HEADS`, into `model`, which is to learn `classes`. Says
-    what it did.
+    what it did, and what `config`, the model's, does otherwise than that of the weights.
 
     source: as in `read_weights`. Raises as that, and WeightsMismatch if tensors do not fit.
     """
@@ -60,7 +64,18 @@ def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_c
     check_fit(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)), title,
               "Train with the model section that the weights carry: weights=... instead of model.weights.")
     model.load_state_dict(tensors)
-    return "; ".join([tell_kept(weights.meta, classes, semantic_classes), *told, *weights.notes])
+    others = [] if config is None else _conventions(Config.model_validate(weights.meta.config).model, config)
+    return "; ".join([tell_kept(weights.meta, classes, semantic_classes), *told, *others, *weights.notes])
+
+
+def _conventions(theirs: ModelConfig, own: ModelConfig) -> list[str]:
+    """Those in which the models differ, in words: no shape shows them, and features would be others."""
+    a, b = theirs.model_dump(), own.model_dump()
+    fields = [field for field in CONVENTIONS if own.backbone.depth >= 50 or field != ("backbone", "stride_in_1x1")]
+    different = [f"{section}.{name} {b[section][name]}, theirs is {a[section][name]}" for section, name in fields
+                 if a[section][name] != b[section][name]]
+    return [f"this model has {', '.join(different)}: say weights=... instead of model.weights for a model as theirs"
+            ] if different else []
 
 
 def _with_heads_of(own: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -55,8 +55,8 @@ def read_weights(source: str | Path, *, model: Mapping[str, Any] | None = None, 
     likewise, as "model.input.min_size=600". classes: names, where they are not those of a published data set. All three
     are for other toolkits' weights; ours carry theirs.
 
-    Raises FileNotFoundError, or ValueError for a file that is no weights, or of a model that no toolkit here has, or for
-    what it carries itself; WeightsMismatch, if tensors do not fit the model that they show.
+    Raises FileNotFoundError, or ValueError for a file that is no weights, or of a model that no toolkit here has, or
+    for what it carries itself; WeightsMismatch, if tensors do not fit the model that they show.
     """
     file = locate(source)
     if _is_own(file):
@@ -106,13 +106,15 @@ def _is_own(file: Path) -> bool:
 def convert(state: State, file: Path, about: Mapping[str, Any] | None = None, *,
             model: Mapping[str, Any] | None = None, classes: Sequence[str] | None = None,
             overrides: Sequence[str] = ()) -> Weights:
-    """Tensors of another toolkit; about: what else the file says. See `read_weights`."""
+    """Tensors of another toolkit; file: where they are from, if it is there still; about: what else it says. See
+    `read_weights`."""
     about = about or {}
     family = recognise(state, file)
     tensors, sections, num_classes = _inferred(family, state, file)
-    published = PUBLISHED[family.toolkit](file) if family.toolkit in PUBLISHED else None
+    published = PUBLISHED[family.toolkit](file) if family.toolkit in PUBLISHED and file.is_file() else None
     told, names = family.told(about) if family.told else ({}, None)
-    config = _config(merged(sections, family.conventions(sections), published or {}, told, model or {}), overrides, file)
+    sections = merged(sections, family.conventions(sections), published or {}, told, model or {})
+    config = _config(sections, overrides, file)
     given = names if classes is None else classes
     known, semantic = _classes(config.model, num_classes, tensors, given, file)
     with torch.device("meta"):  # its shapes are all that is looked at

@@ -20,8 +20,8 @@ CONV5 = "roi_heads.box_head."  # the last stage of a C4 detector
 def infer(state: State) -> tuple[Sections, int]:
     """Sections of the model's config, and its number of classes.
 
-    Raises UnknownNetwork for a body that is no ResNet of `DEPTHS`, LookupError or ValueError where tensors are missing or
-    of the wrong shape.
+    Raises UnknownNetwork for a body that is no ResNet of `DEPTHS`, LookupError or ValueError where tensors are missing
+    or of the wrong shape.
     """
     return infer_shapes({name: tuple(tensor.shape) for name, tensor in state.items()})
 
@@ -68,7 +68,8 @@ def _rcnn(shapes: Shapes, sections: Sections) -> tuple[Sections, int]:
     sections["box_head"] = {"class_agnostic": boxes == 1 < num_classes,
                             **_box_head(shapes, sections, f"roi_heads.box_head.{first}")}
     if stages:
-        sections["cascade"] = {"ious": [round(0.5 + 0.1 * k, 2) for k in range(1, stages)]}  # which only training asks for
+        ious = [round(0.5 + 0.1 * k, 2) for k in range(1, stages)]  # which only training asks for
+        sections["cascade"] = {"ious": ious}
     if "roi_heads.keypoint_head.deconv.weight" in shapes:
         name = "keypoint_rcnn"
         channels, count, *_ = shapes["roi_heads.keypoint_head.deconv.weight"]
@@ -145,12 +146,14 @@ def _backbone(shapes: Shapes) -> Sections:
     depth = next((depth for depth, (kind, stages) in DEPTHS.items()
                   if kind == bottleneck and blocks in (stages, (*stages[:3], 0))), None)  # an RPN in C4 has three
     if depth is None:
-        raise UnknownNetwork(f"weights must be of a ResNet of {', '.join(map(str, DEPTHS))} layers, got stages of {blocks} "
-                             f"{'bottleneck' if bottleneck else 'basic'} blocks. Other networks cannot be imported.")
+        raise UnknownNetwork(f"weights must be of a ResNet of {', '.join(map(str, DEPTHS))} layers, got stages of "
+                             f"{blocks} {'bottleneck' if bottleneck else 'basic'} blocks. Other networks cannot be "
+                             "imported.")
     deep = BODY + "conv1.0.weight" in moved
     width = moved[BODY + ("conv1.6.weight" if deep else "conv1.weight")][0]
     found = {"depth": depth, "width": width, "weights": None, "stem": "deep" if deep else "imagenet",
-             "preact": BODY + "layer1.norm.weight" in moved, "avg_down": BODY + "layer2.0.downsample.2.weight" in moved, "norm": _norm(moved, BODY + "bn1.")}
+             "preact": BODY + "layer1.norm.weight" in moved, "norm": _norm(moved, BODY + "bn1."),
+             "avg_down": BODY + "layer2.0.downsample.2.weight" in moved}
     if bottleneck:
         inner, per_group = moved[BODY + "layer1.0.conv2.weight"][:2]
         found["groups"] = inner // per_group

@@ -22,8 +22,8 @@ COCO_STUFF = {
     197: "building-other-merged", 198: "rock-merged", 199: "wall-other-merged", 200: "rug-merged"}
 
 # Pairs of COCO's 17 keypoints, counted from 0, that a line joins.
-COCO_SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9), (8, 10),
-                 (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
+COCO_SKELETON = ((15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8), (7, 9),
+                 (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6))
 
 Classes = tuple[tuple[str, ...], tuple[int, ...]]  # names, and ids of the data set
 
@@ -52,7 +52,7 @@ def keypoint_layout(count: int) -> dict[str, list]:
 
 
 def semantic_classes(count: int) -> Classes | None:
-    """VOC's 20 after the background; "things", then COCO's stuff, of a panoptic model; the 19 of Cityscapes. Else None."""
+    """VOC's 20 after the background; "things", then COCO's stuff, of a panoptic model; Cityscapes' 19. Else None."""
     if count == len(COCO_STUFF) + 1:
         return ("things", *COCO_STUFF.values()), (0, *COCO_STUFF)
     known = {len(VOC) + 1: ("background", *VOC), len(CITYSCAPES): CITYSCAPES}.get(count)
@@ -60,7 +60,7 @@ def semantic_classes(count: int) -> Classes | None:
 
 
 def image_classes(count: int) -> Classes | None:
-    """ImageNet's 1000, as torchvision names them; of the two pairs of equal names the second has a number. Else None."""
+    """ImageNet's 1000, as torchvision names them; the second of two equal names has a number. Else None."""
     names = get_model_weights("resnet50")["IMAGENET1K_V1"].meta["categories"]
     if count != len(names):
         return None

@@ -71,7 +71,8 @@ def _table(rows: Sequence[Row]) -> str:
         if len(layers) > len(shown):
             lines.append((f"and {len(layers) - len(shown)} layers more", kind, "", ""))
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in lines)
+    padded = (map(str.ljust, line, widths) for line in lines)
+    return "\n".join("  " + "  ".join(cells).rstrip() for cells in padded)
 
 
 def _reason(given: Shapes, wanted: Shapes, missing: Sequence[str], unexpected: Sequence[str],
@@ -81,7 +82,8 @@ def _reason(given: Shapes, wanted: Shapes, missing: Sequence[str], unexpected: S
     theirs, ours = _network(given), _network(wanted)
     if theirs and ours:
         (fields, classes), (own_fields, own_classes) = theirs, ours
-        different = [f"model.{name}={_shown(value)} instead of {_shown(own_fields[name])}" for name, value in fields.items()
+        different = [f"model.{name}={_shown(value)} instead of {_shown(own_fields[name])}"
+                     for name, value in fields.items()
                      if value != own_fields[name]]
         if different:
             more = f" and {len(different) - FIELDS} fields more" if len(different) > FIELDS else ""
@@ -91,16 +93,16 @@ def _reason(given: Shapes, wanted: Shapes, missing: Sequence[str], unexpected: S
             return (f"Likely: other classes, {classes} in the weights and {own_classes} in the model. Train "
                     "with model.weights=FILE: layers of classes then begin anew, but for classes of both.")
     if theirs and ours and all(name.startswith(("head.cls.", "head.box.")) for name in differing):
-        return ("Likely: another number of anchors in a cell. Set model.anchors.sizes and aspect_ratios to those of the "
-                "weights.")
+        return ("Likely: another number of anchors in a cell. Set model.anchors.sizes and aspect_ratios to those of "
+                "the weights.")
     if all(OF_CLASSES.match(name) for name in differing):
-        return ("Likely: other classes. Train with model.weights=FILE: layers of classes then begin anew, but for classes "
-                "of both.")
+        return ("Likely: other classes. Train with model.weights=FILE: layers of classes then begin anew, but for "
+                "classes of both.")
     if all("running_" in name or "norm" in name or ".bn" in name for name in differing):
         return "Likely: another kind of norm. Set model.backbone.norm (and those of the heads) to that of the weights."
     if not missing and not unexpected:
-        return ("Likely: layers of another width, or in groups. Set model.backbone.width, groups and group_width, or the "
-                "channels of the heads.")
+        return ("Likely: layers of another width, or in groups. Set model.backbone.width, groups and group_width, or "
+                "the channels of the heads.")
     if _blocks(given) != _blocks(wanted) and all(map(any, (_blocks(given), _blocks(wanted)))):
         return f"Likely: another depth, with stages of {_blocks(given)} blocks instead of {_blocks(wanted)}."
     return ""

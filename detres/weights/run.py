@@ -26,8 +26,8 @@ def import_weights(source: str | Path, out: str | Path, *, config: str | Path | 
     """Write weights of any toolkit as a weights file of detres, and print what they are.
 
     config: Detectron2's YAML of the model, for what its tensors do not show. classes: names of those it has;
-    new_classes: those that it is to have, for which layers of classes begin anew (`finetune`). Raises as `read_weights`,
-    and ValueError for an output that cannot be written.
+    new_classes: those that it is to have, for which layers of classes begin anew (`finetune`). Raises as
+    `read_weights`, and ValueError for an output that cannot be written.
     """
     out = _output(out, "safetensors")
     sections = None
@@ -54,7 +54,7 @@ def _output(out: str | Path, format: str) -> Path:
                          f"for {format}. Say {fit}.")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        problem = "is a folder" if out.is_dir() else None if os.access(out.parent, os.W_OK) else "is in a read-only folder"
+        problem = "is a folder" if out.is_dir() else "is in a read-only folder" * (not os.access(out.parent, os.W_OK))
     except OSError as error:
         problem = f"cannot be made: {error}"
     if problem:
@@ -88,8 +88,8 @@ def import_config(source: str | Path, out: str | Path) -> None:
 
 
 def export_weights(source: str | Path, out: str | Path, format: str) -> None:
-    """Write weights in the layout of another toolkit, with its settings if it has such files, and print how to load them
-    there and what it does otherwise.
+    """Write weights in the layout of another toolkit, with its settings if it has such files, and print how to load
+    them there and what it does otherwise.
 
     format: a key of `export.FORMATS`, or safetensors. Raises ValueError for a model that it does not have.
     """
@@ -111,7 +111,8 @@ def export_weights(source: str | Path, out: str | Path, format: str) -> None:
         print(f"Wrote {out.with_suffix('.yaml')}.")
     print(exported.usage)
     if exported.differences:
-        print("\n  ".join([f"What {FORMATS[format][0].toolkit} does otherwise, unless it is told:", *exported.differences]))
+        title = f"What {FORMATS[format][0].toolkit} does otherwise, unless it is told:"
+        print("\n  ".join([title, *exported.differences]))
 
 
 def describe(weights: Weights) -> str:
@@ -124,8 +125,8 @@ def describe(weights: Weights) -> str:
     lines = [f"recognised  {origin}",
              f"model       {model.name}, ResNet-{body.depth}, layout {body.layout}, norm {body.norm}",
              f"classes     {len(classes)}: {few}",
-             f"input       {own.channel_order.upper()}, {size}, {'antialiased' if own.antialias else 'plain'} bilinear, "
-             f"mean {_numbers(own.mean)}, std {_numbers(own.std)}"]
+             f"input       {own.channel_order.upper()}, {size}, {'antialiased' if own.antialias else 'plain'} "
+             f"bilinear, mean {_numbers(own.mean)}, std {_numbers(own.std)}"]
     return "\n".join([*lines, *(f"assumed     {note}" for note in weights.notes)])
 
 

@@ -1,8 +1,8 @@
 """Models of other toolkits, as their weights show them.
 
 Each toolkit has a list of families. A family is known by names that only its weights have; it says how its names read
-here (`KeyMap`), and what its toolkit does otherwise than the defaults of `ModelConfig`. What the network looks like (depth,
-heads, classes) is read from the tensors, under our names (`infer`).
+here (`KeyMap`), and what its toolkit does otherwise than the defaults of `ModelConfig`. What the network looks like
+(depth, heads, classes) is read from the tensors, under our names (`infer`).
 """
 
 from __future__ import annotations

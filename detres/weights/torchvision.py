@@ -1,4 +1,4 @@
-"""torchvision's models (torchvision.models, .detection, .segmentation): names of weights, and what they do otherwise."""
+"""Models of torchvision (.models, .models.detection, .segmentation): names of weights, and what they do otherwise."""
 
 from __future__ import annotations
 
@@ -124,7 +124,8 @@ def torchvision_config(name: str = "mask_rcnn", **changes) -> ModelConfig:
 
     `changes` override sections: torchvision_config(backbone={"norm_eps": 0.0}) for its published COCO weights.
     """
-    return ModelConfig.model_validate(merged({"name": name, "backbone": {"weights": None}}, rcnn_conventions(), changes))
+    return ModelConfig.model_validate(
+        merged({"name": name, "backbone": {"weights": None}}, rcnn_conventions(), changes))
 
 
 DENSE = {"input": {"antialias": False}, "backbone": {"freeze_stages": 2}, "anchors": {"convention": "torchvision"}}
@@ -142,7 +143,8 @@ def retinanet_conventions(sections: Sections) -> Sections:
 
 
 def fcos_conventions(sections: Sections) -> Sections:
-    return {**DENSE, "dense_head": {"box_loss": "giou", "clip_before_nms": True, "score_thresh": 0.2, "nms_thresh": 0.6}}
+    head = {"box_loss": "giou", "clip_before_nms": True, "score_thresh": 0.2, "nms_thresh": 0.6}
+    return {**DENSE, "dense_head": head}
 
 
 def classifier_conventions(sections: Sections) -> Sections:

@@ -36,8 +36,8 @@ class Call:
 
 
 def call_for(model: ModelConfig, num_classes: int) -> Call | None:
-    """What builds the model with its own number of classes; None where nothing of torchvision's does. It may be of other
-    sizes than the model."""
+    """What builds the model with its own number of classes; None where nothing of torchvision's does. It may be of
+    other sizes than the model."""
     network = IMAGENET_FILES.get((model.backbone.depth, model.backbone.groups, model.backbone.group_width))
     if network is None:
         return None

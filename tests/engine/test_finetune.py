@@ -17,7 +17,8 @@ from .conftest import MODEL
 SHAPES = ("disc", "triangle", "cross")
 CLASSIFIER = {"name": "classifier", "backbone": {**MODEL["backbone"], "stem": "cifar", "depth": 8, "shortcut": "A"}}
 LOCALIZER = {"name": "localizer", "backbone": {**MODEL["backbone"], "layout": "c5"}, "anchors": {"sizes": [[32]]}}
-RETINANET = {"name": "retinanet", **{key: MODEL[key] for key in ("backbone", "fpn", "anchors")}, "dense_head": {"convs": 1}}
+RETINANET = {"name": "retinanet", **{key: MODEL[key] for key in ("backbone", "fpn", "anchors")},
+             "dense_head": {"convs": 1}}
 REGIONS = {**CLASSIFIER, "name": "region_classifier", "input": {"crop": 64}}
 OF_CLASSES = {"classifier": {"fc"}, "retinanet": {"head.cls"}, "localizer": {"head.cls", "head.box"},
               "region_classifier": {"cls", "box"},
@@ -96,7 +97,8 @@ def test_layers_of_the_same_classes_go_on(model_config, tmp_path):
 def test_another_network_is_named(tmp_path):
     saved(ModelConfig.model_validate(CLASSIFIER), "abc", tmp_path / "w.safetensors")
     wider = ModelConfig.model_validate({**CLASSIFIER, "backbone": {**CLASSIFIER["backbone"], "width": 16}})
-    with pytest.raises(ValueError, match=r"(?s)same kind.*w.safetensors.*conv1.weight +wrong shape +\(8, 3, 3, 3\) +\(16, 3.*width"):
+    told = r"(?s)same kind.*w.safetensors.*conv1.weight +wrong shape +\(8, 3, 3, 3\) +\(16, 3.*width"
+    with pytest.raises(ValueError, match=told):
         load_start(build_model(wider, 3), str(tmp_path / "w.safetensors"), "abc")
 
 
@@ -118,7 +120,8 @@ MASK = {"name": "mask_rcnn", **MODEL}
 
 @pytest.mark.parametrize("theirs, name, told", [
     (MASK, "faster_rcnn", "their mask head is left out"), (CASCADE, "cascade_rcnn", "their mask head is left out"),
-    (PANOPTIC, "mask_rcnn", "their semantic head is left out"), (KEYPOINTS, "faster_rcnn", "their keypoint head is left out"),
+    (PANOPTIC, "mask_rcnn", "their semantic head is left out"),
+    (KEYPOINTS, "faster_rcnn", "their keypoint head is left out"),
     ({**MASK, "name": "faster_rcnn"}, "mask_rcnn", "the mask head begins anew, as they have none"),
     ({**MASK, "name": "faster_rcnn"}, "keypoint_rcnn", "the keypoint head begins anew"),
     (MASK, "panoptic_fpn", "the semantic head begins anew")])
@@ -152,7 +155,8 @@ def test_another_number_of_keypoints(tmp_path):
     model = build_model(ModelConfig.model_validate({**KEYPOINTS, "keypoint_head": {
         **KEYPOINTS["keypoint_head"], "num_keypoints": 3}}), 1)
     assert "layer of keypoints begins anew" in load_start(model, str(tmp_path / "w.safetensors"), "a")
-    assert {name.rsplit(".", 1)[0] for name in changed(model.state_dict(), before)} == {"roi_heads.keypoint_head.deconv"}
+    layers = {name.rsplit(".", 1)[0] for name in changed(model.state_dict(), before)}
+    assert layers == {"roi_heads.keypoint_head.deconv"}
 
 
 @pytest.mark.parametrize("change", [{"freeze_stages": 2}, {"norm": "frozen_bn"}])
@@ -165,3 +169,14 @@ def test_batch_norms_may_be_frozen_and_thawed(tmp_path, change):
         model = build_model(ModelConfig.model_validate(ours), 2)
         load_start(model, str(tmp_path / "w.safetensors"), "ab")
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items() if name in before)
+
+
+def test_conventions_that_no_shape_shows_are_told(tmp_path):
+    """As of `model.weights=FILE` beside a config for weights of another toolkit."""
+    theirs = {**MASK, "anchors": {**MASK["anchors"], "convention": "torchvision"}, "pool": {"aligned": False}}
+    saved(ModelConfig.model_validate(theirs), "ab", tmp_path / "w.safetensors")
+    for ours, told in ((theirs, False), (MASK, True)):
+        ours = ModelConfig.model_validate(ours)
+        said = load_start(build_model(ours, 2), str(tmp_path / "w.safetensors"), "ab", config=ours)
+        different = "anchors.convention detectron2, theirs is torchvision, pool.aligned True, theirs is False"
+        assert told == (different in said)

@@ -20,7 +20,8 @@ CASCADE = {"loss_rpn_cls", "loss_rpn_box", *(f"{name}_stage{k}" for name in ("lo
 LOSSES = {"faster_rcnn": RCNN, "mask_rcnn": RCNN | {"loss_mask"}, "keypoint_rcnn": RCNN | {"loss_keypoint"},
           "cascade_rcnn": CASCADE, "cascade_mask_rcnn": CASCADE | {"loss_mask"}, "retinanet": {"loss_cls", "loss_box"},
           "fcos": {"loss_cls", "loss_box", "loss_centerness"}, "rpn": {"loss_rpn_cls", "loss_rpn_box"},
-          "fcn": SEMANTIC | {"loss_aux"}, "deeplabv3": SEMANTIC | {"loss_aux"}, "deeplabv3_plus": SEMANTIC | {"loss_aux"},
+          "fcn": SEMANTIC | {"loss_aux"}, "deeplabv3": SEMANTIC | {"loss_aux"},
+          "deeplabv3_plus": SEMANTIC | {"loss_aux"},
           "semantic_fpn": SEMANTIC, "panoptic_fpn": RCNN | {"loss_mask", "loss_semantic"},
           "point_rend": RCNN | {"loss_mask", "loss_mask_point"}}
 METRIC = {"rpn": "box_proposals/AR@1000", "keypoint_rcnn": "keypoints/AP", "panoptic_fpn": "panoptic/PQ",
@@ -79,7 +80,8 @@ def test_trains_and_resumes(name, drawn, detector_config, tmp_path, monkeypatch,
     assert load_state(last)["step"] == 1
     restores_all(broken, load_state(last))
     train(broken, resume=True)
-    found, expected = (load_weights(tmp_path / run / "checkpoints" / "final.safetensors")[0] for run in ("broken", "whole"))
+    found, expected = (load_weights(tmp_path / run / "checkpoints" / "final.safetensors")[0]
+                       for run in ("broken", "whole"))
     assert found.keys() == expected.keys() and not [key for key in found if not torch.equal(found[key], expected[key])]
 
 

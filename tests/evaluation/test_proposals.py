@@ -17,7 +17,8 @@ def recall(truths: dict, found: dict, limit: int, low: float, high: float) -> fl
     """Image by image: the pair of the highest IoU is made and leaves the table, until one side is empty."""
     covered = []
     for i, objects in truths.items():
-        boxes = [box for _, box, *flags in objects if low <= (box[2] - box[0]) * (box[3] - box[1]) <= high and not flags]
+        boxes = [box for _, box, *flags in objects
+                 if low <= (box[2] - box[0]) * (box[3] - box[1]) <= high and not flags]
         best = [box for _, box, score in sorted(found.get(i, []), key=lambda row: -row[2])][:limit]
         iou = pairwise_iou(torch.tensor(best).reshape(-1, 4), torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
         made = [0.0] * len(boxes)
@@ -44,7 +45,8 @@ def test_crowded_images_as_one_by_one(make_dataset, make_batch):
     truths[2].append((0, (0, 0, 200, 200), {"crowd": True}))
     found = {}
     for i, objects in truths.items():
-        near = [tuple(v + rng.gauss(0, 0.12 * (own[2] - own[0])) for v in own) for _, own, *_ in objects for _ in range(12)]
+        near = [tuple(v + rng.gauss(0, 0.12 * (own[2] - own[0])) for v in own)
+                for _, own, *_ in objects for _ in range(12)]
         boxes = [each for each in near if each[2] > each[0] and each[3] > each[1]] + [box(40) for _ in range(60)]
         found[i] = [(0, each, rng.random()) for each in boxes] if i != 6 else []
     assert sum(len(rows) > 100 for rows in found.values()) > 2

@@ -12,7 +12,7 @@ from detres.ops.decode_heatmaps import decode_heatmaps
 
 SIZE = (120, 160)
 BOXES = torch.tensor([[3.0, 4.0, 60.5, 90.2], [0.0, 0.0, 160.0, 120.0], [10.2, 20.7, 10.9, 21.1],
-                      [50.0, 50.0, 80.0, 60.0], [0.5, 1.5, 56.5, 57.5]])  # also under a pixel, and as large as a heatmap
+                      [50.0, 50.0, 80.0, 60.0], [0.5, 1.5, 56.5, 57.5]])  # under a pixel, and as large as a heatmap
 
 
 @pytest.fixture(params=["inside", "whole"])

@@ -95,7 +95,8 @@ def test_a_file_of_another_network_is_told_apart(tmp_path):
     path = tmp_path / "resnet18.pth"
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), path)
     options = config(depth=18, weights=str(path), preact=True)
-    with pytest.raises(ValueError, match="(?s)must fit the configured ResNet .*layer1.norm.weight +missing.*unexpected"):
+    told = "(?s)must fit the configured ResNet .*layer1.norm.weight +missing.*unexpected"
+    with pytest.raises(ValueError, match=told):
         load_backbone(build_model(options, 3), options)
 
 

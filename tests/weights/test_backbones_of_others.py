@@ -155,8 +155,10 @@ def test_a_backbone_with_detectron2s_names(tmp_path, caplog):
     body = randomize(resnet(50, width=WIDTH))
     theirs, unknown = detectron2.BACKBONES[1].keymap.to_theirs(
         {f"backbone.body.{name}": tensor for name, tensor in body.state_dict().items()})
-    assert not unknown and {"stem.conv1.norm.running_var", "res2.0.conv1.norm.weight", "res5.0.shortcut.weight"} <= set(theirs)
-    content = {"model": {**{name: tensor.numpy() for name, tensor in theirs.items()}, "stem.fc.weight": np.zeros((10, 256))},
+    some = {"stem.conv1.norm.running_var", "res2.0.conv1.norm.weight", "res5.0.shortcut.weight"}
+    assert not unknown and some <= set(theirs)
+    arrays = {name: tensor.numpy() for name, tensor in theirs.items()}
+    content = {"model": {**arrays, "stem.fc.weight": np.zeros((10, 256))},
                "__author__": "torchvision", "matching_heuristics": True}
     (tmp_path / "R-50.pkl").write_bytes(pickle.dumps(content, protocol=2))
     for layout in ("fpn", "c4"):

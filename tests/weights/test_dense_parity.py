@@ -1,4 +1,4 @@
-"""Given torchvision's weights, RetinaNet and FCOS compute torchvision's detections and losses; Detectron2's are read."""
+"""Given torchvision's weights, RetinaNet and FCOS compute its detections and losses; Detectron2's are read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def calibrate(model: nn.Module, pixels: Tensor) -> None:
         boxes.bbox_reg.bias.fill_(2.0)
     for tower, layer, std in outputs:
         layer.weight.normal_(generator=generator)
-        layer.weight.mul_(std / torch.cat([(layer(tower(f)) - layer.bias[:, None, None]).flatten() for f in features]).std())
+        values = torch.cat([(layer(tower(f)) - layer.bias[:, None, None]).flatten() for f in features])
+        layer.weight.mul_(std / values.std())
     classes.cls_logits.bias.view(-1, CLASSES + 1)[:] = torch.tensor([-30.0, -3, -3, -3, -3])
 
 

@@ -1,4 +1,4 @@
-"""From torchvision's file and a JPEG to what is found: `detres.load(FILE).predict(JPEG)` beside torchvision's own way."""
+"""From torchvision's file and a JPEG to what is found: `detres.load(FILE).predict(JPEG)` beside its own way."""
 
 from __future__ import annotations
 

@@ -269,10 +269,10 @@ def test_commands_take_urls(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("overrides, told", [
     (["model=5"], "model must be a mapping, got 5"),
-    (["model.weights=other.pth"], r"model.weights must fit the weights, got other.pth \(command line\)"),
-    (["model.name=retinanet"], r"model.name must fit the weights, got retinanet \(command line\)"),
+    (["model.weights=other.pth"], r"model.weights must be null or left out beside weights, got other.pth \(command line\)"),
+    (["model.name=retinanet"], r"weights must be of a retinanet, which model.name asks for \(command line\), got those"),
     (["model.name.x=5"], "model.name must be faster_rcnn"),
-    (["weights=none.pth", "train.lrr=1"], r"(?s)train.lrr is not .*none.pth, which does not exist.*\(weights, command")])
+    (["weights=none.pth", "train.lrr=1"], r"(?s)train.lrr is not .*none.pth, which does not.*\(weights, command")])
 def test_weights_of_a_config_that_cannot_be(overrides, told, tmp_path):
     from detres.config_file import ConfigError, load_config
 

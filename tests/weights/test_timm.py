@@ -32,7 +32,8 @@ NETWORKS = {
 # what resnet50d has before layer1 and in its projections, weights alone
 DEEP = {"conv1.0.weight": (32, 3, 3, 3), "conv1.1.weight": (32,), "conv1.3.weight": (32, 32, 3, 3),
         "conv1.4.weight": (32,), "conv1.6.weight": (64, 32, 3, 3), "bn1.weight": (64,),
-        "layer1.0.downsample.1.weight": (256, 64, 1, 1), "layer1.0.downsample.2.weight": (256,), "layer3.0.downsample.1.weight": (1024, 512, 1, 1),
+        "layer1.0.downsample.1.weight": (256, 64, 1, 1), "layer1.0.downsample.2.weight": (256,),
+        "layer3.0.downsample.1.weight": (1024, 512, 1, 1),
         "fc.weight": (10, 2048)}
 PLAIN = {"conv1.weight": (64, 3, 7, 7), "bn1.weight": (64,), "layer2.0.downsample.0.weight": (512, 256, 1, 1),
          "layer2.0.downsample.1.weight": (512,), "fc.weight": (10, 2048)}

@@ -58,7 +58,7 @@ def calibrate(model, images) -> None:
         rpn, box = model.rpn.head, model.roi_heads.box_predictor
         for layer, std in ((rpn.cls_logits, 0.05), (rpn.bbox_pred, 0.01)):
             layer.weight.normal_(std=std, generator=generator)
-        for layer, std in ((box.cls_score, 0.15), (box.bbox_pred, 0.2)):  # of what they give: else most scores are 0 or 1
+        for layer, std in ((box.cls_score, 0.15), (box.bbox_pred, 0.2)):  # else most scores are 0 or 1
             layer.weight.normal_(generator=generator)
             layer.weight.mul_(std / (layer(hidden) - layer.bias).std())
 
@@ -90,8 +90,8 @@ def pair(request):
 
 
 def partners(boxes, scores, labels, theirs, pixels=1e-2) -> torch.Tensor:
-    """Which of torchvision's detections of an image each of ours (D,) is: all are found, with the same scores, and boxes
-    at most `pixels` away. Their order may differ among equal scores. labels as torchvision counts them."""
+    """Which of torchvision's detections of an image each of ours (D,) is: all are found, with the same scores, and
+    boxes at most `pixels` away. Their order may differ among equal scores. labels as torchvision counts them."""
     assert len(boxes) == len(theirs["boxes"]) >= 10
     torch.testing.assert_close(scores, theirs["scores"], atol=1e-4, rtol=0)
     distance = (boxes[:, None] - theirs["boxes"]).abs().amax(-1)
@@ -115,7 +115,7 @@ def test_detections_agree(pair):
             theirs_probs = image["masks"][partner, 0]
             differ, union = bitmaps ^ (theirs_probs >= 0.5), bitmaps | (theirs_probs >= 0.5)
             assert differ.sum() < 0.001 * union.sum()
-            # For each mask IoU is > 0.999, even 1, but for pixels whose probability rounding puts on either side of 0.5.
+            # Of each mask IoU is > 0.999, even 1 but for pixels whose probability rounding puts on a side of 0.5.
             assert not differ[(theirs_probs - 0.5).abs() > 1e-4].any()
 
 

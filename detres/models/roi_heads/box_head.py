@@ -15,7 +15,8 @@ class ConvFCHead(nn.Module):
     connected layer in Group Normalization (arXiv 1803.08494, section 4.2).
     """
 
-    def __init__(self, channels: int, resolution: int, dim: int = 1024, fcs: int = 2, convs: int = 0, norm: str = "none"):
+    def __init__(self, channels: int, resolution: int, dim: int = 1024, fcs: int = 2, convs: int = 0,
+                 norm: str = "none"):
         super().__init__()
         self.convs = nn.ModuleList(make_conv(channels, channels, 3, bias=norm == "none") for _ in range(convs))
         self.norms = nn.ModuleList(make_norm(norm, channels) for _ in range(convs))
