@@ -189,6 +189,9 @@ class BoxHeadConfig(Section):
         None, description="box voting: a detection becomes the score-weighted mean of the boxes of its class that "
                           "overlap it by at least this IoU, 0.5 in arXiv 1505.01749; of a localizer, the box "
                           "that the others' scores support most; null: none")
+    min_size: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="detections with a smaller side in pixels are dropped before NMS, 0.01 in torchvision; null: "
+                          "those without area are dropped last, from among the detections_per_image, as in Detectron2")
     detections_per_image: Count = 100
 
 

@@ -165,7 +165,7 @@ def _file_notes(tensors: State, about: Mapping[str, Any]) -> list[str]:
     """What of a file is left aside, or odd."""
     notes = [f"'{name}', other tensors in the file, is left aside" for name, value in about.items()
              if holds_tensors(value)]
-    if odd := [name for name, tensor in tensors.items() if not (tensor.is_meta or tensor.isfinite().all())]:
+    if odd := [name for name, tensor in tensors.items() if not tensor.is_meta and not tensor.isfinite().all()]:
         notes.append(f"{len(odd)} tensors have values that are not finite, such as {odd[0]}: their training failed")
     return notes
 

@@ -113,7 +113,7 @@ def rcnn_conventions(sections: Sections | None = None) -> Sections:
         "anchors": {"convention": "torchvision"},
         "rpn": {"min_size": 1e-3, "post_nms_topk_train": 2000, "box_loss": "smooth_l1"},
         "pool": {"sampling_ratio": 2, "aligned": False},
-        "box_head": {"box_loss": "smooth_l1", "smooth_l1_beta": 1 / 9},
+        "box_head": {"box_loss": "smooth_l1", "smooth_l1_beta": 1 / 9, "min_size": 1e-2},
         "mask_head": {"paste": "torchvision"},
         "keypoint_head": {"score": "logit"},
     }

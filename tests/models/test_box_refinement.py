@@ -109,8 +109,8 @@ def naive_detect(score, boxes, size, heads):
 @pytest.mark.parametrize("refine, vote", [(False, None), (True, None), (False, 0.5), (True, 0.5), (True, 0.0)])
 @pytest.mark.parametrize("boxes", [K, 1], ids=["own boxes", "class-agnostic"])
 def test_detections_are_those_of_plain_python(refine, vote, boxes):
-    heads = RoIHeads(nn.Identity(), nn.Identity(), num_classes=K, nms_thresh=0.3, detections_per_image=8, refine=refine,
-                     vote_thresh=vote)
+    heads = RoIHeads(nn.Identity(), nn.Identity(), num_classes=K, nms_thresh=0.3, min_size=0.01, detections_per_image=8,
+                     refine=refine, vote_thresh=vote)
     second = full = 0
     for seed in range(12):
         score, (proposals, sizes) = Score(boxes, seed), make_proposals(seed)

@@ -4,10 +4,12 @@ from collections import Counter
 
 import pytest
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from detres.build import build_model
 from detres.geometry.boxes import pairwise_iou
+from detres.models.roi_heads.standard import RoIHeads
 from detres.ops.paste_masks import paste_masks
 from detres.structures import ImageBatch, Targets
 
@@ -144,3 +146,13 @@ def test_budget_of_data_dependent_ops(n):
     nms = sum(count for name, count in mode.counts.items() if "nms" in name)
     assert nms == 5 * n, mode.counts
     assert mode.counts.total() - nms <= 3, mode.counts
+
+
+@pytest.mark.parametrize("min_size, expected", [(None, [10.0]), (0.01, [10.0, 20.0])], ids=["detectron2", "torchvision"])
+def test_a_box_clipped_to_nothing_is_dropped_last_or_first(min_size, expected):
+    heads = RoIHeads(nn.Identity(), nn.Identity(), num_classes=1, detections_per_image=2, min_size=min_size)
+    boxes = torch.tensor([[[0, 0, 20, 10], [70, 0, 80, 10], [30, 0, 40, 10]]], dtype=torch.float32)
+    probs = torch.tensor([0.7, 0.9, 0.8]).view(1, 3, 1)
+    found = heads.select(probs, torch.zeros(1, 3, 1, 4), boxes, torch.ones(1, 3, dtype=torch.bool), torch.tensor([[50, 60]]))
+    width = (found.boxes[..., 2] - found.boxes[..., 0])[found.valid]
+    assert width.tolist() == expected and found.scores.amin() == (0 if min_size is None else 0.7)

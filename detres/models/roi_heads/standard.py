@@ -32,7 +32,7 @@ from detres.structures import Detections, Proposals, Targets
 Score = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # as `RoIHeads.score`, of boxes and valid
 
 CANDIDATES = 2048  # the best (box, class) pairs of an image that go into NMS
-MIN_SIDE = 1e-2  # pixels; detections clipped to nothing are dropped
+MIN_SIDE = 1e-2  # pixels; smaller boxes are not looked at again
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class RoIHeads(nn.Module):
                  keypoint_score: str = "probability", batch_per_image: int = 512,
                  positive_fraction: float = 0.25, fg_iou: float = 0.5, box_loss: str = "l1",
                  smooth_l1_beta: float = 1.0, box_loss_weight: float = 1.0, score_thresh: float = 0.05,
-                 nms_thresh: float = 0.5, detections_per_image: int = 100, global_context: bool = False,
-                 refine: bool = False, vote_thresh: float | None = None):
+                 nms_thresh: float = 0.5, min_size: float | None = None, detections_per_image: int = 100,
+                 global_context: bool = False, refine: bool = False, vote_thresh: float | None = None):
         super().__init__()
         self.box_head, self.box_predictor = box_head, box_predictor
         self.mask_head, self.keypoint_head = mask_head, keypoint_head
@@ -84,6 +84,7 @@ class RoIHeads(nn.Module):
         self.batch_per_image, self.positive_fraction, self.fg_iou = batch_per_image, positive_fraction, fg_iou
         self.box_loss = {"box_loss": box_loss, "beta": smooth_l1_beta, "box_weight": box_loss_weight}
         self.score_thresh, self.nms_thresh, self.vote_thresh = score_thresh, nms_thresh, vote_thresh
+        self.min_size = min_size
         self.detections_per_image, self.global_context, self.refine = detections_per_image, global_context, refine
 
     @property
@@ -230,7 +231,8 @@ class RoIHeads(nn.Module):
         return self.select(*seen, sizes)
 
     def select(self, probs: Tensor, deltas: Tensor, boxes: Tensor, valid: Tensor, sizes: Tensor) -> Detections:
-        """Threshold, decode, clip, NMS within a class, the best of all classes, box voting.
+        """Threshold, decode, clip, NMS within a class, the best of all classes, box voting; without boxes that are
+        clipped to nothing, see `config.BoxHeadConfig.min_size`.
 
         probs (N, P, K) and deltas (N, P, K or 1, 4) of boxes (N, P, 4), valid (N, P). Only the best `CANDIDATES` pairs
         of an image enter NMS, which is exact as long as `detections_per_image` of them survive it; they alone vote.
@@ -240,14 +242,16 @@ class RoIHeads(nn.Module):
         proposal, labels = index // self.num_classes, index % self.num_classes
         image = torch.arange(len(probs), device=probs.device)[:, None]
         boxes = move(boxes, deltas, proposal, labels, sizes)
-        valid = (scores > 0) & larger_than(boxes, MIN_SIDE)
+        valid = scores > 0
+        if self.min_size is not None:
+            valid &= larger_than(boxes, self.min_size)
         kept = torch.where(nms(boxes, scores, valid, self.nms_thresh, groups=labels), scores, -1.0)
         kept, best = kept.topk(min(self.detections_per_image, kept.shape[1]), dim=1)  # (N, D)
         found, classes = boxes[image, best], labels[image, best]
         if self.vote_thresh is not None:
             found = vote_boxes(found, classes, boxes, labels, torch.where(valid, scores, 0.0), self.vote_thresh)
-        valid = kept > 0
-        return Detections(boxes=torch.where(valid[..., None], found, 0.0), scores=kept.clamp(min=0),
+        valid = (kept > 0) & larger_than(found, 0)
+        return Detections(boxes=torch.where(valid[..., None], found, 0.0), scores=torch.where(valid, kept, 0.0),
                           labels=torch.where(valid, classes, 0), valid=valid, paste=self.mask_paste)
 
     @torch.no_grad()
