@@ -8,7 +8,7 @@ Legend: N images, S scales, M regions, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
