@@ -132,7 +132,7 @@ def test_predicted_files(run, tmp_path, capsys):
     best = [entry["classes"][0] for entry in entries]
     assert sum(row["name"] == "blue_disc" and row["probability"] > 0.5 for row in best) >= 10
     assert main(["predict", str(run), str(images), "--out", str(tmp_path / "found"), "--score-thresh", "0.3"]) != 0
-    assert "score_thresh must be left out for a classifier" in capsys.readouterr().err
+    assert "score_thresh must be left out for a model without detections, a classifier" in capsys.readouterr().err
 
 
 def test_what_a_classifier_does_not_have(run, tmp_path, capsys):
