@@ -278,7 +278,8 @@ def _import(args: argparse.Namespace) -> None:
         import_config(args.config, files[0])
         return
     if len(files) != 2:
-        args.parser.error("give SOURCE and OUT, or --config FILE and OUT")
+        more = ", without --classes, --new-classes and key=value, which are of weights" if args.config else ""
+        args.parser.error(f"give SOURCE and OUT, or --config FILE and OUT{more}; names of classes with commas between")
     import_weights(*files, config=args.config, classes=classes, new_classes=new_classes, overrides=overrides)
 
 

@@ -51,6 +51,10 @@ def load_class_dataset(source: SourceConfig, role: Role) -> ClassDataset:
     if source.images is not None:
         raise ValueError(f"images must be null for labelled images, which say it themselves, got {source.images} "
                          f"({source.path}). Take it out.")
+    if path.suffix == ".json" or list(path.glob("annotations/*.json")):
+        raise ValueError(f"a classifier must have labelled images, in a folder for each class, got boxes or masks "
+                         f"({source.path}). To train a detector, give weights of one; those of a classifier belong in "
+                         "model.backbone.weights.")
     if root := class_folders.find_ilsvrc(path):
         return class_folders.read_ilsvrc(root, role, source.split)
     if localization.is_table(path):

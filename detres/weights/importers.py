@@ -31,6 +31,7 @@ from detres.weights.mismatch import check_fit
 from detres.weights.pickles import holds_tensors, read_tensors
 from detres.weights.source import Family, Sections, State, UnknownNetwork, merged
 
+ZOO_FOLDERS = tuple({name.partition("/")[0] + "/" for name in zoo.MODELS})
 PUBLISHED = {"torchvision": torchvision.published, "Detectron2": detectron2.published}
 BODY = {"conv1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"}  # of a ResNet without a classifier
 FAMILIES: tuple[Family, ...] = (*torchvision.FAMILIES, *detectron2.FAMILIES, *timm.FAMILIES, *mmdet.FAMILIES)
@@ -77,7 +78,8 @@ def locate(source: str | Path) -> Path:
         zoo.resolve(str(source))
     except ValueError:
         is_path = Path(source).name != str(source) or Path(source).suffix in SUFFIXES
-        if is_path and "://" not in str(source):
+        is_of_zoo = str(source).startswith(ZOO_FOLDERS) and Path(source).suffix not in SUFFIXES
+        if is_path and not is_of_zoo and "://" not in str(source):
             return find_weights(source)
         raise
     return zoo.fetch(source)

@@ -12,7 +12,6 @@ import yaml
 
 from detres.build import build_model
 from detres.config import Config, ModelConfig
-from detres.config_file import dump_yaml
 from detres.engine.checkpoint import WeightsMeta, atomic_write, save_weights
 from detres.weights.detectron2_config import translate
 from detres.weights.export import FORMATS, export
@@ -37,6 +36,9 @@ def import_weights(source: str | Path, out: str | Path, *, config: str | Path | 
         sections["backbone"] = {**sections["backbone"], "weights": None}
         _print_notes([note for note in notes if note.key.startswith(("MODEL.", "INPUT.FORMAT", "INPUT.M"))])
     weights = read_weights(source, model=sections, classes=classes, overrides=overrides)
+    if config is not None and weights.family is not None and weights.family.toolkit != "Detectron2":
+        raise ValueError(f"config must go with weights of Detectron2, whose YAML it is, got {config} for {weights.file}, "
+                         f"of {weights.family.toolkit}. Leave it out; fields are set as key=value.")
     if new_classes is not None:
         weights = of_new_classes(weights, new_classes)
     save_weights(out, weights.tensors, weights.meta)
@@ -82,9 +84,12 @@ def import_config(source: str | Path, out: str | Path) -> None:
     fields, notes = translate(source)
     config = Config.model_validate(fields)
     with atomic_write(Path(out)) as path:
-        path.write_text(f"# From {Path(source).name}, a config of Detectron2.\n{dump_yaml(config)}", encoding="utf-8")
+        own = yaml.safe_dump(config.model_dump(mode="json", exclude_defaults=True), default_flow_style=None, width=120,
+                             sort_keys=False)
+        path.write_text(f"# From {Path(source).name}, a config of Detectron2: what is not a default.\n{own}",
+                        encoding="utf-8")
     _print_notes(notes)
-    print(f"Wrote {out}: detres train {out}")
+    print(f"Wrote {out}: detres train {out}{'' if config.data.train else ' data.train=PATH data.val=PATH'}")
 
 
 def export_weights(source: str | Path, out: str | Path, format: str) -> None:

@@ -154,3 +154,13 @@ def test_imagenets_folders_are_torchvisions_classes_in_order():
     assert aligned.classes == names and [ids[label] for label in aligned.labels] == list(shuffled)
     with pytest.raises(ValueError, match="classes to evaluate on must be classes that were trained"):
         align_labels(ClassDataset("part", shuffled[:10], np.arange(10)), names)
+
+
+def test_a_detectors_data_are_no_class_folders(tmp_path):
+    """A COCO folder has folders, too: `annotations`, `train` and `val` are no classes."""
+    touch(tmp_path / "train", "a.png")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train.json").write_text("{}")
+    for path in (tmp_path, tmp_path / "annotations/instances_train.json"):
+        with pytest.raises(ValueError, match="labelled images.*got boxes or masks.*model.backbone.weights"):
+            load(path)

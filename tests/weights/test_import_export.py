@@ -279,3 +279,15 @@ def test_weights_of_a_config_that_cannot_be(overrides, told, tmp_path):
     torch.save(small(), tmp_path / "theirs.pth")
     with pytest.raises(ConfigError, match=told):
         load_config(None, [f"weights={tmp_path / 'theirs.pth'}", *overrides])
+
+
+def test_a_typo_in_a_name_of_the_zoo_is_no_path():
+    with pytest.raises(ValueError, match="Did you mean 'COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3x'"):
+        read_weights("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_3xx")
+
+
+def test_a_config_of_detectron2_does_not_go_with_torchvisions_weights(faster_rcnn, tmp_path, capsys):
+    (tmp_path / "theirs.yaml").write_text("_BASE_: Base-RCNN-FPN.yaml\nVERSION: 2\nMODEL: {MASK_ON: false}\n")
+    assert main(["import", str(faster_rcnn[0]), str(tmp_path / "out.safetensors"), "--config",
+                 str(tmp_path / "theirs.yaml")]) == 1
+    assert "config must go with weights of Detectron2" in capsys.readouterr().err
