@@ -1,4 +1,4 @@
-"""`detres train|eval|predict|bn-stats|config|data|paper|demo`: arguments in, the library's functions called, errors in
+"""`detres train`, `eval`, `predict` and the others in `COMMANDS`: arguments in, the library's functions called, errors in
 one message.
 
 Nothing heavy is imported before a command runs, so that help is instant.

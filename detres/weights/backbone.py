@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from detres.config import BackboneConfig, ModelConfig
 from detres.weights.detectron2 import BACKBONES
 from detres.weights.importers import FAMILIES
-from detres.weights.infer import infer
+from detres.weights.infer import BODY, CONV5, CONV5_LAYER, infer
 from detres.weights.mismatch import check_fit
 from detres.weights.pickles import read_tensors
 from detres.weights.source import Family, merged
@@ -36,9 +36,6 @@ IMAGENET_FILES = {
 }
 # What else its networks have in common.
 IMAGENET_OPTIONS = {"width": 64, "stem": "imagenet", "shortcut": "B", "preact": False, "avg_down": False}
-OURS = "backbone.body."  # what a ResNet's keys begin with in the weights of a model of detres
-CONV5 = "roi_heads.box_head."  # and those of the last stage of a C4 detector
-CONV5_LAYER = re.compile(r"roi_heads\.box_head\.\d+\.(conv|bn|downsample)")
 OFFSET = re.compile(r".*\.offset\.(weight|bias)$")
 
 
@@ -90,9 +87,9 @@ def read_backbone(source: str, config: BackboneConfig) -> dict[str, Tensor]:
         _warn_of_stride(family, state, about, config)
         if family.toolkit == "Caffe" and config.norm != "gn":
             state = _with_statistics(state, config.norm_eps)
-    if not any(name.startswith(OURS) for name in state):  # a ResNet alone
+    if not any(name.startswith(BODY) for name in state):  # a ResNet alone
         return dict(state)
-    body = {name.removeprefix(OURS): tensor for name, tensor in state.items() if name.startswith((OURS, "fc."))}
+    body = {name.removeprefix(BODY): tensor for name, tensor in state.items() if name.startswith((BODY, "fc."))}
     conv5 = {f"layer4.{name.removeprefix(CONV5)}": tensor for name, tensor in state.items() if CONV5_LAYER.match(name)}
     return {**body, **conv5}
 

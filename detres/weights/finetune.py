@@ -18,6 +18,7 @@ from detres.config import Config, ModelConfig
 from detres.engine.checkpoint import WeightsMeta
 from detres.weights.importers import Weights, read_weights
 from detres.weights.mismatch import OF_CLASSES, check_fit
+from detres.weights.source import shapes_of
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def load_start(model: nn.Module, source: str, classes: Sequence[str], semantic_c
     weights, own = read_weights(source), model.state_dict()
     tensors, told = _with_heads_of(own, refit(weights, own, classes, semantic_classes))
     title = f"model.weights must be of a model of the same kind ({weights.file})"
-    check_fit(*({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (tensors, own)), title,
+    check_fit(shapes_of(tensors), shapes_of(own), title,
               "Train with the model section that the weights carry: weights=... instead of model.weights.")
     model.load_state_dict(tensors)
     others = [] if config is None else _conventions(Config.model_validate(weights.meta.config).model, config)

@@ -29,7 +29,7 @@ from detres.weights.known_classes import (
     Classes, detection_classes, image_classes, keypoint_classes, keypoint_layout, semantic_classes)
 from detres.weights.mismatch import check_fit
 from detres.weights.pickles import holds_tensors, read_tensors
-from detres.weights.source import Family, Sections, State, UnknownNetwork, merged
+from detres.weights.source import Family, Sections, State, UnknownNetwork, merged, shapes_of
 
 ZOO_FOLDERS = tuple({name.partition("/")[0] + "/" for name in zoo.MODELS})
 PUBLISHED = {"torchvision": torchvision.published, "Detectron2": detectron2.published}
@@ -122,7 +122,7 @@ def convert(state: State, file: Path, about: Mapping[str, Any] | None = None, *,
     with torch.device("meta"):  # its shapes are all that is looked at
         built = build_model(config.model, num_classes, **_semantic_channels(semantic))
     tensors = _with_counters(tensors, built)
-    check_fit(_shapes(tensors), _shapes(built.state_dict()),
+    check_fit(shapes_of(tensors), shapes_of(built.state_dict()),
               f"weights must fit the model that they show ({file}, {family.toolkit}'s {family.name})",
               "Give what the tensors do not show as --config or key=value.")
     names, ids = known or (tuple(f"class {i}" for i in range(num_classes)), tuple(range(1, num_classes + 1)))
@@ -227,7 +227,3 @@ def _with_counters(tensors: State, model: torch.nn.Module) -> dict[str, Tensor]:
     counters = {name: torch.zeros_like(tensor, device="cpu") for name, tensor in model.state_dict().items()
                 if name.endswith("num_batches_tracked")}
     return {**counters, **tensors}
-
-
-def _shapes(state: State) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}

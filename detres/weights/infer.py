@@ -6,15 +6,13 @@ What shapes do not show (preprocessing, anchors, thresholds, which convolution s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 
 from detres.models.resnet import DEPTHS
-from detres.weights.source import Sections, State, UnknownNetwork
-
-Shapes = Mapping[str, tuple[int, ...]]
+from detres.weights.source import Sections, Shapes, State, UnknownNetwork, shapes_of
 
 BODY = "backbone.body."
 CONV5 = "roi_heads.box_head."  # the last stage of a C4 detector
+CONV5_LAYER = re.compile(r"roi_heads\.box_head\.\d+\.(conv|bn|downsample)")
 
 
 def infer(state: State) -> tuple[Sections, int]:
@@ -23,7 +21,7 @@ def infer(state: State) -> tuple[Sections, int]:
     Raises UnknownNetwork for a body that is no ResNet of `DEPTHS`, LookupError or ValueError where tensors are missing
     or of the wrong shape.
     """
-    return infer_shapes({name: tuple(tensor.shape) for name, tensor in state.items()})
+    return infer_shapes(shapes_of(state))
 
 
 def infer_shapes(shapes: Shapes) -> tuple[Sections, int]:
@@ -140,7 +138,7 @@ def _box_head(shapes: Shapes, sections: Sections, prefix: str = "roi_heads.box_h
 def _backbone(shapes: Shapes) -> Sections:
     """Of the ResNet, whose last stage may be the box head of a C4 detector."""
     moved = {name.replace(CONV5, BODY + "layer4.", 1): shape for name, shape in shapes.items()
-             if name.startswith(BODY) or re.match(r"roi_heads\.box_head\.\d+\.(conv|bn|downsample)", name)}
+             if name.startswith(BODY) or CONV5_LAYER.match(name)}
     blocks = tuple(_count(moved, rf"{re.escape(BODY)}layer{i}\.(\d+)\.conv1\.weight") for i in (1, 2, 3, 4))
     bottleneck = BODY + "layer1.0.conv3.weight" in moved
     depth = next((depth for depth, (kind, stages) in DEPTHS.items()

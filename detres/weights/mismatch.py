@@ -9,12 +9,10 @@ from typing import Any
 
 from detres.config import ModelConfig
 from detres.weights.infer import infer_shapes
-from detres.weights.source import merged
+from detres.weights.source import Shapes, merged
 
 SHOWN = 12  # rows of the table
 FIELDS = 4  # of those that differ
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 # Layers whose size depends on the classes, in any model.
 OF_CLASSES = re.compile(

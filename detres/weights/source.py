@@ -16,6 +16,7 @@ from torch import Tensor
 from detres.weights.keymap import KeyMap
 
 State = Mapping[str, Tensor]
+Shapes = Mapping[str, tuple[int, ...]]
 Sections = dict[str, Any]  # of ModelConfig
 Told = tuple[Sections, tuple[str, ...] | None]  # sections to add, and names of the classes, where it has them
 
@@ -39,6 +40,10 @@ class Family:
 
     def fits(self, names: Mapping[str, Any]) -> bool:
         return all(name in names for name in self.has)
+
+
+def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def merged(*layers: Mapping[str, Any]) -> Sections:

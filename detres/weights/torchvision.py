@@ -167,7 +167,7 @@ WITHOUT_EPS = {"FasterRCNN_ResNet50_FPN_Weights.COCO_V1", "MaskRCNN_ResNet50_FPN
 def published(file: Path) -> Sections | None:
     """What torchvision does otherwise with a file that it publishes than with any other of the model; None for a file
     that it does not. By the checksum, which torchvision writes into names: a file may have been renamed."""
-    weights = _by_checksum().get(checksum(file, "sha256")[:8]) if file.is_file() else None  # else of tensors in memory
+    weights = _by_checksum().get(checksum(file, "sha256")[:8])
     if weights is None:
         return None
     if str(weights) in WITHOUT_EPS:
