@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from detres.data.images import ImageError
-from detres.data.masks import rasterize, read_segment_ids
+from detres.data.masks import last_segment_ids, rasterize
 
 if TYPE_CHECKING:
     from detres.data.dataset import ImageRecord
@@ -94,7 +94,7 @@ class SegmentImage(LabelMap):
 
     def ids(self, record: ImageRecord) -> np.ndarray:
         """(H, W) int32, 0 where there is no segment."""
-        ids = read_segment_ids(self.path)
+        ids = last_segment_ids(self.path)
         _check_size(self.path, ids, record)
         return ids
 

@@ -29,13 +29,16 @@ _last = threading.local()
 
 
 def read_segment_ids(path: Path) -> np.ndarray:
-    """Segment ids (H, W) int32 of a PNG in COCO's panoptic format, R + 256 G + 65536 B, not to be written to.
+    """Segment ids (H, W) int32 of a PNG in COCO's panoptic format, R + 256 G + 65536 B. Raises ImageError."""
+    red, green, blue = np.moveaxis(read_image(path), 2, 0).astype(np.int32)
+    return red + (green << 8) + (blue << 16)
 
-    Each thread keeps the last, as the segments of an image are asked for one after another. Raises ImageError.
-    """
+
+def last_segment_ids(path: Path) -> np.ndarray:
+    """As `read_segment_ids`, not to be written to: each thread keeps the last, as the segments of an image are asked
+    for one after another."""
     if getattr(_last, "path", None) != path:
-        red, green, blue = np.moveaxis(read_image(path), 2, 0).astype(np.int32)
-        _last.ids = red + (green << 8) + (blue << 16)
+        _last.ids = read_segment_ids(path)
         _last.path = path
     return _last.ids
 
@@ -43,7 +46,7 @@ def read_segment_ids(path: Path) -> np.ndarray:
 def rasterize(segmentation: list[Any] | dict[str, Any] | PNGSegment, height: int, width: int) -> np.ndarray:
     """(H, W) uint8, 1 inside; of several polygons the union. An RLE must be sound, as `run_lengths` tells."""
     if isinstance(segmentation, PNGSegment):
-        return (read_segment_ids(segmentation.path) == segmentation.id).view(np.uint8)
+        return (last_segment_ids(segmentation.path) == segmentation.id).view(np.uint8)
     return coco_mask.decode(compressed(segmentation, height, width))
 
 

@@ -27,11 +27,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from detres.data.images import read_image
+from detres.data.masks import read_segment_ids
 from detres.evaluation.base import EvalResult
 
 VOID = 0  # the id of pixels that belong to no segment
@@ -320,5 +319,4 @@ def _read_segments(entry: dict[str, Any], folder: Path, label_of: Mapping[int, i
                [info.get("iscrowd", 0) for info in infos], [info.get("area", -1) for info in infos]]
     numbers, labels, crowd, area = torch.tensor(columns, dtype=torch.int64).to(device)
     segments = Segments(numbers, labels, crowd == 1, None if (area == -1).any() else area)
-    ids = read_image(path).astype(np.int64) @ np.array([1, 256, 256**2])  # R + 256 G + 256^2 B
-    return torch.from_numpy(ids).to(device), segments
+    return torch.from_numpy(read_segment_ids(path)).to(device), segments
