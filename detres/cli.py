@@ -7,19 +7,17 @@ Nothing heavy is imported before a command runs, so that help is instant.
 from __future__ import annotations
 
 import argparse
-import difflib
 import itertools
 import linecache
 import os
 import re
 import sys
-import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from detres import __version__
+from detres import __version__, cli_data
+from detres.cli_parser import Parser, command, count, positive, probability
 
 DESCRIPTION = """Object detection and segmentation on ResNet backbones.
 
@@ -76,13 +74,6 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
   detres config runs/bccd > copy.yaml              what a run was trained with
   detres config --schema > detres.schema.json      for completion and checks in an editor: begin a YAML file with
                                                    # yaml-language-server: $schema=detres.schema.json""",
-    "data": """
-  detres data shapes datasets/shapes --images 1000
-  detres data shapes --help""",
-    "data shapes": """
-  detres data shapes datasets/shapes --images 1000 --seed 0
-  detres data shapes /tmp/easy --images 400 --val 100 --preset easy --size 128 128 --no-voc
-  detres train configs/demo.yaml data.train=datasets/shapes data.val=datasets/shapes output=runs/shapes""",
     "paper": """
   detres paper                                     every table and figure
   detres paper table6
@@ -95,64 +86,28 @@ Over several machines, on each: torchrun [its options] -m detres.cli train CONFI
     "demo": """
   detres demo
   detres demo --out /tmp/demo""",
+    **cli_data.EXAMPLES,
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what was probably meant."""
-
-    def __init__(self, description: str, **options):
-        super().__init__(description="\n\n".join(textwrap.fill(part, 80) for part in description.split("\n\n")),
-                         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if choice:
-            message += _nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
-        self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help.\n")
-
-    def check_rest(self, rest: Sequence[str]) -> None:
-        """Refuses what is left over if it begins with a dash."""
-        for option in rest:
-            if option.startswith("-"):
-                known = [name for action in self._actions for name in action.option_strings]
-                self.error(f"unknown option {option}{_nearest(option.partition('=')[0], known)}")
-
-
-def _nearest(given: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(given, known, n=1)
-    return f". Did you mean {close[0]}?" if close else ""
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="detres", description=DESCRIPTION, epilog=f"examples:{EXAMPLES['']}")
+    parser = Parser(prog="detres", description=DESCRIPTION, epilog=f"examples:{EXAMPLES['']}")
     parser.add_argument("--version", action="version", version=f"detres {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     for name, add in COMMANDS.items():
         add(commands, name)
     return parser
 
 
-def _command(commands: argparse._SubParsersAction, name: str, run: Callable[[argparse.Namespace], object], summary: str,
-             more: str = "", rest: str | None = None) -> _Parser:
-    """A subcommand. `rest` names the list that takes positional arguments which follow an option."""
-    epilog = f"examples:{EXAMPLES[name]}"
-    parser = commands.add_parser(name.split()[-1], help=summary, epilog=epilog,
-                                 description=f"{summary[0].upper()}{summary[1:]}. {more}".strip())
-    parser.add_argument("--debug", action="store_true", help="show the full traceback of an error")
-    parser.set_defaults(run=run, parser=parser, rest=rest)
-    return parser
-
-
 def _add_train(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _train, "train what a config describes",
-                      "Writes the run folder that the config names as output: checkpoints, logs, curves, results. "
-                      "Ctrl-C saves first.", rest="overrides")
+    parser = command(commands, name, EXAMPLES, _train, "train what a config describes",
+                     "Writes the run folder that the config names as output: checkpoints, logs, curves, results. "
+                     "Ctrl-C saves first.", rest="overrides")
     parser.add_argument("config", type=Path, help="YAML file, or the folder of a run")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="fields of the config, such as train.lr=0.01")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
-    parser.add_argument("--num-gpus", type=_positive, default=1, metavar="N",
+    parser.add_argument("--num-gpus", type=positive, default=1, metavar="N",
                         help="processes on this machine, one a GPU")
 
 
@@ -172,13 +127,14 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _eval, "measure weights, or a results file of any program, on a data set",
-                      "Of weights: prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class; "
-                      "of a classifier top-1 and top-5; of semantic segmentation mean IoU, of panoptic also panoptic "
-                      "quality; without --data, on what they were validated on in training. "
-                      "Several are an ensemble.\n\nOf a results file (--gt and --results): prints pycocotools' "
-                      "numbers, and warns of what makes them wrong.",
-                      rest="more")
+    parser = command(commands, name, EXAMPLES, _eval,
+                     "measure weights, or a results file of any program, on a data set",
+                     "Of weights: prints COCO's twelve numbers for boxes and masks, VOC's AP, and AP of every class; "
+                     "of a classifier top-1 and top-5; of semantic segmentation mean IoU, of panoptic also panoptic "
+                     "quality; without --data, on what they were validated on in training. "
+                     "Several are an ensemble.\n\nOf a results file (--gt and --results): prints pycocotools' "
+                     "numbers, and warns of what makes them wrong.",
+                     rest="more")
     _add_weights(parser, nargs="?")
     parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
                         help="further weights; fields of the config that they carry, such as "
@@ -191,7 +147,7 @@ def _add_eval(commands: argparse._SubParsersAction, name: str) -> None:
                              "that its evaluation server takes")
     parser.add_argument("--metrics", nargs="+", choices=("coco", "voc", "ilsvrc"),
                         help="protocols (default: of the config)")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images at once (default: of the config)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the named numbers in full precision")
     parser.add_argument("--errors", type=Path, metavar="DIR",
                         help="analyse the errors: kinds of mistakes, confusions, best thresholds; table and pictures")
@@ -229,17 +185,17 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _add_predict(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _predict, "detect in images, segment or name them",
-                      "Writes an annotated picture of each image, and predictions.json; of segmentation, PNG files of "
-                      "labels or segments, too.", rest="images")
+    parser = command(commands, name, EXAMPLES, _predict, "detect in images, segment or name them",
+                     "Writes an annotated picture of each image, and predictions.json; of segmentation, PNG files of "
+                     "labels or segments, too.", rest="images")
     _add_weights(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGES",
                         help="files, folders or globs; before them, further weights, for an ensemble; fields of the "
                              "config that the weights carry as key=value")
     parser.add_argument("--out", type=Path, default=Path("predictions"), metavar="DIR", help="(default: predictions)")
-    parser.add_argument("--score-thresh", type=_probability, metavar="P",
+    parser.add_argument("--score-thresh", type=probability, metavar="P",
                         help="show detections with at least this score (default: 0.5)")
-    parser.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once (default: 8)")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N", help="images at once (default: 8)")
     _add_device(parser)
 
 
@@ -254,10 +210,11 @@ def _predict(args: argparse.Namespace) -> None:
 
 
 def _add_import(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _import, "take over weights of torchvision, Detectron2, timm or MMDetection",
-                      "Recognises them by their content and writes a weights file that carries model, classes and "
-                      "preprocessing. Without SOURCE, a YAML config of Detectron2 becomes a config of detres, and what "
-                      "of it cannot be translated is named.", rest="items")
+    parser = command(commands, name, EXAMPLES, _import,
+                     "take over weights of torchvision, Detectron2, timm or MMDetection",
+                     "Recognises them by their content and writes a weights file that carries model, classes and "
+                     "preprocessing. Without SOURCE, a YAML config of Detectron2 becomes a config of detres, and what "
+                     "of it cannot be translated is named.", rest="items")
     parser.add_argument("items", nargs="*", default=[], metavar="[SOURCE] OUT key=value",
                         help="a file, a URL, or a published name; what to write: .safetensors, or .yaml without "
                              "SOURCE; fields of the model's config")
@@ -290,8 +247,8 @@ def _names(text: str) -> list[str]:
 
 
 def _add_export(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _export, "write weights for another toolkit",
-                      "Writes a state dict under its names, and says what it computes otherwise.")
+    parser = command(commands, name, EXAMPLES, _export, "write weights for another toolkit",
+                     "Writes a state dict under its names, and says what it computes otherwise.")
     _add_weights(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="file to write")
     parser.add_argument("--format", required=True, choices=("torchvision", "detectron2", "safetensors"))
@@ -304,14 +261,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _add_bn_stats(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _bn_stats, "measure batch norms over the training set",
-                      "Writes the weights with the mean and variance of each layer over all images, in place of moving "
-                      "averages: what a detector with frozen batch norms begins from.")
+    parser = command(commands, name, EXAMPLES, _bn_stats, "measure batch norms over the training set",
+                     "Writes the weights with the mean and variance of each layer over all images, in place of moving "
+                     "averages: what a detector with frozen batch norms begins from.")
     _add_weights(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="weights to write (.safetensors)")
     parser.add_argument("--data", metavar="PATH", help="images (default: what the weights were trained on)")
     parser.add_argument("--split", metavar="NAME", help="image set of the data set")
-    parser.add_argument("--batch-size", type=_positive, metavar="N",
+    parser.add_argument("--batch-size", type=positive, metavar="N",
                         help="images that are normalised together (default: those of a training step)")
     parser.add_argument("--sequential", action="store_true",
                         help="exact for all layers, whatever the batch: a pass for each layer")
@@ -326,10 +283,11 @@ def _bn_stats(args: argparse.Namespace) -> None:
 
 
 def _add_localize(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _localize, "measure where a localizer finds objects of known or guessed classes",
-                      "Prints the error of the box of the true class, and with classifiers top-1 and top-5 "
-                      "localization errors, as the ILSVRC challenge counts them. Several weights of a kind are an "
-                      "ensemble.", rest="more")
+    parser = command(commands, name, EXAMPLES, _localize,
+                     "measure where a localizer finds objects of known or guessed classes",
+                     "Prints the error of the box of the true class, and with classifiers top-1 and top-5 "
+                     "localization errors, as the ILSVRC challenge counts them. Several weights of a kind are an "
+                     "ensemble.", rest="more")
     _add_weights(parser)
     parser.add_argument("more", nargs="*", default=[], metavar="RUN_OR_WEIGHTS|key=value",
                         help="further localizers; fields of the config that they carry")
@@ -342,7 +300,7 @@ def _add_localize(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--class-crops", choices=("1", "10", "dense"),
                         help="views that classifiers see (likewise; dense: at eval.test_scales, if given)")
     parser.add_argument("--draw", type=Path, metavar="DIR", help="write pictures of the first 100 images")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="images at once (default: of the config)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images at once (default: of the config)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers in full precision")
     _add_device(parser)
 
@@ -358,8 +316,8 @@ def _localize(args: argparse.Namespace) -> None:
 
 
 def _add_config(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _config, "show a resolved config, and where each value comes from",
-                      "The output is YAML that can be used as a config.", rest="items")
+    parser = command(commands, name, EXAMPLES, _config, "show a resolved config, and where each value comes from",
+                     "The output is YAML that can be used as a config.", rest="items")
     parser.add_argument("items", nargs="*", default=[], metavar="[FILE] key=value",
                         help="YAML file or folder of a run (default: no file, the defaults), then fields to set")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of config files instead")
@@ -383,39 +341,10 @@ def _dim_defaults(text: str) -> str:
                    for line in text.splitlines())
 
 
-def _add_data(commands: argparse._SubParsersAction, name: str) -> None:
-    summary = "make data sets"
-    parser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.",
-                                 epilog=f"examples:{EXAMPLES[name]}")
-    parser.set_defaults(parser=parser)
-    _add_shapes(parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser), f"{name} shapes")
-
-
-def _add_shapes(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _shapes, "draw the built-in data set",
-                      "Scenes with exact boxes, masks and keypoints, crowds, empty images; the same for the same seed.")
-    parser.add_argument("out", type=Path, metavar="OUT", help="new folder, or one that this command was interrupted in")
-    parser.add_argument("--images", type=_positive, required=True, metavar="N", help="training images")
-    parser.add_argument("--val", type=_count, metavar="M", help="held-out images (default: a fifth of N)")
-    parser.add_argument("--seed", type=_count, default=0, metavar="S", help="(default: 0)")
-    parser.add_argument("--preset", choices=("full", "easy"), default="full",
-                        help="full: hard and varied (default); easy: what a small network learns in minutes on a CPU")
-    parser.add_argument("--size", type=_positive, nargs=2, metavar=("H", "W"), help="pixels (default: of the preset)")
-    parser.add_argument("--no-voc", action="store_true", help="COCO JSON only, no VOC XML beside it")
-
-
-def _shapes(args: argparse.Namespace) -> None:
-    from detres.data.shapes import ShapesOptions, write_shapes
-
-    options = ShapesOptions(preset=args.preset, size=tuple(args.size) if args.size else None)
-    write_shapes(args.out, args.images, args.seed, options=options, val_images=args.val,
-                 formats=("coco",) if args.no_voc else ("coco", "voc"))
-
-
 def _add_paper(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _paper, "reproduce tables and figures of Deep Residual Learning",
-                      "Lists what arXiv 1512.03385 published beside what detres measured; `run` runs exactly the "
-                      "commands of a row. Trainings go on where they stopped. docs/paper.md tells more.", rest="items")
+    parser = command(commands, name, EXAMPLES, _paper, "reproduce tables and figures of Deep Residual Learning",
+                     "Lists what arXiv 1512.03385 published beside what detres measured; `run` runs exactly the "
+                     "commands of a row. Trainings go on where they stopped. docs/paper.md tells more.", rest="items")
     parser.add_argument("items", nargs="*", default=[], metavar="[run] [ROW] key=value",
                         help="a row such as table6/resnet56, a table or a figure (default: all); after run, fields to "
                              "set in its configs")
@@ -423,10 +352,10 @@ def _add_paper(commands: argparse._SubParsersAction, name: str) -> None:
     runs = parser.add_argument_group("run")
     runs.add_argument("--data", metavar="PATH", help="data set (default: of the config, in datasets/)")
     runs.add_argument("--out", metavar="DIR", help="takes the place of runs/paper")
-    runs.add_argument("--num-gpus", type=_positive, metavar="N", help="processes that train, one a GPU")
+    runs.add_argument("--num-gpus", type=positive, metavar="N", help="processes that train, one a GPU")
     runs.add_argument("--networks", metavar="NAMES", type=lambda text: text.split(","),
                       help="of figure1, figure6 or figure7, such as plain20,resnet20 (default: the paper's)")
-    runs.add_argument("--seeds", type=_positive, metavar="N", help="trainings of each network (default: 1)")
+    runs.add_argument("--seeds", type=positive, metavar="N", help="trainings of each network (default: 1)")
 
 
 def _paper(args: argparse.Namespace) -> None:
@@ -445,8 +374,8 @@ def _paper(args: argparse.Namespace) -> None:
 
 
 def _add_demo(commands: argparse._SubParsersAction, name: str) -> None:
-    parser = _command(commands, name, _demo, "train, evaluate and predict on the built-in data set",
-                      "From scratch, without any download, in minutes on a CPU. A second run goes on with the first.")
+    parser = command(commands, name, EXAMPLES, _demo, "train, evaluate and predict on the built-in data set",
+                     "From scratch, without any download, in minutes on a CPU. A second run goes on with the first.")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), metavar="DIR", help="(default: runs/demo)")
 
 
@@ -458,7 +387,8 @@ def _demo(args: argparse.Namespace) -> None:
 
 COMMANDS = {"train": _add_train, "eval": _add_eval, "predict": _add_predict, "localize": _add_localize,
             "import": _add_import, "export": _add_export,
-            "bn-stats": _add_bn_stats, "config": _add_config, "data": _add_data, "paper": _add_paper, "demo": _add_demo}
+            "bn-stats": _add_bn_stats, "config": _add_config, "data": cli_data.add_data, "paper": _add_paper,
+            "demo": _add_demo}
 
 
 def _add_weights(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
@@ -480,28 +410,11 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
 
 
-def _number(kind: type, low: float, high: float, words: str) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            if low <= (value := kind(text)) <= high:
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"must be {words}, got '{text}'")
-
-    return parse
-
-
 def _run(text: str) -> Path:
     """One of several runs: fields of a config behind them would be taken for more."""
     if "=" in text and not Path(text).exists():
         raise argparse.ArgumentTypeError(f"must be a run or weights, got '{text}'; key=value goes before this option")
     return Path(text)
-
-
-_count = _number(int, 0, float("inf"), "an integer >= 0")
-_positive = _number(int, 1, float("inf"), "an integer >= 1")
-_probability = _number(float, 0, 1, "a number from 0 to 1")
 
 
 # ---- running and telling errors ------------------------------------------------------------------------------------
@@ -523,16 +436,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_guarded(lambda: args.run(args), debug=args.debug)
 
 
-def run_guarded(command: Callable[[], object], debug: bool = False) -> int:
-    """Runs a command and returns its exit status. Errors that detres raises on purpose become one message."""
+def run_guarded(run: Callable[[], object], debug: bool = False) -> int:
+    """Runs a command and returns its exit status, 0 unless the command returns another. Errors that detres raises on
+    purpose become one message."""
     import logging
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("detres").setLevel(logging.INFO)
     try:
-        command()
+        status = run()
         sys.stdout.flush()
-        return 0
+        return status if isinstance(status, int) else 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before any import: no network from the tests
@@ -50,3 +54,23 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no test data at {folder}; set DETRES_TEST_DATA to the folder that holds coco_mini, bccd ...")
     return folder
+
+
+@pytest.fixture
+def run_guide(tmp_path, monkeypatch) -> Callable[..., list[str]]:
+    """Runs the `detres` commands of a page's sh blocks in an empty folder with the configs, one after another, and
+    returns them. `train` gets the overrides `short`; `status` has the exit statuses that are not 0, by command."""
+    from detres.cli import main
+
+    def run(page: str, short: Sequence[str] = (), status: dict[str, int] = {}) -> list[str]:
+        shutil.copytree(ROOT / "configs", tmp_path / "configs")
+        monkeypatch.chdir(tmp_path)
+        blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+        lines = "".join(blocks).replace("\\\n", " ").splitlines()
+        commands = [shlex.split(line, comments=True) for line in lines if line.startswith("detres ")]
+        for _, *words in commands:
+            command = " ".join(["detres", *words])
+            assert main([*words, *(short if words[0] == "train" else ())]) == status.get(command, 0), command
+        return [" ".join(words) for words in commands]
+
+    return run

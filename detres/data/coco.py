@@ -100,6 +100,12 @@ def json_files(folder: Path) -> list[Path]:
     return []
 
 
+def instance_files(folder: Path) -> list[Path]:
+    """Those of `json_files` that are not of other tasks."""
+    files = [file for file in json_files(folder) if not file.stem.startswith(_OTHER_TASKS)]
+    return [file for file in files if file.stem.startswith("instances")] or files
+
+
 def find_annotations(folder: Path, role: str, split: str | None) -> Path:
     """The instances file of a split, or of a role, in a folder. Raises FileNotFoundError if it is not clear which."""
     files = json_files(folder)

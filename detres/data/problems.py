@@ -36,16 +36,13 @@ class Problem:
     field: str
     value: Any
     reason: str
+    kind: str = "invalid"  # of `kinds.KINDS`
 
     def __str__(self) -> str:
         where = [self.file]
         where += [f"image {self.image!r}"] if self.image is not None else []
         where += [f"annotation {self.annotation_id!r}"] if self.annotation_id is not None else []
         return f"{', '.join(where)}: {self.field} {self.reason}; got {_short(self.value)}"
-
-    @property
-    def kind(self) -> str:
-        return f"{self.field} {self.reason.split(' (')[0]}"
 
 
 def _short(value: Any, limit: int = 100) -> str:
@@ -70,7 +67,7 @@ class InvalidDataError(ValueError):
 
 
 def _counts(problems: Sequence[Problem]) -> str:
-    return "; ".join(f"{count} x {kind}" for kind, count in Counter(p.kind for p in problems).most_common())
+    return "; ".join(f"{count} x {kind}" for kind, count in Counter(f"{p.field} {p.reason.split(' (')[0]}" for p in problems).most_common())
 
 
 class Problems:
@@ -80,8 +77,9 @@ class Problems:
         self.name = name
         self.found: list[Problem] = []
 
-    def add(self, file: str | Path, image: Any, annotation_id: Any, field: str, value: Any, reason: str) -> None:
-        self.found.append(Problem(str(file), image, annotation_id, field, value, reason))
+    def add(self, file: str | Path, image: Any, annotation_id: Any, field: str, value: Any, reason: str,
+            kind: str = "invalid") -> None:
+        self.found.append(Problem(str(file), image, annotation_id, field, value, reason, kind))
 
     def check_boxes(self, boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]],
                     report: Callable[[int, str], None]) -> np.ndarray:

@@ -1,0 +1,38 @@
+"""All splits of a folder, whatever its format."""
+
+from __future__ import annotations
+
+import pytest
+
+from detres.data.shapes import ShapesOptions, write_shapes
+from detres.data.splits import find_splits
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "shapes"
+    return write_shapes(folder, 3, options=ShapesOptions("easy", size=(64, 96)), val_images=2, progress=False)
+
+
+def test_both_splits_of_a_coco_folder(shapes):
+    splits = find_splits(shapes / "annotations/instances_val.json")
+    assert [(split.name, split.role) for split in splits] == [("instances_val", "val")]
+    assert len(splits[0].load().records) == 2
+
+
+def test_image_sets_without_their_union(shapes):
+    sets = shapes / "ImageSets/Main"
+    (sets / "trainval.txt").write_text((sets / "train.txt").read_text() + (sets / "val.txt").read_text())
+    assert [(split.name, split.role) for split in find_splits(shapes)] == [("train", "train"), ("val", "val")]
+
+
+def test_yolo_splits(tmp_path):
+    (tmp_path / "data.yaml").write_text("names: [a]\nval: images/val\ntrain: images/train\n")
+    assert [(split.name, split.role) for split in find_splits(tmp_path)] == [("train", "train"), ("val", "val")]
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match="must hold a data set"):
+        find_splits(tmp_path)
+    with pytest.raises(FileNotFoundError, match="must exist"):
+        find_splits(tmp_path / "none")
