@@ -67,7 +67,8 @@ class InvalidDataError(ValueError):
 
 
 def _counts(problems: Sequence[Problem]) -> str:
-    return "; ".join(f"{count} x {kind}" for kind, count in Counter(f"{p.field} {p.reason.split(' (')[0]}" for p in problems).most_common())
+    kinds = Counter(f"{problem.field} {problem.reason.split(' (')[0]}" for problem in problems)
+    return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())
 
 
 class Problems:

@@ -21,9 +21,10 @@ def test_both_splits_of_a_coco_folder(shapes):
 
 
 def test_image_sets_without_their_union(shapes):
-    sets = shapes / "ImageSets/Main"
+    voc = next(shapes.rglob("ImageSets")).parent
+    sets = voc / "ImageSets/Main"
     (sets / "trainval.txt").write_text((sets / "train.txt").read_text() + (sets / "val.txt").read_text())
-    assert [(split.name, split.role) for split in find_splits(shapes)] == [("train", "train"), ("val", "val")]
+    assert [(split.name, split.role) for split in find_splits(voc)] == [("train", "train"), ("val", "val")]
 
 
 def test_yolo_splits(tmp_path):
