@@ -14,13 +14,14 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
+from detres.data.kinds import severity
 from detres.data.masks import mask_area
-from detres.data.problems import OnInvalid, Problems, numbers, segmentation_problem
+from detres.data.problems import FARTHEST, OnInvalid, Problems, is_number, numbers, segmentation_problem
 
 # Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json.
 _OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources",
@@ -76,13 +77,14 @@ def no_garbage_collection() -> Iterator[None]:
 def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
     content = parse(file)
     problems = Problems(file.stem)
-    categories = parse_categories(content["categories"], file)
+    categories = parse_categories(content["categories"], file, problems)
     images_by_id = parse_images(content["images"], file, images, problems)
     label_of = {category["id"]: label for label, category in enumerate(categories)}
-    names, pairs, skeleton = _keypoints(categories, file.stem, problems)
-    annotations = _Reader(file, problems, images_by_id, label_of, len(names)).read(content.get("annotations", []))
+    names, pairs, skeleton = _keypoints(categories, file, problems)
+    reader = _Reader(file, problems, images_by_id, label_of, _left_out(content["categories"], label_of), len(names))
+    annotations = reader.read(content.get("annotations", []))
     problems.close(on_invalid)
-    records = tuple(ImageRecord(image.id, image.path, image.height, image.width, tuple(annotations.get(image.id, ())))
+    records = tuple(replace(image, annotations=tuple(annotations.get(image.id, ())))
                     for image in images_by_id.values() if image is not None)
     return Dataset(file.stem, "coco", tuple(category["name"] for category in categories),
                    tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
@@ -131,24 +133,26 @@ def names_split(file: Path, role: str, split: str | None) -> bool:
     return any(re.fullmatch(rf"{name}\d*", token) for token in tokens for name in SPLITS[role])
 
 
-def _image_folder(file: Path, images: str | None, names: Sequence[str]) -> Path:
-    """The folder that has the most of a sample of the images; the nearest such."""
+def _image_folder(file: Path, images: str | None, names: Sequence[str], problems: Problems) -> Path | None:
+    """The folder that has the most of a sample of the images; the nearest such. None, told to `problems`: no folder."""
     if images is not None:
-        if not Path(images).expanduser().is_dir():
-            raise FileNotFoundError(f"image folder must exist, got {images} (for {file}). Check data.*.images.")
-        return Path(images).expanduser()
+        folder = Path(images).expanduser()
+        if not folder.is_dir():
+            problems.add(file, None, None, "images", images, "must be a folder (check data.*.images)", "images_nowhere")
+        return folder if folder.is_dir() else None
     parts = [part for part in re.split(r"[_.\-]+", file.stem) if part]
     subfolders = ["_".join(parts[start:]) for start in range(len(parts))] + parts
     subfolders += [part for name in names[:1] for part in name.split("_")[:-1]]  # COCO_val2014_000000000042.jpg
     subfolders = [f"{above}{sub}" for sub in [*subfolders, ""] for above in ("", "images/")]
     folders = [root / sub for root in (file.parent, file.parent.parent) for sub in subfolders]
-    folders = [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
+    folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
     sample = names[:: max(1, len(names) // 20)]
-    count = {folder: sum((folder / name).is_file() for name in sample) for folder in folders}
+    count = {folder: sum(os.path.isfile(folder / name) for name in sample) for folder in folders}
     best = max(folders, key=lambda folder: count[folder])  # the first of equals
     if sample and not count[best]:
-        raise FileNotFoundError(f"images of {file} must be in a folder beside it, got none, such as {sample[0]}, in "
-                                f"{', '.join(map(str, folders))}. Give the folder as data.*.images.")
+        problems.add(file, None, None, "images", sample[0], "must be in a folder beside the file (such as "
+                     f"{', '.join(map(str, folders))}: give the folder as data.*.images)", "images_nowhere")
+        return None
     return best
 
 
@@ -158,10 +162,10 @@ def _image_folder(file: Path, images: str | None, names: Sequence[str]) -> Path:
 def parse(file: Path) -> dict[str, Any]:
     """The JSON, with polygons packed as they come by."""
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:
             content = json.load(stream, object_hook=_pack)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"annotation file must be JSON, got {error} ({file}). Is it complete?") from None
+    except (ValueError, RecursionError) as error:  # also of whole numbers with thousands of digits
+        raise ValueError(f"annotation file must be JSON, got {error} ({file}). Is it complete?") from error
     required = ["images", "categories"] + ["annotations"] * (not file.stem.startswith("image_info"))
     missing = [key for key in required if not isinstance(content, dict) or not isinstance(content.get(key), list)]
     if missing:
@@ -181,65 +185,92 @@ def _pack(entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def parse_categories(entries: list[Any], file: Path) -> list[dict[str, Any]]:
-    """In the order of their ids. What is wrong here leaves nothing to drop, so it stops at once."""
-    for entry in entries:
-        if not isinstance(entry, dict) or type(entry.get("id")) is not int or not isinstance(entry.get("name"), str):
-            raise ValueError(f"category must have a whole number as id and a name, got {entry!r} ({file}). Correct it.")
-    for key in ("id", "name"):
-        values = [entry[key] for entry in entries]
-        if twice := {value for value in values if values.count(value) > 1}:
-            raise ValueError(f"categories must differ in {key}, got {sorted(twice)} more than once ({file}). "
-                             "Correct them.")
-    if not entries:
-        raise ValueError(f"categories must be one or more, got none ({file}). Add them to the file.")
-    return sorted(entries, key=lambda entry: entry["id"])
+def parse_categories(entries: list[Any], file: Path, problems: Problems) -> list[dict[str, Any]]:
+    """Those that can be used, in the order of their ids. Raises ValueError if there is none."""
+    found: dict[str, set[Any]] = {"id": set(), "name": set()}
+    usable = []
+    for number, entry in enumerate(entries):
+        place, own = f"categories[{number}]", entry if isinstance(entry, dict) else {}
+        twice = [key for key in found if isinstance(own.get(key), (int, str)) and own[key] in found[key]]
+        if not is_id(own.get("id")) or not isinstance(own.get("name"), str):
+            problems.add(file, None, None, "category", entry, "must have a whole number as id and a name (correct it)",
+                         "bad_category", place)
+        elif twice:
+            problems.add(file, None, None, f"category {twice[0]}", own[twice[0]],
+                         "must differ from other categories' (rename or merge it)", "duplicate_category", place)
+        else:
+            usable.append(entry)
+            for key, values in found.items():
+                values.add(entry[key])
+    if not usable:
+        raise ValueError(f"categories must be one or more, with a whole number as id and a name, got {entries!r:.200} "
+                         f"({file}). Add them to the file.")
+    ids = sorted(found["id"])
+    if ids[-1] - ids[0] >= len(ids):
+        problems.add(file, None, None, "categories[].id", ids, "have gaps", "category_gap")
+    return sorted(usable, key=lambda entry: entry["id"])
 
 
-def _keypoints(categories: list[dict[str, Any]], name: str, problems: Problems
+def is_id(value: Any) -> bool:
+    """A whole number, of 64 bits as other tools hold it."""
+    return type(value) is int and -2**63 <= value < 2**63
+
+
+def _left_out(entries: list[Any], label_of: dict[int, int]) -> frozenset[int]:
+    """Ids of categories that cannot be used: their annotations are told with them."""
+    ids = (entry.get("id") for entry in entries if isinstance(entry, dict))
+    return frozenset(value for value in ids if type(value) is int and value not in label_of)
+
+
+def _keypoints(categories: list[dict[str, Any]], file: Path, problems: Problems
                ) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]:
     """Names of the keypoints, pairs that a mirror swaps, and pairs that the skeleton joins (which the file counts from
     1)."""
-    layouts = {tuple(category["keypoints"]) for category in categories if category.get("keypoints")}
-    if len(layouts) > 1:
-        problems.add(name, None, None, "categories[].keypoints", sorted(layouts),
-                     "must be the same for all categories that have some (use a file for each)")
+    given = [category["keypoints"] for category in categories if category.get("keypoints")]
+    layouts = {tuple(names) for names in given if isinstance(names, list) and all(isinstance(n, str) for n in names)}
+    if len(layouts) != 1 and given:
+        problems.add(file, None, None, "categories[].keypoints", given[:3], "must be lists of names, the same for all "
+                     "categories that have some (use a file for each)", "category_keypoints")
     names = layouts.pop() if len(layouts) == 1 else ()
     swapped = ((name, name.replace("left", "right")) for name in names if "left" in name)
     pairs = tuple((names.index(left), names.index(right)) for left, right in swapped if right in names)
     bones = next((category["skeleton"] for category in categories if names and category.get("skeleton")), ())
+    bones = [bone for bone in bones if isinstance(bone, list) and len(bone) == 2] if isinstance(bones, list) else []
     places = range(1, len(names) + 1)
     return names, pairs, tuple((a - 1, b - 1) for a, b in bones if a in places and b in places)
 
 
 def parse_images(entries: list[Any], file: Path, images: str | None,
                  problems: Problems) -> dict[Any, ImageRecord | None]:
-    """Images by id, without annotations; None for an image that cannot be used."""
+    """Images by id, without annotations; None for one whose size is not known. Those without a file are there, so that
+    their annotations are checked, too: `load_dataset` takes them out."""
     found: dict[Any, ImageRecord | None] = {}
     usable = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
-    folder = _image_folder(file, images, [entry["file_name"] for entry in usable])
+    folder = _image_folder(file, images, [entry["file_name"] for entry in usable], problems)
     exists = existence()
     for number, entry in enumerate(entries):
+        place = f"images[{number}]"
         entry = entry if isinstance(entry, dict) else {}
         image_id, name = entry.get("id"), entry.get("file_name")
-        if type(image_id) not in (int, str):
-            problems.add(file, name, None, f"images[{number}].id", image_id,
-                         "must be a whole number or a string (add it)")
+        if not (is_id(image_id) or isinstance(image_id, str)):
+            problems.add(file, name, None, f"{place}.id", image_id, "must be a whole number or a string (add it)",
+                         "bad_image", place)
             continue
         if image_id in found:
             problems.add(file, image_id, None, "id", image_id,
-                         "must differ from other images' (give it another, or delete it)")
+                         "must differ from other images' (give it another, or delete it)", "duplicate_image", place)
             continue
         found[image_id] = None
         side = {key: entry.get(key) for key in ("height", "width")}
-        if bad := [key for key, value in side.items() if type(value) is not int or value < 1]:
+        if bad := [key for key, value in side.items() if type(value) is not int or not 1 <= value <= FARTHEST]:
             problems.add(file, image_id, None, bad[0], side[bad[0]],
-                         "must be a whole number above zero (state the file's size)")
-        elif not isinstance(name, str) or not exists(folder / name):
+                         "must be a whole number above zero (state the file's size)", "image_size", place)
+            continue
+        text = name if isinstance(name, str) else ""
+        found[image_id] = ImageRecord(image_id, (folder or file.parent) / text, side["height"], side["width"])
+        if not text or folder and not exists(folder / text):
             problems.add(file, image_id, None, "file_name", name,
-                         f"must be an image file (in {folder}: add it, or delete the entry)")
-        else:
-            found[image_id] = ImageRecord(image_id, folder / name, side["height"], side["width"])
+                         f"must be an image file (in {folder}: add it, or delete the entry)", "image_missing", place)
     return found
 
 
@@ -249,89 +280,104 @@ def existence() -> Callable[[Path], bool]:
 
     def exists(path: Path) -> bool:
         if path.parent not in listed:
-            listed[path.parent] = set(os.listdir(path.parent)) if path.parent.is_dir() else set()
+            listed[path.parent] = set(os.listdir(path.parent)) if os.path.isdir(path.parent) else set()
         return path.name in listed[path.parent]
 
     return exists
 
 
+_Row = tuple[int, dict[str, Any], ImageRecord | None, list[float] | None]  # place, entry, its image, x y w h
+
+
 @dataclass
 class _Reader:
-    """Checks annotations and makes them into records."""
+    """Checks annotations, each to the end so that all is told that is wrong with it, and makes them into records."""
 
     file: Path
     problems: Problems
     images: dict[Any, ImageRecord | None]
     label_of: dict[int, int]
+    left_out: frozenset[int]  # categories
     keypoints: int
+    seen: set[int] = field(default_factory=set)  # ids
+    bad: set[int] = field(default_factory=set)  # places of entries with errors
 
     def read(self, entries: list[Any]) -> dict[Any, list[Annotation]]:
         """By image id."""
-        entries, boxes = self._linked(entries)
-        kept = self.problems.check_boxes(boxes, [self._size(entry) for entry in entries],
-                                         lambda i, reason: self._add(entries[i], "bbox", entries[i]["bbox"], reason))
+        rows = [row for number, entry in enumerate(entries) if (row := self._row(number, entry)) is not None]
+        self._check_boxes([row for row in rows if row[3] is not None])
         found: dict[Any, list[Annotation]] = {}
-        for entry, box, keep in zip(entries, boxes, kept.tolist()):
-            if keep and (annotation := self._annotation(entry, box)) is not None:
-                found.setdefault(entry["image_id"], []).append(annotation)
+        for row in rows:
+            if (annotation := self._annotation(*row)) is not None:
+                found.setdefault(row[1]["image_id"], []).append(annotation)
         return found
 
-    def _linked(self, entries: list[Any]) -> tuple[list[dict[str, Any]], list[tuple[float, ...]]]:
-        """The entries whose ids and boxes can be read, on images that can be used; and their boxes xyxy."""
-        seen: set[int] = set()
-        kept, boxes = [], []
-        for number, entry in enumerate(entries):
-            if not isinstance(entry, dict) or type(entry.get("id")) is not int:
-                self.problems.add(self.file, None, None, f"annotations[{number}]", entry,
-                                  "must be an object with a whole number as id (add it)")
-                continue
-            if problem := self._link_problem(entry, seen):
-                self._add(entry, *problem)
-            elif self.images[entry["image_id"]] is not None:  # else reported with the image
-                box = numbers(entry.get("bbox"), 4)
-                if box is None:
-                    self._add(entry, "bbox", entry.get("bbox"), "must be four numbers (x, y, width, height)")
-                else:
-                    x, y, w, h = box
-                    kept.append(entry)
-                    boxes.append((x, y, x + w, y + h))
-            seen.add(entry["id"])
-        return kept, boxes
-
-    def _link_problem(self, entry: dict[str, Any], seen: set[int]) -> tuple[str, Any, str] | None:
+    def _row(self, number: int, entry: Any) -> _Row | None:
+        if not isinstance(entry, dict):
+            self.problems.add(self.file, None, None, f"annotations[{number}]", entry, "must be an object (delete it)",
+                              "bad_annotation", f"annotations[{number}]")
+            return None
         image_id, category_id = entry.get("image_id"), entry.get("category_id")
-        if entry["id"] in seen:
-            return "id", entry["id"], "must differ from other annotations' (give it another, or delete it)"
-        if type(image_id) not in (int, str) or image_id not in self.images:
-            return "image_id", image_id, "must be the id of an image (in this file: add it, or delete the annotation)"
-        if type(category_id) is not int or category_id not in self.label_of:
-            return "category_id", category_id, "must be the id of a category (in this file: add it, or correct this)"
-        return None
+        self._check_id(number, entry)
+        known = type(image_id) in (int, str) and image_id in self.images
+        if not known:
+            self._add(number, entry, "image_id", image_id, "must be the id of an image (in this file: add it, or delete "
+                      "the annotation)", "unknown_image")
+        if type(category_id) is not int or category_id not in self.label_of and category_id not in self.left_out:
+            self._add(number, entry, "category_id", category_id, "must be the id of a category (in this file: add it, or "
+                      "correct this)", "unknown_category")
+        box = numbers(entry.get("bbox"), 4)
+        if box is None:
+            self._add(number, entry, "bbox", entry.get("bbox"), "must be four numbers (x, y, width, height)", "bad_box")
+        return number, entry, self.images[image_id] if known else None, box
 
-    def _annotation(self, entry: dict[str, Any], box: tuple[float, ...]) -> Annotation | None:
-        height, width = self._size(entry)
-        segmentation = entry.get("segmentation") or None
-        problem = segmentation and segmentation_problem(segmentation, height, width)
-        if problem:
-            return self._add(entry, "segmentation", *problem)
-        crowd, area, keypoints = entry.get("iscrowd", 0), entry.get("area"), None
+    def _check_id(self, number: int, entry: dict[str, Any]) -> None:
+        value = entry.get("id")
+        if not is_id(value):
+            self._add(number, entry, "id", value, "must be a whole number (add it)", "bad_annotation")
+            return
+        if value in self.seen:
+            self._add(number, entry, "id", value, "must differ from other annotations' (give it another, or delete it)",
+                      "duplicate_annotation")
+        elif value == 0:
+            self._add(number, entry, "id", value, "must be above zero (number annotations from 1)", "id_zero")
+        self.seen.add(value)
+
+    def _check_boxes(self, rows: list[_Row]) -> None:
+        boxes = [(x, y, x + w, y + h) for _, _, _, (x, y, w, h) in rows]
+        sizes = [(image.height, image.width) if image else (math.nan, math.nan) for _, _, image, _ in rows]
+        self.problems.check_boxes(boxes, sizes, lambda i, *problem: self._add(
+            *rows[i][:2], "bbox", rows[i][1]["bbox"], *problem))
+
+    def _annotation(self, number: int, entry: dict[str, Any], image: ImageRecord | None,
+                    box: list[float] | None) -> Annotation | None:
+        segmentation, keypoints = entry.get("segmentation") or None, None
+        if segmentation and (image or isinstance(segmentation, list)):
+            if problem := segmentation_problem(segmentation, *((image.height, image.width) if image else (0, 0))):
+                self._add(number, entry, "segmentation", *problem)
+        crowd, area = entry.get("iscrowd", 0), entry.get("area")
         if crowd not in (0, 1):
-            return self._add(entry, "iscrowd", crowd, "must be 0 or 1 (correct it)")
-        if area is None:
-            area = mask_area(segmentation, height, width) if segmentation else (box[2] - box[0]) * (box[3] - box[1])
-        if type(area) not in (int, float) or not math.isfinite(area) or area < 0:
-            return self._add(entry, "area", area, "must be a number of pixels (delete it: it is then computed)")
+            self._add(number, entry, "iscrowd", crowd, "must be 0 or 1 (correct it)", "bad_iscrowd")
+        if area is not None and not (is_number(area) and area >= 0):
+            self._add(number, entry, "area", area, "must be a number of pixels (delete it: it is then computed)",
+                      "bad_area")
         if self.keypoints and entry.get("keypoints"):
             keypoints = numbers(entry["keypoints"], 3 * self.keypoints)
             if keypoints is None or not all(map(math.isfinite, keypoints)):
-                return self._add(entry, "keypoints", entry["keypoints"],
-                                 f"must be finite: x, y and visibility for each name ({3 * self.keypoints} numbers)")
-        return Annotation(entry["id"], self.label_of[entry["category_id"]], box, segmentation,
-                          keypoints and tuple(keypoints), area, bool(crowd), size=tuple(entry["bbox"][2:]))
+                self._add(number, entry, "keypoints", entry["keypoints"], "must be finite: x, y and visibility for each "
+                          f"name ({3 * self.keypoints} numbers)", "bad_keypoints")
+        label = self.label_of.get(entry.get("category_id")) if number not in self.bad else None
+        if label is None or image is None:
+            return None
+        x, y, w, h = box
+        if area is None:
+            area = mask_area(segmentation, image.height, image.width) if segmentation else w * h
+        return Annotation(entry["id"], label, (x, y, x + w, y + h), segmentation, keypoints and tuple(keypoints), area,
+                          bool(crowd), size=tuple(entry["bbox"][2:]))
 
-    def _size(self, entry: dict[str, Any]) -> tuple[int, int]:
-        image = self.images[entry["image_id"]]
-        return image.height, image.width
-
-    def _add(self, entry: dict[str, Any], field: str, value: Any, reason: str) -> None:
-        self.problems.add(self.file, entry.get("image_id"), entry["id"], field, value, reason)
+    def _add(self, number: int, entry: dict[str, Any], field: str, value: Any, reason: str, kind: str) -> None:
+        if severity(kind) == "error":
+            self.bad.add(number)
+        image_id, key = entry.get("image_id"), entry.get("id")
+        self.problems.add(self.file, image_id if type(image_id) in (int, str) else None, key if is_id(key) else None,
+                          field, value, reason, kind, f"annotations[{number}]")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from detres.config import SourceConfig
 from detres.data.label_maps import LabelMap
 from detres.data.masks import PNGSegment
-from detres.data.problems import InvalidDataError, OnInvalid, Problem
+from detres.data.problems import InvalidDataError, OnInvalid, Problem, Problems
 
 __all__ = ["Annotation", "Dataset", "ImageRecord", "InvalidDataError", "Problem", "Role", "load_dataset"]
 
@@ -113,6 +113,22 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
             and the log says how many of what.
         ValueError: an annotation file that is no annotation file.
     """
+    problems = Problems(source.path)
+    dataset = read_all(source, role, problems)
+    problems.name = dataset.name
+    problems.close(on_invalid)
+    return without_images(dataset, problems.images("image_missing"))
+
+
+def without_images(dataset: Dataset, ids: set[int | str | None]) -> Dataset:
+    return replace(dataset, records=tuple(record for record in dataset.records if record.id not in ids)
+                   ) if ids else dataset
+
+
+def read_all(source: SourceConfig, role: Role, problems: Problems) -> Dataset:
+    """What can be used of a data set, and besides it the images without a file, for the checks; what is wrong with it
+    is added to `problems`. Raises FileNotFoundError and ValueError as `load_dataset`."""
+    on_invalid = problems.found
     from detres.data import coco, ilsvrc_det, localization, voc, yolo  # they import this module
 
     path = Path(source.path).expanduser()

@@ -1,4 +1,8 @@
-"""Kinds of problems in data sets: how bad each is, what it does, and what mends it."""
+"""Kinds of problems in data sets: how bad each is, what it does, and what mends it.
+
+Readers and checks name a kind by its slug; `detres data check` groups by it, and docs/data.md lists all. In the order
+in which a report tells groups of the same severity.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,94 @@ class Kind(NamedTuple):
     fix: str
 
 
+_REFUSED = "training refuses the object: its label would be lost"
+
 KINDS: dict[str, Kind] = {
+    # Structure
+    "unreadable": Kind("error", "files that cannot be read", "nothing in them can be used",
+                       "correct the file where the message says, or export it again"),
     "invalid": Kind("error", "invalid entries", "training refuses them", "correct or delete them"),
+    "bad_category": Kind("error", "categories that are not what they must be",
+                         "the labels of their objects mean nothing", "give each a whole number as id and a name"),
+    "duplicate_category": Kind("error", "categories with the id or name of another",
+                               "the labels of two classes are mixed up", "merge them, or rename one"),
+    "category_keypoints": Kind("error", "categories whose keypoints cannot be used",
+                               "a keypoint head has one list of names", "use a file for each set of keypoints"),
+    "bad_image": Kind("error", "image entries that are not what they must be",
+                      "the image and its objects are lost", "give each a whole number or a string as id"),
+    "duplicate_image": Kind("error", "images with the id of another, or listed twice",
+                            "objects are assigned to the wrong image, or trained on twice",
+                            "give the image another id, or delete it"),
+    "image_size": Kind("error", "images without a valid size", "their objects cannot be checked or evaluated",
+                       "state height and width of the file in pixels"),
+    "images_nowhere": Kind("error", "image folders that are not found", "there is nothing to train on",
+                           "say where the images are: --images DIR, in a config data.*.images"),
+    "image_missing": Kind("error", "images without a readable file", "training cannot load them: their objects are lost",
+                          "add the file, or delete the entry and its objects"),
+    "bad_annotation": Kind("error", "annotations that are not what they must be", _REFUSED,
+                           "give each a whole number as id and values of the right type"),
+    "duplicate_annotation": Kind("error", "annotations with the id of another",
+                                 "evaluation counts them as one object", "renumber them, or delete the copy"),
+    "unknown_image": Kind("error", "annotations of an image that does not exist",
+                          "their labels are lost in silence by most tools", "add the image, or delete them"),
+    "unknown_category": Kind("error", "annotations of a class that does not exist", _REFUSED,
+                             "add the class, or correct the annotation"),
+    "bad_iscrowd": Kind("error", "iscrowd that is neither 0 nor 1", _REFUSED, "write 0 or 1"),
+    "bad_keypoints": Kind("error", "keypoints that are not what they must be", _REFUSED,
+                          "give x, y and visibility for each name"),
+    "bad_row": Kind("error", "rows that are not numbers", _REFUSED,
+                    "write the class, then the box or polygon in fractions of the image"),
+    "bad_xml": Kind("error", "images without a readable XML file", "the image and its objects are lost",
+                    "correct the file, or take the image out of the list"),
+    # Geometry
+    "boxes_xyxy": Kind("error", "boxes in corners (x1, y1, x2, y2) instead of (x, y, width, height)",
+                       "every box is too large: the detector learns wrong boxes", "convert the boxes: --fix does"),
+    "boxes_normalised": Kind("error", "coordinates in fractions of the image instead of pixels",
+                             "every box is a speck in the corner: nothing is learned",
+                             "multiply by width and height: --fix does"),
+    "boxes_in_pixels": Kind("error", "coordinates in pixels instead of fractions of the image",
+                            "the boxes lie outside the image: their labels are lost",
+                            "divide by width and height: --fix does"),
+    "bad_box": Kind("error", "boxes that are not four numbers", _REFUSED, "write four numbers, or delete the object"),
+    "box_not_finite": Kind("error", "boxes with NaN or infinity",
+                           "the loss becomes NaN and with it the network", "correct the box, or delete the object"),
+    "box_negative": Kind("error", "boxes of negative width or height", _REFUSED,
+                         "swap the corners, or redraw the box"),
+    "box_empty": Kind("error", "boxes without area", "no proposal matches them: recall is lost",
+                      "redraw the box, or delete the object"),
+    "box_outside": Kind("error", "boxes outside their image", "there is nothing to see in them: recall is lost",
+                        "correct the box, or the size stated for the image"),
+    "bad_area": Kind("error", "areas that are not numbers of pixels", "AP by size cannot place the object",
+                     "delete the area: it is then computed"),
+    "bad_segmentation": Kind("error", "masks that are neither polygons nor an RLE", _REFUSED,
+                             "write a list of flat lists of x, y, or an RLE with size and counts"),
+    "polygon_odd": Kind("error", "polygons with a number missing", "all points after it are swapped: x for y",
+                        "add the number, or redraw the polygon"),
+    "polygon_short": Kind("error", "polygons of fewer than 3 points", "they have no area: the mask is empty",
+                          "redraw or delete them"),
+    "polygon_not_finite": Kind("error", "polygons with NaN, infinity or points far from the image",
+                               "drawing the mask fails in the middle of training", "correct or delete the polygon"),
+    "rle_size": Kind("error", "RLE masks of another size than their image", "the mask lies across other pixels",
+                     "encode the mask at the image's height and width"),
+    "bad_rle": Kind("error", "RLE masks whose counts are damaged or do not cover the image",
+                    "decoding them fails, or reads beyond memory", "encode the mask again"),
+    # Warnings
+    "box_past_edge": Kind("warning", "boxes that reach past the edge of their image", "training clips them",
+                          "clip the box, if the object ends at the edge"),
+    "box_mask_differs": Kind("warning", "boxes that do not fit their mask",
+                             "box and mask heads learn different objects", "compute the box from the mask"),
+    "area_differs": Kind("warning", "areas that are not those of the mask (or of the box)",
+                         "AP for small, medium and large objects sorts them wrongly", "compute the area again"),
+    "polygon_crosses": Kind("warning", "polygons whose outline crosses itself",
+                            "the mask has holes or spurs where it does", "redraw the polygon, if the object is larger"),
+    "id_zero": Kind("warning", "annotations with id 0",
+                    "pycocotools never counts them as found: recall is lost", "number annotations from 1"),
+    "no_annotations": Kind("warning", "splits without any annotation", "there is nothing to learn or to measure",
+                           "check the export"),
+    # Notes
+    "category_gap": Kind("note", "category ids with gaps", "none: labels are numbered 0 to K-1 in their order", "none"),
 }
+
+
+def severity(kind: str) -> Severity:
+    return KINDS[kind].severity

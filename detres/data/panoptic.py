@@ -64,7 +64,7 @@ def _find(folder: Path, role: str, split: str | None) -> Path:
 def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
     content = coco.parse(file)
     problems = Problems(file.stem)
-    categories = coco.parse_categories(content["categories"], file)
+    categories = coco.parse_categories(content["categories"], file, problems)
     if bad := [category for category in categories if category.get("isthing") not in (0, 1)]:
         raise ValueError(f"category must say isthing, 0 or 1, in COCO's panoptic format, got {bad[0]} ({file}). Is it "
                          "a panoptic file?")
@@ -73,6 +73,8 @@ def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
         raise ValueError(f"categories must be at most {MAX_CLASSES}, one or more of them things, got {len(things)} "
                          f"things and {len(stuff)} of stuff ({file}).")
     records = coco.parse_images(content["images"], file, images, problems)
+    missing = problems.images("image_missing")
+    records = {image_id: record if image_id not in missing else None for image_id, record in records.items()}
     table = (0,) * len(things) + tuple(range(1, len(stuff) + 1))
     label_of = {category["id"]: k for k, category in enumerate([*things, *stuff])}
     found = _Reader(file, problems, records, label_of, table).read(content["annotations"])
@@ -170,8 +172,8 @@ class _Reader:
     def _records(self, folder: Path, files: dict[Any, str], segments: Sequence[_Segment]) -> tuple[ImageRecord, ...]:
         things = [segment for segment in segments if not self.table[segment.k]]
         sizes = [(self.images[thing.image].height, self.images[thing.image].width) for thing in things]
-        kept = self.problems.check_boxes([thing.box for thing in things], sizes, lambda i, reason: self._add(
-            {"image_id": things[i].image}, things[i].id, "bbox", things[i].bbox, reason))
+        kept = self.problems.check_boxes([thing.box for thing in things], sizes, lambda i, *problem: self._add(
+            {"image_id": things[i].image}, things[i].id, "bbox", things[i].bbox, *problem))
         columns = {image_id: array("q") for image_id in files}
         for segment in segments:
             columns[segment.image].extend((segment.id, segment.k, segment.crowd))
@@ -186,8 +188,9 @@ class _Reader:
                              label_map=SegmentImage(self.table, paths[image_id], columns[image_id]))
                      for image_id, record in self.images.items() if image_id in files)
 
-    def _add(self, entry: dict[str, Any], number: Any, field: str, value: Any, reason: str) -> None:
-        self.problems.add(self.file, entry["image_id"], number, field, value, reason)
+    def _add(self, entry: dict[str, Any], number: Any, field: str, value: Any, reason: str,
+             kind: str = "invalid") -> None:
+        self.problems.add(self.file, entry["image_id"], number, field, value, reason, kind)
 
 
 def align_panoptic(dataset: Dataset, aligned: Dataset, semantic_classes: Sequence[str]) -> Dataset:

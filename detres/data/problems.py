@@ -13,15 +13,19 @@ from typing import Any, Literal
 
 import numpy as np
 
+from detres.data.kinds import KINDS, severity
 from detres.data.masks import run_lengths
 
 log = logging.getLogger("detres")
 
-OnInvalid = Literal["error", "drop"]
 
 LISTED = 20  # problems that a message tells in full
 FARTHEST = 1e6  # pixels from the origin: pycocotools walks along edges pixel by pixel, and crashes on 1e9
 ROUNDING = 1.0  # pixels that a box may reach past its image without a warning
+
+# Of all entries, or of what the others are made of: leaving out is no answer.
+FATAL = frozenset({"images_nowhere", "bad_category", "duplicate_category", "boxes_xyxy", "boxes_normalised",
+                   "boxes_in_pixels"})
 
 EMPTY = "must have a width and a height above zero (redraw the box or delete the annotation)"
 
@@ -37,17 +41,24 @@ class Problem:
     value: Any
     reason: str
     kind: str = "invalid"  # of `kinds.KINDS`
+    split: str = ""  # that `detres data check` found it in
+    place: str = ""  # of the entry in the file, such as "annotations[17]"
 
     def __str__(self) -> str:
         where = [self.file]
         where += [f"image {self.image!r}"] if self.image is not None else []
         where += [f"annotation {self.annotation_id!r}"] if self.annotation_id is not None else []
+        where += [self.place] if self.place and self.image is self.annotation_id is None else []
         return f"{', '.join(where)}: {self.field} {self.reason}; got {_short(self.value)}"
 
 
 def _short(value: Any, limit: int = 100) -> str:
     text = repr(value.tolist() if isinstance(value, array) else value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+# What a reader does about problems; a list takes them, and is for the caller to look at.
+OnInvalid = Literal["error", "drop"] | list[Problem]
 
 
 class InvalidDataError(ValueError):
@@ -79,31 +90,48 @@ class Problems:
         self.found: list[Problem] = []
 
     def add(self, file: str | Path, image: Any, annotation_id: Any, field: str, value: Any, reason: str,
-            kind: str = "invalid") -> None:
-        self.found.append(Problem(str(file), image, annotation_id, field, value, reason, kind))
+            kind: str = "invalid", place: str = "") -> None:
+        self.found.append(Problem(str(file), image, annotation_id, field, value, reason, kind, place=place))
 
-    def check_boxes(self, boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[int, int]],
-                    report: Callable[[int, str], None]) -> np.ndarray:
-        """Which of boxes (A, 4) xyxy on images of (height, width) can be used, (A,) bool; reports row and reason of
-        each other. Boxes that reach past their image by more than rounding does are only counted, in the log."""
+    def images(self, kind: str) -> set[int | str | None]:
+        """Ids of the images that have a problem of this kind."""
+        return {problem.image for problem in self.found if problem.kind == kind}
+
+    def check_boxes(self, boxes: Sequence[Sequence[float]], sizes: Sequence[tuple[float, float]],
+                    report: Callable[[int, str, str], None]) -> np.ndarray:
+        """Which of boxes (A, 4) xyxy on images of (height, width) can be used, (A,) bool; reports row, reason and kind
+        of each other, and of boxes that reach past their image by more than rounding does. A size may be NaN: not
+        known."""
         table, limits = np.array(boxes, float).reshape(-1, 4), np.array(sizes, float).reshape(-1, 2)
         kept = np.ones(len(table), bool)
-        for row, reason in _box_problems(table, limits):
+        for row, reason, kind in _box_problems(table, limits):
             kept[row] = False
-            report(row, reason)
+            report(row, reason, kind)
         past = kept & ((table[:, :2] < -ROUNDING) | (table[:, 2:] > limits[:, ::-1] + ROUNDING)).any(1)
-        if past.any():
-            log.warning("%s: %d of %d boxes reach past the edge of their image by more than %g px; training clips them",
-                        self.name, past.sum(), len(table), ROUNDING)
+        for row in np.flatnonzero(past).tolist():
+            report(row, f"must end at the edge of its image ({_sides(limits[row])}: training clips it)",
+                   "box_past_edge")
         return kept
 
     def close(self, on_invalid: OnInvalid) -> None:
-        """Raises InvalidDataError if there was any problem, or, with 'drop', says what was left out."""
-        if self.found and on_invalid == "error":
-            raise InvalidDataError(self.name, self.found)
-        if self.found:
-            log.warning("%s: left out what is invalid (%d found): %s", self.name, len(self.found),
-                        _counts(self.found))
+        """Raises InvalidDataError if there was an error, or, with 'drop', says what was left out; warnings are one line
+        for each kind. With a list: adds all to it."""
+        if isinstance(on_invalid, list):
+            on_invalid += self.found
+            return
+        errors = [problem for problem in self.found if severity(problem.kind) == "error"]
+        if errors and (on_invalid == "error" or any(problem.kind in FATAL for problem in errors)):
+            raise InvalidDataError(self.name, errors)
+        if errors:
+            log.warning("%s: left out what is invalid (%d found): %s", self.name, len(errors), _counts(errors))
+        warnings = Counter(problem.kind for problem in self.found if severity(problem.kind) == "warning")
+        for kind, count in warnings.items():
+            log.warning("%s: %d x %s: %s", self.name, count, KINDS[kind].title, KINDS[kind].effect)
+
+
+def is_number(value: Any) -> bool:
+    """A finite number that fits a float."""
+    return type(value) in (int, float) and -1e300 < value < 1e300
 
 
 def numbers(values: Any, count: int) -> list[float] | None:
@@ -116,7 +144,8 @@ def numbers(values: Any, count: int) -> list[float] | None:
         return None
 
 
-def _box_problems(boxes: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, str]]:
+def _box_problems(boxes: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, str, str]]:
+    """Row, reason and kind."""
     x1, y1, x2, y2 = boxes.T
     height, width = sizes.T
     finite = np.isfinite(boxes).all(1)
@@ -124,40 +153,48 @@ def _box_problems(boxes: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[int, s
     outside = (x1 >= width) | (y1 >= height) | (x2 <= 0) | (y2 <= 0)
     for row in np.flatnonzero(~finite | empty | outside).tolist():
         if not finite[row]:
-            yield row, "must be finite (correct the box or delete the annotation)"
+            yield row, "must be finite (correct the box or delete the annotation)", "box_not_finite"
         elif empty[row]:
-            yield row, EMPTY
+            yield row, EMPTY, "box_negative" if x2[row] < x1[row] or y2[row] < y1[row] else "box_empty"
         else:
-            yield row, (f"must overlap its image ({width[row]:g} px wide, {height[row]:g} px high: correct the box, "
-                        "or the size stated for the image)")
+            yield row, (f"must overlap its image ({_sides(sizes[row])}: correct the box, or the size stated for the "
+                        "image)"), "box_outside"
 
 
-def segmentation_problem(segmentation: Any, height: int, width: int) -> tuple[Any, str] | None:
-    """What is wrong with a COCO segmentation: the value and the reason. Polygons must be arrays of doubles already."""
+def _sides(size: np.ndarray) -> str:
+    return f"{size[1]:g} px wide, {size[0]:g} px high"
+
+
+def segmentation_problem(segmentation: Any, height: float, width: float) -> tuple[Any, str, str] | None:
+    """What is wrong with a COCO segmentation: value, reason and kind. Polygons must be arrays of doubles already."""
     if isinstance(segmentation, list):
-        return next(((polygon, reason) for polygon in segmentation if (reason := _polygon_reason(polygon))), None)
+        return next(((polygon, *problem) for polygon in segmentation if (problem := _polygon_problem(polygon))), None)
     if not isinstance(segmentation, dict):
-        return segmentation, "must be polygons or an RLE (a list of lists of x, y; or an object with size and counts)"
+        return (segmentation, "must be polygons or an RLE (a list of lists of x, y; or an object with size and counts)",
+                "bad_segmentation")
     if segmentation.get("size") != [height, width]:
-        return segmentation.get("size"), f"must have the size of its image (as [height, width]: [{height}, {width}])"
+        return (segmentation.get("size"), f"must have the size of its image (as [height, width]: [{height}, {width}])",
+                "rle_size")
     counts = segmentation.get("counts")
     runs = run_lengths(counts) if isinstance(counts, str) else counts
     if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
-        return counts, "must have counts (a list of whole numbers, or COCO's compressed string)"
+        return counts, "must have counts (a list of whole numbers, or COCO's compressed string)", "bad_rle"
     if sum(runs) != height * width:
-        return sum(runs), f"must have counts that cover its image (in all {height * width} pixels)"
+        return sum(runs), f"must have counts that cover its image (in all {height * width} pixels)", "bad_rle"
     return None
 
 
-def _polygon_reason(polygon: Any) -> str | None:
+def _polygon_problem(polygon: Any) -> tuple[str, str] | None:
+    """Reason and kind."""
     if not isinstance(polygon, array):
-        return "must have polygons of numbers (a flat list x1, y1, x2, y2 ...)"
+        return "must have polygons of numbers (a flat list x1, y1, x2, y2 ...)", "bad_segmentation"
     if len(polygon) % 2:
-        return "must have polygons with as many x as y (the list has an odd length: a number is missing)"
+        return ("must have polygons with as many x as y (the list has an odd length: a number is missing)",
+                "polygon_odd")
     if len(polygon) < 6:
-        return "must have polygons of 3 points or more (redraw or delete it)"
+        return "must have polygons of 3 points or more (redraw or delete it)", "polygon_short"
     if not math.isfinite(sum(polygon)):
-        return "must have polygons of finite numbers (correct or delete it)"
+        return "must have polygons of finite numbers (correct or delete it)", "polygon_not_finite"
     if max(polygon) > FARTHEST or min(polygon) < -FARTHEST:
-        return "must have polygons near their image (correct or delete it)"
+        return "must have polygons near their image (correct or delete it)", "polygon_not_finite"
     return None

@@ -101,15 +101,18 @@ def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, 
     for image_id in image_ids(image_set):
         tree = trees.get(image_id, "no such file")
         if image_id in seen:
-            problems.add(image_set, image_id, None, "image id", image_id, "must be listed once (delete the line)")
+            problems.add(image_set, image_id, None, "image id", image_id, "must be listed once (delete the line)",
+                         "duplicate_image")
         elif isinstance(tree, str):
             problems.add(xml_folder / f"{image_id}.xml", image_id, None, "file", tree,
-                         f"must be an XML file (correct it, or take the image out of {image_set.name})")
-        elif path := stems.get(image_id) or images.get(tree.filename):
-            if size := voc_xml.size_of(tree, path, image_id, problems):
-                yield ImageRecord(image_id, path, *size), tree
+                         f"must be an XML file (correct it, or take the image out of {image_set.name})", "bad_xml")
         else:
-            problems.add(tree.file, image_id, None, "filename", tree.filename, f"must be an image file (in {folder})")
+            path = stems.get(image_id) or images.get(tree.filename)
+            if path is None:  # its objects are checked all the same; `load_dataset` takes it out
+                problems.add(tree.file, image_id, None, "filename", tree.filename,
+                             f"must be an image file (in {folder})", "image_missing")
+            if size := voc_xml.size_of(tree, path, image_id, problems):
+                yield ImageRecord(image_id, path or folder / (tree.filename or image_id), *size), tree
         seen.add(image_id)
 
 

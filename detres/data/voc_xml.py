@@ -45,16 +45,18 @@ def parse(file: Path) -> Tree | str:
     return Tree(file, root.findtext("filename", "").strip(), size, tuple(things))
 
 
-def size_of(tree: Tree, path: Path, image_id: str, problems: Problems) -> tuple[int, int] | None:
+def size_of(tree: Tree, path: Path | None, image_id: str, problems: Problems) -> tuple[int, int] | None:
     """Height and width: as stated, or of the image file where that is absent."""
     height, width = (int(side) if side.isdecimal() else 0 for side in tree.size)
     if height and width:
         return height, width
+    if path is None:
+        return None
     try:
         return read_size(path)
     except ImageError as error:
         problems.add(tree.file, image_id, None, "size", tree.size,
-                     f"must be stated, or the image be readable ({error})")
+                     f"must be stated, or the image be readable ({error})", "image_size")
         return None
 
 
@@ -72,9 +74,9 @@ def records(readable: Sequence[tuple[ImageRecord, Tree]], label_of: Mapping[str,
     """The images with their annotations. `box_of` gives the continuous box of the corners in a file; None: empty."""
     rows = [row for i, (record, tree) in enumerate(readable) for row in _rows(i, record, tree, box_of, problems)]
 
-    def report(i: int, reason: str) -> None:
+    def report(i: int, reason: str, kind: str) -> None:
         row = rows[i]
-        problems.add(row.tree.file, readable[row.image][0].id, row.number, "bndbox", row.thing.corners, reason)
+        problems.add(row.tree.file, readable[row.image][0].id, row.number, "bndbox", row.thing.corners, reason, kind)
 
     sizes = [(readable[row.image][0].height, readable[row.image][0].width) for row in rows]
     kept = problems.check_boxes([row.box for row in rows], sizes, report)
@@ -93,12 +95,13 @@ def _rows(image: int, record: ImageRecord, tree: Tree, box_of: Callable[[Box], B
     for number, thing in enumerate(tree.things, 1):
         corners = _numbers(thing.corners)
         if not thing.name:
-            problems.add(tree.file, record.id, number, "name", thing.name, "must be the name of a class (add it)")
+            problems.add(tree.file, record.id, number, "name", thing.name, "must be the name of a class (add it)",
+                         "unknown_category")
         elif corners is None:
             problems.add(tree.file, record.id, number, "bndbox", thing.corners,
-                         "must be four numbers (xmin, ymin, xmax, ymax)")
+                         "must be four numbers (xmin, ymin, xmax, ymax)", "bad_box")
         elif (box := box_of(corners)) is None:
-            problems.add(tree.file, record.id, number, "bndbox", thing.corners, EMPTY)
+            problems.add(tree.file, record.id, number, "bndbox", thing.corners, EMPTY, "box_empty")
         else:
             yield _Row(image, tree, number, thing, box)
 

@@ -19,6 +19,8 @@ from detres.data.images import IMAGE_SUFFIXES, ImageError, read_size
 from detres.data.masks import mask_area
 from detres.data.problems import OnInvalid, Problems, segmentation_problem
 
+NOMINAL = (1000, 1000)  # height and width of an image that cannot be read
+
 
 def find_yaml(folder: Path) -> Path | None:
     """The description of a YOLO data set in a folder."""
@@ -131,25 +133,25 @@ class _Reader:
     classes: int
 
     def read(self, images: list[Path]) -> tuple[ImageRecord, ...]:
-        records = [record for image in images if (record := self._record(image)) is not None]
+        records = [self._record(image) for image in images]
         rows = [row for record in records for row in self._rows(record)]
         sizes = [(row.record.height, row.record.width) for row in rows]
-        kept = self.problems.check_boxes([row.box for row in rows], sizes, lambda i, reason: self._add(
-            rows[i].record, rows[i].line, "box", rows[i].box, reason))
+        kept = self.problems.check_boxes([row.box for row in rows], sizes, lambda i, *problem: self._add(
+            rows[i].record, rows[i].line, "box", rows[i].box, *problem))
         found: dict[int | str, list[Annotation]] = {record.id: [] for record in records}
         for number, (row, keep) in enumerate(zip(rows, kept), 1):
             if keep:
                 found[row.record.id].append(_annotation(number, row))
         return tuple(replace(record, annotations=tuple(found[record.id])) for record in records)
 
-    def _record(self, image: Path) -> ImageRecord | None:
+    def _record(self, image: Path) -> ImageRecord:
         image_id = image.relative_to(self.root).as_posix() if image.is_relative_to(self.root) else image.as_posix()
         try:
             return ImageRecord(image_id, image, *read_size(image))
         except ImageError as error:
             self.problems.add(image, image_id, None, "image", str(error),
-                              "must be readable (replace it, or delete it with its labels)")
-            return None
+                              "must be readable (replace it, or delete it with its labels)", "image_missing")
+            return ImageRecord(image_id, image, *NOMINAL)  # its labels are checked all the same
 
     def _rows(self, record: ImageRecord) -> Iterator[_Row]:
         """The rows of an image's text file that can be read."""
@@ -163,22 +165,24 @@ class _Reader:
         try:
             label, *values = (float(word) for word in text.split())
         except ValueError:
-            return self._add(record, line, "row", text, "must be numbers (the class, then fractions of the image)")
+            return self._add(record, line, "row", text, "must be numbers (the class, then fractions of the image)",
+                             "bad_row")
         if label not in range(self.classes):
             return self._add(record, line, "class", text.split()[0],
-                             f"must be the number of a name in the YAML file (0 to {self.classes - 1})")
+                             f"must be the number of a name in the YAML file (0 to {self.classes - 1})", "unknown_category")
         if len(values) == 4:
             x, y, w, h = (value * side for value, side in zip(values, (record.width, record.height) * 2))
             return _Row(record, line, int(label), [x - w / 2, y - h / 2, x + w / 2, y + h / 2], None)
         sides = itertools.cycle((record.width, record.height))
         polygon = array("d", (value * side for value, side in zip(values, sides)))
         if problem := segmentation_problem([polygon], record.height, record.width):
-            return self._add(record, line, "polygon", text, problem[1])
+            return self._add(record, line, "polygon", text, *problem[1:])
         xs, ys = polygon[::2], polygon[1::2]
         return _Row(record, line, int(label), [min(xs), min(ys), max(xs), max(ys)], [polygon])
 
-    def _add(self, record: ImageRecord, line: int, field: str, value: Any, reason: str) -> None:
-        self.problems.add(_labels(record.path), record.id, line, field, value, reason)
+    def _add(self, record: ImageRecord, line: int, field: str, value: Any, reason: str,
+             kind: str) -> None:
+        self.problems.add(_labels(record.path), record.id, line, field, value, reason, kind)
 
 
 def _annotation(number: int, row: _Row) -> Annotation:

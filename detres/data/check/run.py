@@ -1,0 +1,90 @@
+"""The check of a data set: every split is read, and everything that is wrong with it is collected.
+
+A broken file, category table, image or split hides nothing of the others.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from detres.data.coco import no_garbage_collection
+from detres.data.dataset import Dataset, read_all, without_images
+from detres.data.kinds import severity
+from detres.data.problems import InvalidDataError, Problem, Problems
+from detres.data.splits import Split, find_splits
+
+IMAGE_KINDS = frozenset({"image_missing", "images_nowhere"})  # not looked for with read_images=False
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    name: str
+    file: str  # or folder
+    format: str  # "" if it could not be read
+    images: int = 0
+    annotations: int = 0
+    classes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the check found; the problems of a split and kind are in the order of the file."""
+
+    path: str
+    splits: tuple[SplitSummary, ...]
+    problems: list[Problem]
+
+    @property
+    def exit_status(self) -> int:
+        """0: training would be safe; 1: it would not; 2: nothing could be read."""
+        if not any(split.format for split in self.splits):
+            return 2
+        return int(any(severity(problem.kind) == "error" for problem in self.problems))
+
+
+def check_data(path: str | Path, images: str | Path | None = None, *, read_images: bool = True,
+               workers: int | None = None) -> Report:
+    """Everything that is wrong with the data set at a path.
+
+    `images` is the folder of images where it is not found by itself. With `read_images=False` only annotations are
+    looked at: no image needs to be there. `workers` is the number of processes, by default one for each core.
+    """
+    problems: list[Problem] = []
+    read: list[tuple[str, Dataset]] = []
+    summaries = []
+    try:
+        splits = find_splits(path, None if images is None else str(images))
+    except (OSError, ValueError) as error:
+        return Report(str(path), (), [unreadable(str(path), error)])
+    with no_garbage_collection():
+        for split in splits:
+            dataset, found = _read(split)
+            summaries.append(_summary(split, dataset))
+            read += [(split.name, dataset)] if dataset else []
+            problems += [replace(problem, split=split.name) for problem in found
+                         if read_images or problem.kind not in IMAGE_KINDS]
+    return Report(str(path), tuple(summaries), problems)
+
+
+def _read(split: Split) -> tuple[Dataset | None, list[Problem]]:
+    problems = Problems(split.name)
+    try:
+        return read_all(split.source, split.role, problems), problems.found
+    except InvalidDataError as error:
+        return None, [*problems.found, *error.problems]
+    except (OSError, ValueError) as error:
+        return None, [*problems.found, unreadable(split.source.path, error)]
+
+
+def unreadable(file: str, error: Exception) -> Problem:
+    return Problem(file, None, None, "file", str(error), "must be readable", "unreadable")
+
+
+def _summary(split: Split, dataset: Dataset | None) -> SplitSummary:
+    if dataset is None:
+        return SplitSummary(split.name, split.source.path, "")
+    return SplitSummary(split.name, split.source.path, dataset.format, len(dataset.records),
+                        sum(len(record.annotations) for record in dataset.records), dataset.classes)
