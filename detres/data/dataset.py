@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from detres.config import SourceConfig
 from detres.data.label_maps import LabelMap
 from detres.data.masks import PNGSegment
 from detres.data.problems import InvalidDataError, OnInvalid, Problem, Problems
+
+if TYPE_CHECKING:
+    from detres.data.records import Records
 
 __all__ = ["Annotation", "Dataset", "ImageRecord", "InvalidDataError", "Problem", "Role", "load_dataset"]
 
@@ -59,13 +62,14 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Dataset:
-    """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1."""
+    """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1. Records given as a tuple are
+    packed (`data.records`)."""
 
     name: str
     format: Literal["coco", "voc", "yolo", "ilsvrc", "table", "panoptic"]
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
-    records: tuple[ImageRecord, ...]
+    records: Records
     keypoint_names: tuple[str, ...] = ()
     flip_pairs: tuple[tuple[int, int], ...] = ()  # keypoints that a mirror swaps: left and right
     blacklist: tuple[tuple[int | str, str], ...] = ()  # image id and class: not counted (evaluation.ilsvrc)
@@ -75,6 +79,12 @@ class Dataset:
     semantic_classes: tuple[str, ...] = ()  # of panoptic data: "things", then each kind of stuff
     semantic_ids: tuple[int, ...] = ()  # their original ids, 0 for "things"
 
+    def __post_init__(self) -> None:
+        from detres.data.records import Records  # it imports this module
+
+        if not isinstance(self.records, Records):
+            object.__setattr__(self, "records", Records.of(self.records))
+
     def moved_keypoints(self, offset: float) -> Dataset:
         """With `offset` added to x and y of all keypoints that are labelled."""
         def moved(item: Annotation) -> Annotation:
@@ -82,8 +92,10 @@ class Dataset:
                                               for i, value in enumerate(item.keypoints))
             return replace(item, keypoints=points)
 
-        records = (replace(record, annotations=tuple(map(moved, record.annotations))) for record in self.records)
-        return self if not offset else replace(self, records=tuple(records), keypoint_offset=offset)
+        def changed(record: ImageRecord) -> ImageRecord:
+            return replace(record, annotations=tuple(map(moved, record.annotations)))
+
+        return self if not offset else replace(self, records=self.records.mapped(changed), keypoint_offset=offset)
 
 
 def one_class(dataset: Dataset) -> Dataset:
@@ -91,7 +103,7 @@ def one_class(dataset: Dataset) -> Dataset:
     def relabelled(record: ImageRecord) -> ImageRecord:
         return replace(record, annotations=tuple(replace(item, label=0) for item in record.annotations))
 
-    return replace(dataset, classes=("object",), category_ids=(1,), records=tuple(map(relabelled, dataset.records)),
+    return replace(dataset, classes=("object",), category_ids=(1,), records=dataset.records.mapped(relabelled),
                    blacklist=())
 
 

@@ -56,7 +56,7 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     _check_data(dataset, with_masks, with_keypoints, with_semantic)
     if training:
         transform = build_train_transforms(data.augment, model_input, dataset)
-        wide = [record.width > record.height for record in dataset.records] if data.aspect_ratio_grouping else None
+        wide = (dataset.records.images["width"] > dataset.records.images["height"]) if data.aspect_ratio_grouping else None
         numbers = _train_numbers(dataset, data.skip_empty, with_boxes, with_keypoints)
         batches: Iterable[list[Key]] = TrainingBatches(numbers, batch_size, seed, rank, world_size, start_step, wide)
     else:
@@ -124,11 +124,9 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool, with_s
         raise ValueError(f"data set must have label maps for a model of pixels, got none ({dataset.name}). Read it "
                          "with load_semantic or load_panoptic.")
     if with_masks:
-        bare = [(record, item) for record in dataset.records for item in trainable(record) if not item.segmentation]
-        if bare:
-            raise ValueError(f"annotations must have a segmentation for a model with masks, got {len(bare)} without, "
-                             f"such as annotation {bare[0][1].id} of {bare[0][0].path} ({dataset.name}, "
-                             f"{dataset.format}). Add polygons, or train without masks, from weights with them too: "
+        if bare := dataset.records.without_masks(dataset.records.trainable()):
+            raise ValueError(f"annotations must have a segmentation for a model with masks, got {bare} "
+                             f"({dataset.name}, {dataset.format}). Add polygons, or train without masks, from weights with them too: "
                              "model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
 
 
@@ -140,12 +138,12 @@ def trainable(record: ImageRecord) -> list[Annotation]:
 def _train_numbers(dataset: Dataset, skip_empty: bool, with_boxes: bool, with_keypoints: bool) -> list[int]:
     """Which records train. Raises ValueError if none does. Label maps in files are not taken for empty: they would have
     to be read."""
-    def teaches(item: Annotation) -> bool:
-        return not with_keypoints or any((item.keypoints or ())[2::3])
-
-    numbers = [number for number, record in enumerate(dataset.records)
-               if not skip_empty or any(map(teaches, trainable(record)))
-               or not with_boxes and hasattr(record.label_map, "path")]
+    records = dataset.records
+    teaches = records.trainable() & (records.table()["posed"] | (not with_keypoints))
+    keep = np.full(len(records), not skip_empty)
+    keep[records.image_of()[teaches]] = True
+    numbers = [number for number in range(len(records))
+               if keep[number] or not with_boxes and hasattr(records[number].label_map, "path")]
     if not numbers:
         raise ValueError(f"data set must have images with objects to train on, got none ({dataset.name}). "
                          "Check its annotations, or set data.skip_empty=false.")

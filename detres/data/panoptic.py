@@ -218,4 +218,5 @@ def align_panoptic(dataset: Dataset, aligned: Dataset, semantic_classes: Sequenc
     own = dict(zip(dataset.semantic_classes, dataset.semantic_ids))
     return replace(aligned, semantic_classes=tuple(semantic_classes),
                    semantic_ids=tuple(own.get(name, 0) for name in semantic_classes),
-                   records=tuple(replace(record, label_map=renumbered(record.label_map)) for record in aligned.records))
+                   records=aligned.records.mapped(
+                       lambda record: replace(record, label_map=renumbered(record.label_map))))

@@ -35,8 +35,8 @@ def load_semantic(source: SourceConfig, role: Role, on_invalid: OnInvalid = "err
         dataset = panoptic.load_panoptic(source, role, on_invalid)
         classes = (*dataset.classes, *dataset.semantic_classes[1:])
         table = tuple(range(len(classes)))
-        records = tuple(replace(record, annotations=(), label_map=replace(record.label_map, table=table))
-                        for record in dataset.records)
+        records = dataset.records.mapped(
+            lambda record: replace(record, annotations=(), label_map=replace(record.label_map, table=table)))
         dataset = replace(dataset, classes=classes, records=records, semantic_classes=(), semantic_ids=())
     else:
         dataset = _of_instances(load_dataset(source, role, on_invalid))
@@ -47,16 +47,14 @@ def load_semantic(source: SourceConfig, role: Role, on_invalid: OnInvalid = "err
 
 
 def _of_instances(dataset: Dataset) -> Dataset:
-    bare = [(record, item) for record in dataset.records for item in record.annotations if not item.segmentation]
-    if bare:
-        raise ValueError(f"annotations must have a segmentation for semantic segmentation, got {len(bare)} without, "
-                         f"such as annotation {bare[0][1].id} of {bare[0][0].path} ({dataset.name}, {dataset.format}). "
-                         "Give data with polygons, RLE or label maps; boxes alone train a detector.")
+    if bare := dataset.records.without_masks():
+        raise ValueError(f"annotations must have a segmentation for semantic segmentation, got {bare} ({dataset.name}, "
+                         f"{dataset.format}). Give data with polygons, RLE or label maps; boxes alone train a detector.")
     if BACKGROUND in dataset.classes:
         raise ValueError(f"classes of objects must not be called {BACKGROUND}, which is the class of pixels of no "
                          f"object, got {', '.join(dataset.classes)} ({dataset.name}). Rename it.")
     label_map = InstanceMasks(tuple(range(len(dataset.classes) + 1)))
-    records = tuple(replace(record, label_map=label_map) for record in dataset.records)
+    records = dataset.records.mapped(lambda record: replace(record, label_map=label_map))
     return replace(dataset, classes=(BACKGROUND, *dataset.classes), records=records)
 
 
@@ -134,15 +132,5 @@ def align_semantic(dataset: Dataset, classes: Sequence[str]) -> Dataset:
                          f"'{dataset.name}'. The weights know {', '.join(classes)}: evaluate on data with these names.")
     labels = [label_of[name] for name in dataset.classes]
     return replace(dataset, classes=tuple(classes), category_ids=tuple(range(len(classes))),
-                   records=renumbered(dataset.records, labels))
-
-
-def renumbered(records: Sequence[ImageRecord], labels: Sequence[int]) -> tuple[ImageRecord, ...]:
-    """With `labels[k]` for the label k of pixels; records of one table share the new one, too."""
-    tables: dict[tuple[int, ...], tuple[int, ...]] = {}
-    maps = [record.label_map for record in records]
-    for own in maps:
-        if own.table not in tables:
-            tables[own.table] = own.renumbered(labels).table
-    return tuple(replace(record, label_map=replace(own, table=tables[own.table]))
-                 for record, own in zip(records, maps))
+                   records=dataset.records.mapped(
+                       lambda record: replace(record, label_map=record.label_map.renumbered(labels))))

@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from detres.data.dataset import Annotation, Dataset, ImageRecord
+from detres.data.dataset import Dataset
+from detres.data.records import Records
 from detres.evaluation.flat import Found, Truths
 from detres.structures import Batch, Detections
 
@@ -162,8 +164,10 @@ class Evaluator:
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
-        self.records = sorted(dataset.records, key=lambda record: (isinstance(record.id, str), record.id))
-        self._place = {record.id: place for place, record in enumerate(self.records)}
+        ids = dataset.records.ids()
+        order = sorted(range(len(ids)), key=lambda place: (isinstance(ids[place], str), ids[place]))
+        self.records = dataset.records.take(order)
+        self._place = {ids[number]: place for place, number in enumerate(order)}
         self._parts: list[Part] = []
 
     def reset(self) -> None:
@@ -239,16 +243,10 @@ class Evaluator:
         raise NotImplementedError
 
 
-def truths_of(records: Sequence[ImageRecord], device: torch.device | str = "cpu") -> Truths:
+def truths_of(records: Records, device: torch.device | str = "cpu") -> Truths:
     """The ground truth of images in the order given, crowds and difficult objects ignored; G rows."""
-    items = [(image, item) for image, record in enumerate(records) for item in record.annotations]
-    flags = torch.tensor([(image, item.label, item.crowd, item.crowd or item.difficult) for image, item in items],
-                         dtype=torch.int64).reshape(-1, 4)
-    numbers = torch.tensor([(*item.box[:2], *_size(item), item.area) for _, item in items],
-                           dtype=torch.float64).reshape(-1, 5)
-    image, label, crowd, ignore = flags.to(device).T.contiguous()
-    return Truths(image, label, numbers[:, :4].to(device), numbers[:, 4].to(device), crowd.bool(), ignore.bool())
-
-
-def _size(item: Annotation) -> tuple[float, float]:
-    return item.size or (item.box[2] - item.box[0], item.box[3] - item.box[1])
+    table, box = records.table(), records.table()["box"]
+    size = np.where(table["sized"][:, None], table["size"], box[:, 2:] - box[:, :2])
+    columns = (records.image_of(), table["label"], np.concatenate([box[:, :2], size], 1), table["area"],
+               table["crowd"], table["crowd"] | table["difficult"])
+    return Truths(*(torch.tensor(column, device=device) for column in columns))

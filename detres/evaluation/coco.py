@@ -145,11 +145,9 @@ def _keypoints(records: Sequence[ImageRecord], count: int) -> torch.Tensor:
 
 
 def _require_masks(dataset: Dataset) -> None:
-    for record in dataset.records:
-        for annotation in record.annotations:
-            if not annotation.segmentation:
-                raise ValueError(f"annotations must have a segmentation to evaluate masks, got none for annotation "
-                                 f"{annotation.id} of {record.path}. Evaluate boxes only, or remove the annotation.")
+    if bare := dataset.records.without_masks():
+        raise ValueError(f"annotations must have a segmentation to evaluate masks, got {bare}. Evaluate boxes only, or "
+                         "remove the annotations.")
 
 
 def coco_result(truths: Truths, found: Found, classes: Sequence[str], overlaps: Overlaps, iou_type: IouType

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from detres.data.dataset import ImageRecord
 from detres.data.masks import compressed, encode_masks
+from detres.data.records import Records
 from detres.evaluation.boundary_overlaps import bitmap_boundary_iou_pairs, rle_boundary_iou_pairs
 from detres.evaluation.flat import Truths
 from detres.evaluation.mask_overlaps import (Rle, bitmap_iou_pairs, decode_runs, rle_areas, rle_iou_pairs,
@@ -117,11 +118,9 @@ def code_overlaps(iou_type: str, codes: Sequence[Rle], areas: Tensor, truth: Seq
 class BitmapComparer:
     """Compares pasted masks with the truths of their images, on the device of the masks."""
 
-    def __init__(self, records: Sequence[ImageRecord], codes: Sequence[Rle], iou_types: Sequence[str]):
+    def __init__(self, records: Records, codes: Sequence[Rle], iou_types: Sequence[str]):
         self.records, self.codes, self.iou_types = records, codes, iou_types
-        self.first = [0]  # row of the first truth of each image
-        for record in records:
-            self.first.append(self.first[-1] + len(record.annotations))
+        self.first = [0, *records.counts().cumsum().tolist()]  # row of the first truth of each image
 
     def compare(self, image: int, masks: Tensor, boxes: Tensor, labels: Tensor,
                 convention: PasteConvention) -> PairOverlaps:

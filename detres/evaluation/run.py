@@ -48,7 +48,7 @@ def build_evaluators(dataset: Dataset, metrics: Sequence[Protocol], with_masks: 
 
     `keep_masks` is for results with masks.
     """
-    masks = with_masks and any(item.segmentation for record in dataset.records for item in record.annotations)
+    masks = with_masks and bool(dataset.records.table()["masked"].any())
     keypoints = with_keypoints and bool(dataset.keypoint_names)
     types = ("bbox", *("segm",) * masks, *("keypoints",) * keypoints)
     sigmas = sigmas_of(dataset) if keypoints else COCO_SIGMAS
@@ -273,4 +273,4 @@ def align_classes(dataset: Dataset, classes: Sequence[str], category_ids: Sequen
         return replace(record, annotations=annotations, label=None if record.label is None else label[record.label])
 
     return replace(dataset, classes=tuple(classes), category_ids=tuple(own.get(name, spare[name]) for name in classes),
-                   records=tuple(map(relabelled, dataset.records)))
+                   records=dataset.records.mapped(relabelled))

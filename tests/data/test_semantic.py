@@ -144,7 +144,6 @@ def test_classes_of_a_model_in_another_order(voc):
     aligned = align_semantic(dataset, ("l", "background", *"abcdefghijk", "m", "n", "other"))
     labels = aligned.records[0].label_map.read(aligned.records[0])
     assert sorted(np.unique(labels)) == [0, 1, 255] and (labels == 0).sum() == 8 * 17, "12 was l"
-    assert aligned.records[0].label_map.table is aligned.records[1].label_map.table
     assert align_semantic(dataset, dataset.classes) is dataset
     with pytest.raises(ValueError, match="must be known to the weights, got n in"):
         align_semantic(dataset, ("background", *"abcdefghijklm"))

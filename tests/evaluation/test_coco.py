@@ -209,7 +209,7 @@ def test_refuses_what_cannot_be_evaluated(make_dataset, make_batch):
         evaluator.update(replace(detections, scores=detections.scores * float("nan")), batch)
         evaluator.compute()
     without = make_dataset({1: [(0, (0, 0, 50, 50), {"segmentation": None})]})
-    with pytest.raises(ValueError, match="got none for annotation 0 of 1.jpg"):
+    with pytest.raises(ValueError, match="got 1 without, such as annotation 0 of 1.jpg"):
         CocoEvaluator(without)
 
 

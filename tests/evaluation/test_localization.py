@@ -78,7 +78,7 @@ def test_without_a_candidate_the_box_is_all_of_the_image():
 
 
 def test_images_must_be_of_one_class():
-    for bad in (record("a", None, (0, 0, 9, 9)), record("a", 0, (0, 0, 9, 9), other=1)):
+    for bad in (replace(record("a", 0, (0, 0, 9, 9)), label=None), record("a", 0, (0, 0, 9, 9), other=1)):
         with pytest.raises(ValueError, match="of one class each .* for a.jpg"):
             LocTruths.of(Dataset("bad", "coco", ("x", "y"), (0, 1), (bad,)), torch.device("cpu"))
 
