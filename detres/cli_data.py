@@ -13,11 +13,18 @@ from detres.cli_parser import Parser, command, count, positive
 EXAMPLES = {
     "data": """
   detres data shapes datasets/shapes --images 1000
+  detres data stats datasets/shapes
+  detres data view datasets/shapes
   detres data shapes --help""",
     "data shapes": """
   detres data shapes datasets/shapes --images 1000 --seed 0
   detres data shapes /tmp/easy --images 400 --val 100 --preset easy --size 128 128 --no-voc
   detres train configs/demo.yaml data.train=datasets/shapes data.val=datasets/shapes output=runs/shapes""",
+    "data stats": """
+  detres data stats datasets/coco
+  detres data stats train.json --images photos --out stats.png
+  detres data stats datasets/VOCdevkit --all --out stats.html stats.pdf
+  detres data stats datasets/coco --json > stats.json""",
 }
 
 
@@ -52,4 +59,27 @@ def _shapes(args: argparse.Namespace) -> None:
                  formats=("coco",) if args.no_voc else ("coco", "voc"))
 
 
-COMMANDS = {"shapes": _add_shapes}
+def _add_stats(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = command(commands, name, EXAMPLES, _stats, "count what is in a data set",
+                     "Images, annotations and classes of each split; sizes and shapes of boxes; objects an image; and "
+                     "what they say of anchors and input size. Reads annotations only, no image.")
+    _add_source(parser)
+    parser.add_argument("--out", type=Path, nargs="+", default=[], metavar="FILE",
+                        help="write a page of plots: .png, .pdf, .svg, or .html with the tables")
+    parser.add_argument("--all", action="store_true", help="list all classes, not only the largest and smallest")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def _add_source(parser: Parser) -> None:
+    parser.add_argument("data", metavar="DATA", help="data set in COCO, VOC or YOLO format: a folder, a YAML file or "
+                                                     "an annotation file")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images, where it is not found by itself")
+
+
+def _stats(args: argparse.Namespace) -> None:
+    from detres.data.stats_report import show_stats
+
+    show_stats(args.data, args.images, args.out, as_json=args.json, all_classes=args.all)
+
+
+COMMANDS = {"shapes": _add_shapes, "stats": _add_stats}
