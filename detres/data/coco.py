@@ -6,7 +6,6 @@ Sized for train2017 (860,001 annotations): one pass over plain dicts, checks of 
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import re
@@ -18,10 +17,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from detres.data.coco_json import parse
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
 from detres.data.kinds import severity
 from detres.data.masks import mask_area
-from detres.data.problems import FARTHEST, OnInvalid, Problems, is_number, numbers, segmentation_problem
+from detres.data.problems import (FARTHEST, OnInvalid, Problems, is_number, numbers, segmentation_problem,
+                                  unsound_polygons)
 
 # Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json.
 _OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources",
@@ -159,32 +160,6 @@ def _image_folder(file: Path, images: str | None, names: Sequence[str], problems
 # Reading
 
 
-def parse(file: Path) -> dict[str, Any]:
-    """The JSON, with polygons packed as they come by."""
-    try:
-        with open(file, encoding="utf-8-sig") as stream:
-            content = json.load(stream, object_hook=_pack)
-    except (ValueError, RecursionError) as error:  # also of whole numbers with thousands of digits
-        raise ValueError(f"annotation file must be JSON, got {error} ({file}). Is it complete?") from error
-    required = ["images", "categories"] + ["annotations"] * (not file.stem.startswith("image_info"))
-    missing = [key for key in required if not isinstance(content, dict) or not isinstance(content.get(key), list)]
-    if missing:
-        found = sorted(content)[:10] if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"COCO annotation file must have lists of images, annotations and categories, got no "
-                         f"{', '.join(missing)} but {found} ({file}). Is it a file of instances?")
-    return content
-
-
-def _pack(entry: dict[str, Any]) -> dict[str, Any]:
-    polygons = entry.get("segmentation")
-    if type(polygons) is list:
-        try:
-            entry["segmentation"] = [array("d", polygon) for polygon in polygons]
-        except (TypeError, OverflowError):  # not numbers: kept as it is for the message
-            pass
-    return entry
-
-
 def parse_categories(entries: list[Any], file: Path, problems: Problems) -> list[dict[str, Any]]:
     """Those that can be used, in the order of their ids. Raises ValueError if there is none."""
     found: dict[str, set[Any]] = {"id": set(), "name": set()}
@@ -306,6 +281,7 @@ class _Reader:
         """By image id."""
         rows = [row for number, entry in enumerate(entries) if (row := self._row(number, entry)) is not None]
         self._check_boxes([row for row in rows if row[3] is not None])
+        self._check_masks(rows)
         found: dict[Any, list[Annotation]] = {}
         for row in rows:
             if (annotation := self._annotation(*row)) is not None:
@@ -349,12 +325,26 @@ class _Reader:
         self.problems.check_boxes(boxes, sizes, lambda i, *problem: self._add(
             *rows[i][:2], "bbox", rows[i][1]["bbox"], *problem))
 
+    def _check_masks(self, rows: list[_Row]) -> None:
+        """Most are sound polygons, which is seen of all at once; the others are looked at one by one."""
+        polygons, owners, suspects = [], [], []
+        for i, (_, entry, _, _) in enumerate(rows):
+            segmentation = entry.get("segmentation") or ()
+            if type(segmentation) in (list, tuple) and all(type(polygon) is array for polygon in segmentation):
+                polygons += segmentation
+                owners += [i] * len(segmentation)
+            else:
+                suspects.append(i)
+        suspects += {owners[polygon] for polygon in unsound_polygons(polygons)}
+        for i in sorted(suspects):
+            number, entry, image, _ = rows[i]
+            size = (image.height, image.width) if image else (None, None)
+            if problem := segmentation_problem(entry["segmentation"], *size):
+                self._add(number, entry, "segmentation", *problem)
+
     def _annotation(self, number: int, entry: dict[str, Any], image: ImageRecord | None,
                     box: list[float] | None) -> Annotation | None:
         segmentation, keypoints = entry.get("segmentation") or None, None
-        if segmentation and (image or isinstance(segmentation, list)):
-            if problem := segmentation_problem(segmentation, *((image.height, image.width) if image else (0, 0))):
-                self._add(number, entry, "segmentation", *problem)
         crowd, area = entry.get("iscrowd", 0), entry.get("area")
         if crowd not in (0, 1):
             self._add(number, entry, "iscrowd", crowd, "must be 0 or 1 (correct it)", "bad_iscrowd")

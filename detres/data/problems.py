@@ -165,13 +165,28 @@ def _sides(size: np.ndarray) -> str:
     return f"{size[1]:g} px wide, {size[0]:g} px high"
 
 
-def segmentation_problem(segmentation: Any, height: float, width: float) -> tuple[Any, str, str] | None:
-    """What is wrong with a COCO segmentation: value, reason and kind. Polygons must be arrays of doubles already."""
+def unsound_polygons(polygons: Sequence[array]) -> list[int]:
+    """Places of those that `segmentation_problem` would find something in."""
+    lengths = np.fromiter(map(len, polygons), int, len(polygons))
+    unsound = (lengths < 6) | (lengths % 2 > 0)
+    long = np.flatnonzero(lengths)  # reduceat knows no empty rows
+    if len(long):
+        values = np.abs(np.frombuffer(b"".join(polygons)))
+        starts = np.cumsum(lengths[long]) - lengths[long]
+        unsound[long] |= ~(np.maximum.reduceat(values, starts) <= FARTHEST)  # NaN passes through maximum
+    return np.flatnonzero(unsound).tolist()
+
+
+def segmentation_problem(segmentation: Any, height: int | None, width: int | None) -> tuple[Any, str, str] | None:
+    """What is wrong with a COCO segmentation: value, reason and kind. Polygons must be arrays of doubles already.
+    Without a size, what depends on it is not looked at."""
     if isinstance(segmentation, list):
         return next(((polygon, *problem) for polygon in segmentation if (problem := _polygon_problem(polygon))), None)
     if not isinstance(segmentation, dict):
         return (segmentation, "must be polygons or an RLE (a list of lists of x, y; or an object with size and counts)",
                 "bad_segmentation")
+    if height is None:
+        return None
     if segmentation.get("size") != [height, width]:
         return (segmentation.get("size"), f"must have the size of its image (as [height, width]: [{height}, {width}])",
                 "rle_size")

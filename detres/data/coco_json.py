@@ -1,0 +1,54 @@
+"""A COCO file's JSON, read fast and into little memory."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from array import array
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+
+def parse(file: Path) -> dict[str, Any]:
+    """The JSON, with polygons packed. Raises ValueError, of which the cause tells line and column."""
+    data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        content = _parse_fast(data)
+    except (msgspec.MsgspecError, RecursionError):
+        content = _parse_any(data, file)
+    required = ["images", "categories"] + ["annotations"] * (not file.stem.startswith("image_info"))
+    missing = [key for key in required if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    if missing:
+        found = sorted(content)[:10] if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"COCO annotation file must have lists of images, annotations and categories, got no "
+                         f"{', '.join(missing)} but {found} ({file}). Is it a file of instances?")
+    return content
+
+
+def _parse_fast(data: bytes) -> dict[str, Any]:
+    """Annotations one by one, each packed at once: a third of the time and memory of all together."""
+    decode = msgspec.json.decode
+    parts = decode(data, type=dict[str, msgspec.Raw])
+    annotations = decode(parts.pop("annotations", b"[]"), type=list[msgspec.Raw])
+    content = {key: decode(part) for key, part in parts.items()}
+    return content | {"annotations": [_pack(decode(entry)) for entry in annotations]}
+
+
+def _parse_any(data: bytes, file: Path) -> Any:
+    """As Python reads JSON, which takes NaN and Infinity, too; each annotation is packed as it comes by."""
+    try:
+        return json.loads(data, object_hook=_pack)
+    except (ValueError, RecursionError) as error:  # ValueError: also a whole number of thousands of digits
+        raise ValueError(f"annotation file must be JSON, got {error} ({file}). Is it complete?") from error
+
+
+def _pack(entry: Any) -> Any:
+    polygons = entry.get("segmentation") if isinstance(entry, dict) else None
+    if type(polygons) is list:
+        try:
+            entry["segmentation"] = [array("d", polygon) for polygon in polygons]
+        except (TypeError, OverflowError):  # not numbers: kept as it is for the message
+            pass
+    return entry
