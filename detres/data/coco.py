@@ -84,12 +84,14 @@ def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
     names, pairs, skeleton = _keypoints(categories, file, problems)
     reader = _Reader(file, problems, images_by_id, label_of, _left_out(content["categories"], label_of), len(names))
     annotations = reader.read(content.get("annotations", []))
-    problems.close(on_invalid)
     records = tuple(replace(image, annotations=tuple(annotations.get(image.id, ())))
                     for image in images_by_id.values() if image is not None)
-    return Dataset(file.stem, "coco", tuple(category["name"] for category in categories),
-                   tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
-                   keypoint_classes=tuple(category["name"] for category in categories if category.get("keypoints")))
+    dataset = Dataset(file.stem, "coco", tuple(category["name"] for category in categories),
+                      tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
+                      keypoint_classes=tuple(category["name"] for category in categories if category.get("keypoints")))
+    problems.located.append((dataset, reader.locate))
+    problems.close(on_invalid)
+    return dataset
 
 
 # Finding the files
@@ -274,7 +276,7 @@ class _Reader:
     label_of: dict[int, int]
     left_out: frozenset[int]  # categories
     keypoints: int
-    seen: set[int] = field(default_factory=set)  # ids
+    seen: dict[int, int] = field(default_factory=dict)  # places by id
     bad: set[int] = field(default_factory=set)  # places of entries with errors
 
     def read(self, entries: list[Any]) -> dict[Any, list[Annotation]]:
@@ -317,13 +319,22 @@ class _Reader:
                       "duplicate_annotation")
         elif value == 0:
             self._add(number, entry, "id", value, "must be above zero (number annotations from 1)", "id_zero")
-        self.seen.add(value)
+        self.seen.setdefault(value, number)
+
+    def locate(self, annotation: Annotation) -> tuple[str, int, str]:
+        """File, id and place there."""
+        return str(self.file), annotation.id, f"annotations[{self.seen[annotation.id]}]"
 
     def _check_boxes(self, rows: list[_Row]) -> None:
         boxes = [(x, y, x + w, y + h) for _, _, _, (x, y, w, h) in rows]
         sizes = [(image.height, image.width) if image else (math.nan, math.nan) for _, _, image, _ in rows]
-        self.problems.check_boxes(boxes, sizes, lambda i, *problem: self._add(
-            *rows[i][:2], "bbox", rows[i][1]["bbox"], *problem))
+        other = self.problems.check_layout(self.file, "annotations[].bbox", [row[3] for row in rows], sizes, "xywh")
+
+        def report(i: int, reason: str, kind: str) -> None:
+            if not (other and kind == "box_past_edge"):  # then they do for that reason
+                self._add(*rows[i][:2], "bbox", rows[i][1]["bbox"], reason, kind)
+
+        self.problems.check_boxes(boxes, sizes, report)
 
     def _check_masks(self, rows: list[_Row]) -> None:
         """Most are sound polygons, which is seen of all at once; the others are looked at one by one."""

@@ -140,7 +140,6 @@ def without_images(dataset: Dataset, ids: set[int | str | None]) -> Dataset:
 def read_all(source: SourceConfig, role: Role, problems: Problems) -> Dataset:
     """What can be used of a data set, and besides it the images without a file, for the checks; what is wrong with it
     is added to `problems`. Raises FileNotFoundError and ValueError as `load_dataset`."""
-    on_invalid = problems.found
     from detres.data import coco, ilsvrc_det, localization, voc, yolo  # they import this module
 
     path = Path(source.path).expanduser()
@@ -148,29 +147,29 @@ def read_all(source: SourceConfig, role: Role, problems: Problems) -> Dataset:
         raise FileNotFoundError(f"data set must exist, got {source.path} (seen from {Path.cwd()}). Check the path.")
     if path.suffix == ".json" and path.is_file():
         _unused(source, "split")
-        return coco.read_coco(path, source.images, on_invalid=on_invalid).moved_keypoints(source.keypoint_offset)
+        return coco.read_coco(path, source.images, on_invalid=problems).moved_keypoints(source.keypoint_offset)
     if path.suffix in (".yaml", ".yml") and path.is_file():
         _unused(source, "images")
-        return yolo.read_yolo(path, role, source.split, on_invalid)
+        return yolo.read_yolo(path, role, source.split, problems)
     if ilsvrc_det.is_root(path):
         _unused(source, "images")
-        return ilsvrc_det.read_ilsvrc_det(path, role, source.split, on_invalid)
+        return ilsvrc_det.read_ilsvrc_det(path, role, source.split, problems)
     if root := localization.find_root(path):
         _unused(source, "images")
-        return localization.read_ilsvrc_loc(root, role, source.split, on_invalid)
+        return localization.read_ilsvrc_loc(root, role, source.split, problems)
     if localization.is_table(path):
         _unused(source, "images")
-        return localization.read_table(path, role, source.split, on_invalid)
+        return localization.read_table(path, role, source.split, problems)
     if voc.is_root(path):
-        return voc.read_voc([path], role, source.split, source.images, on_invalid)
+        return voc.read_voc([path], role, source.split, source.images, problems)
     if (yaml := yolo.find_yaml(path)) is not None:
         _unused(source, "images")
-        return yolo.read_yolo(yaml, role, source.split, on_invalid)
+        return yolo.read_yolo(yaml, role, source.split, problems)
     if coco.json_files(path):
-        dataset = coco.read_folder(path, role, source.split, source.images, on_invalid=on_invalid)
+        dataset = coco.read_folder(path, role, source.split, source.images, on_invalid=problems)
         return dataset.moved_keypoints(source.keypoint_offset)
     if roots := voc.find_roots(path):
-        return voc.read_voc(roots, role, source.split, source.images, on_invalid)
+        return voc.read_voc(roots, role, source.split, source.images, problems)
     raise FileNotFoundError(
         f"data set must be in COCO, VOC, YOLO or ILSVRC format, got {path}. Looked for: a .json, .yaml or .yml file; "
         "in a folder, annotations/*.json or *.json (COCO), Annotations/ with ImageSets/Main/ (VOC), data.yaml (YOLO), "

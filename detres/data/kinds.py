@@ -58,8 +58,10 @@ KINDS: dict[str, Kind] = {
     "bad_xml": Kind("error", "images without a readable XML file", "the image and its objects are lost",
                     "correct the file, or take the image out of the list"),
     # Geometry
-    "boxes_xyxy": Kind("error", "boxes in corners (x1, y1, x2, y2) instead of (x, y, width, height)",
+    "boxes_xyxy": Kind("error", "boxes given as corners (x1, y1, x2, y2), not as the format has them",
                        "every box is too large: the detector learns wrong boxes", "convert the boxes: --fix does"),
+    "boxes_xywh": Kind("error", "corners given as x, y, width, height",
+                       "boxes are inside out or too small: their labels are lost", "convert the boxes: --fix does"),
     "boxes_normalised": Kind("error", "coordinates in fractions of the image instead of pixels",
                              "every box is a speck in the corner: nothing is learned",
                              "multiply by width and height: --fix does"),

@@ -9,12 +9,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from detres.data.check.layout import NAMES, REASONS, Layout, wrong_layout
 from detres.data.kinds import KINDS, severity
 from detres.data.masks import run_lengths
+
+if TYPE_CHECKING:
+    from detres.data.dataset import Annotation, Dataset
 
 log = logging.getLogger("detres")
 
@@ -25,7 +29,7 @@ ROUNDING = 1.0  # pixels that a box may reach past its image without a warning
 
 # Of all entries, or of what the others are made of: leaving out is no answer.
 FATAL = frozenset({"images_nowhere", "bad_category", "duplicate_category", "boxes_xyxy", "boxes_normalised",
-                   "boxes_in_pixels"})
+                   "boxes_in_pixels", "boxes_xywh"})
 
 EMPTY = "must have a width and a height above zero (redraw the box or delete the annotation)"
 
@@ -43,6 +47,7 @@ class Problem:
     kind: str = "invalid"  # of `kinds.KINDS`
     split: str = ""  # that `detres data check` found it in
     place: str = ""  # of the entry in the file, such as "annotations[17]"
+    better: Any = None  # what the value should be, where that can be computed
 
     def __str__(self) -> str:
         where = [self.file]
@@ -55,10 +60,6 @@ class Problem:
 def _short(value: Any, limit: int = 100) -> str:
     text = repr(value.tolist() if isinstance(value, array) else value)
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
-
-
-# What a reader does about problems; a list takes them, and is for the caller to look at.
-OnInvalid = Literal["error", "drop"] | list[Problem]
 
 
 class InvalidDataError(ValueError):
@@ -88,10 +89,12 @@ class Problems:
     def __init__(self, name: str):
         self.name = name
         self.found: list[Problem] = []
+        # Data sets with, for the checks that follow, file, id and place there of an annotation.
+        self.located: list[tuple[Dataset, Callable[[Annotation], tuple[str, int | None, str]]]] = []
 
     def add(self, file: str | Path, image: Any, annotation_id: Any, field: str, value: Any, reason: str,
-            kind: str = "invalid", place: str = "") -> None:
-        self.found.append(Problem(str(file), image, annotation_id, field, value, reason, kind, place=place))
+            kind: str = "invalid", place: str = "", better: Any = None) -> None:
+        self.found.append(Problem(str(file), image, annotation_id, field, value, reason, kind, "", place, better))
 
     def images(self, kind: str) -> set[int | str | None]:
         """Ids of the images that have a problem of this kind."""
@@ -113,11 +116,22 @@ class Problems:
                    "box_past_edge")
         return kept
 
+    def check_layout(self, file: str | Path, field: str, boxes: Sequence[Sequence[float]],
+                     sizes: Sequence[tuple[float, float]], stated: Layout) -> str | None:
+        """Told, and its kind returned, if all boxes together are evidently in another layout than `stated`."""
+        table = np.array(boxes, float).reshape(-1, 4)
+        kind = wrong_layout(table, np.array(sizes, float).reshape(-1, 2), stated)
+        if kind:
+            reason = REASONS[kind].format(layout=NAMES[stated], count=len(table))
+            self.add(file, None, None, field, table[-1].tolist(), reason, kind)
+        return kind
+
     def close(self, on_invalid: OnInvalid) -> None:
         """Raises InvalidDataError if there was an error, or, with 'drop', says what was left out; warnings are one line
-        for each kind. With a list: adds all to it."""
-        if isinstance(on_invalid, list):
-            on_invalid += self.found
+        for each kind. With `Problems`: adds all to them."""
+        if isinstance(on_invalid, Problems):
+            on_invalid.found += self.found
+            on_invalid.located += self.located
             return
         errors = [problem for problem in self.found if severity(problem.kind) == "error"]
         if errors and (on_invalid == "error" or any(problem.kind in FATAL for problem in errors)):
@@ -127,6 +141,9 @@ class Problems:
         warnings = Counter(problem.kind for problem in self.found if severity(problem.kind) == "warning")
         for kind, count in warnings.items():
             log.warning("%s: %d x %s: %s", self.name, count, KINDS[kind].title, KINDS[kind].effect)
+
+
+OnInvalid = Literal["error", "drop"] | Problems  # what a reader does about problems; Problems take them
 
 
 def is_number(value: Any) -> bool:

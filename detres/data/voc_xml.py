@@ -79,6 +79,9 @@ def records(readable: Sequence[tuple[ImageRecord, Tree]], label_of: Mapping[str,
         problems.add(row.tree.file, readable[row.image][0].id, row.number, "bndbox", row.thing.corners, reason, kind)
 
     sizes = [(readable[row.image][0].height, readable[row.image][0].width) for row in rows]
+    if rows and problems.check_layout(rows[0].tree.file.parent, "bndbox", [_numbers(row.thing.corners) for row in rows],
+                                      sizes, "xyxy"):
+        return tuple(record for record, _ in readable)  # each box would be a problem of its own
     kept = problems.check_boxes([row.box for row in rows], sizes, report)
     found: list[list[Annotation]] = [[] for _ in readable]
     for number, (row, keep) in enumerate(zip(rows, kept), 1):

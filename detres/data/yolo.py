@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,11 @@ def read_yolo(file: Path, role: str, split: str | None = None, on_invalid: OnInv
         raise FileNotFoundError(f"labels must be beside the images, got none for {len(images)} images, such as "
                                 f"{_labels(images[0])} ({file}). Put them in labels/ where images are in images/.")
     problems = Problems(f"{file.parent.name} {name}")
-    records = _Reader(problems, root, len(classes)).read(images)
+    reader = _Reader(problems, root, len(classes))
+    dataset = Dataset(problems.name, "yolo", classes, tuple(range(len(classes))), reader.read(images))
+    problems.located.append((dataset, reader.locate))
     problems.close(on_invalid)
-    return Dataset(problems.name, "yolo", classes, tuple(range(len(classes))), records)
+    return dataset
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -123,6 +125,7 @@ class _Row:
     line: int
     label: int
     box: list[float]  # xyxy in pixels
+    values: list[float]  # as written
     polygon: list[array] | None
 
 
@@ -131,10 +134,13 @@ class _Reader:
     problems: Problems
     root: Path
     classes: int
+    rows: list[_Row] = field(default_factory=list)
 
     def read(self, images: list[Path]) -> tuple[ImageRecord, ...]:
         records = [self._record(image) for image in images]
         rows = [row for record in records for row in self._rows(record)]
+        if self._wrong_layout(rows):
+            return tuple(records)  # each box would be a problem of its own
         sizes = [(row.record.height, row.record.width) for row in rows]
         kept = self.problems.check_boxes([row.box for row in rows], sizes, lambda i, *problem: self._add(
             rows[i].record, rows[i].line, "box", rows[i].box, *problem))
@@ -142,7 +148,19 @@ class _Reader:
         for number, (row, keep) in enumerate(zip(rows, kept), 1):
             if keep:
                 found[row.record.id].append(_annotation(number, row))
+        self.rows = rows
         return tuple(replace(record, annotations=tuple(found[record.id])) for record in records)
+
+    def _wrong_layout(self, rows: list[_Row]) -> bool:
+        boxes = [row for row in rows if row.polygon is None]
+        values = [row.values for row in boxes] or [row.values[:4] for row in rows]
+        return bool(rows and self.problems.check_layout(
+            _labels(rows[0].record.path).parent, "box", values, [(1.0, 1.0)] * len(values), "cxcywh"))
+
+    def locate(self, annotation: Annotation) -> tuple[str, int, str]:
+        """File, line and place there."""
+        row = self.rows[annotation.id - 1]
+        return str(_labels(row.record.path)), row.line, f"line {row.line}"
 
     def _record(self, image: Path) -> ImageRecord:
         image_id = image.relative_to(self.root).as_posix() if image.is_relative_to(self.root) else image.as_posix()
@@ -172,17 +190,17 @@ class _Reader:
                              f"must be the number of a name in the YAML file (0 to {self.classes - 1})", "unknown_category")
         if len(values) == 4:
             x, y, w, h = (value * side for value, side in zip(values, (record.width, record.height) * 2))
-            return _Row(record, line, int(label), [x - w / 2, y - h / 2, x + w / 2, y + h / 2], None)
+            return _Row(record, line, int(label), [x - w / 2, y - h / 2, x + w / 2, y + h / 2], values, None)
         sides = itertools.cycle((record.width, record.height))
         polygon = array("d", (value * side for value, side in zip(values, sides)))
         if problem := segmentation_problem([polygon], record.height, record.width):
             return self._add(record, line, "polygon", text, *problem[1:])
         xs, ys = polygon[::2], polygon[1::2]
-        return _Row(record, line, int(label), [min(xs), min(ys), max(xs), max(ys)], [polygon])
+        return _Row(record, line, int(label), [min(xs), min(ys), max(xs), max(ys)], values, [polygon])
 
     def _add(self, record: ImageRecord, line: int, field: str, value: Any, reason: str,
              kind: str) -> None:
-        self.problems.add(_labels(record.path), record.id, line, field, value, reason, kind)
+        self.problems.add(_labels(record.path), record.id, line, field, value, reason, kind, f"line {line}")
 
 
 def _annotation(number: int, row: _Row) -> Annotation:
