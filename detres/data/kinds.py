@@ -98,6 +98,8 @@ KINDS: dict[str, Kind] = {
                              "box and mask heads learn different objects", "compute the box from the mask"),
     "area_differs": Kind("warning", "areas that are not those of the mask (or of the box)",
                          "AP for small, medium and large objects sorts them wrongly", "compute the area again"),
+    "mask_empty": Kind("warning", "masks without a pixel inside", "a mask head is taught that nothing is there",
+                       "redraw the polygon, or delete the object"),
     "polygon_crosses": Kind("warning", "polygons whose outline crosses itself",
                             "the mask has holes or spurs where it does", "redraw the polygon, if the object is larger"),
     "id_zero": Kind("warning", "annotations with id 0",

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from detres.data.check.geometry import check_geometry
 from detres.data.coco import no_garbage_collection
 from detres.data.dataset import Dataset, read_all, without_images
 from detres.data.kinds import severity
@@ -61,7 +62,7 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
         return Report(str(path), (), [unreadable(str(path), error)])
     with no_garbage_collection():
         for split in splits:
-            dataset, found = _read(split)
+            dataset, found = _read(split, workers)
             summaries.append(_summary(split, dataset))
             read += [(split.name, dataset)] if dataset else []
             problems += [replace(problem, split=split.name) for problem in found
@@ -69,10 +70,12 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
     return Report(str(path), tuple(summaries), problems)
 
 
-def _read(split: Split) -> tuple[Dataset | None, list[Problem]]:
+def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Problem]]:
     problems = Problems(split.name)
     try:
-        return read_all(split.source, split.role, problems), problems.found
+        dataset = read_all(split.source, split.role, problems)
+        check_geometry(problems, workers)
+        return dataset, problems.found
     except InvalidDataError as error:
         return None, [*problems.found, *error.problems]
     except (OSError, ValueError) as error:
