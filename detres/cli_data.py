@@ -13,6 +13,7 @@ from detres.cli_parser import Parser, command, count, positive
 EXAMPLES = {
     "data": """
   detres data shapes datasets/shapes --images 1000
+  detres data check datasets/shapes
   detres data stats datasets/shapes
   detres data view datasets/shapes
   detres data shapes --help""",
@@ -20,6 +21,10 @@ EXAMPLES = {
   detres data shapes datasets/shapes --images 1000 --seed 0
   detres data shapes /tmp/easy --images 400 --val 100 --preset easy --size 128 128 --no-voc
   detres train configs/demo.yaml data.train=datasets/shapes data.val=datasets/shapes output=runs/shapes""",
+    "data check": """
+  detres data check datasets/coco
+  detres data check train.json --images photos --fix clean
+  detres data check datasets/yolo/data.yaml --no-images --json > problems.json""",
     "data stats": """
   detres data stats datasets/coco
   detres data stats train.json --images photos --out stats.png
@@ -59,6 +64,32 @@ def _shapes(args: argparse.Namespace) -> None:
                  formats=("coco",) if args.no_voc else ("coco", "voc"))
 
 
+def _add_check(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = command(commands, name, EXAMPLES, _check, "find all that is wrong with a data set",
+                     "Nothing is changed. Exit status: 0 if training would be safe, 1 if not, 2 if nothing could be "
+                     "read.")
+    parser.add_argument("data", type=Path, metavar="DATA", help="folder, annotation file or data.yaml")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of images, if it is not found by itself")
+    parser.add_argument("--no-images", action="store_true", help="look at annotations only: no image needs to be there")
+    parser.add_argument("--all", action="store_true", help="tell every problem, not some of each kind")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, to stdout")
+    parser.add_argument("--fix", type=Path, metavar="OUT", help="write a clean copy of the annotations into this new "
+                        "folder, with a list of all changes")
+    parser.add_argument("--workers", type=positive, metavar="N", help="processes (default: one for each core)")
+
+
+def _check(args: argparse.Namespace) -> int:
+    from detres.data.check.report import print_json, print_report, to_json
+    from detres.data.check.run import check_data
+
+    report = check_data(args.data, args.images, read_images=not args.no_images, workers=args.workers)
+    if args.json:
+        print_json(to_json(report))
+    else:
+        print_report(report, every=args.all)
+    return report.exit_status
+
+
 def _add_stats(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _stats, "count what is in a data set",
                      "Images, annotations and classes of each split; sizes and shapes of boxes; objects an image; and "
@@ -82,4 +113,4 @@ def _stats(args: argparse.Namespace) -> None:
     show_stats(args.data, args.images, args.out, as_json=args.json, all_classes=args.all)
 
 
-COMMANDS = {"shapes": _add_shapes, "stats": _add_stats}
+COMMANDS = {"shapes": _add_shapes, "check": _add_check, "stats": _add_stats}

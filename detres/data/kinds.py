@@ -15,7 +15,7 @@ class Kind(NamedTuple):
     severity: Severity
     title: str  # heading of the group, such as "boxes without area"
     effect: str  # on training or on AP
-    fix: str
+    fix: str  # "" if there is nothing to mend
 
 
 _REFUSED = "training refuses the object: its label would be lost"
@@ -107,7 +107,7 @@ KINDS: dict[str, Kind] = {
     "no_annotations": Kind("warning", "splits without any annotation", "there is nothing to learn or to measure",
                            "check the export"),
     # Notes
-    "category_gap": Kind("note", "category ids with gaps", "none: labels are numbered 0 to K-1 in their order", "none"),
+    "category_gap": Kind("note", "category ids with gaps", "no harm: labels are numbered 0 to K-1 in their order", ""),
 }
 
 

@@ -54,11 +54,14 @@ class Problem:
         where += [f"image {self.image!r}"] if self.image is not None else []
         where += [f"annotation {self.annotation_id!r}"] if self.annotation_id is not None else []
         where += [self.place] if self.place and self.image is self.annotation_id is None else []
-        return f"{', '.join(where)}: {self.field} {self.reason}; got {_short(self.value)}"
+        return f"{', '.join(where)}: {self.field} {self.reason}; got {shortened(self.value)}"
 
 
-def _short(value: Any, limit: int = 100) -> str:
-    text = repr(value.tolist() if isinstance(value, array) else value)
+def shortened(value: Any, limit: int = 100) -> str:
+    try:
+        text = repr(value.tolist() if isinstance(value, array) else value)
+    except (RecursionError, ValueError):  # nested too deep, or a whole number of thousands of digits
+        text = f"a {type(value).__name__} that is too long to tell"
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
 
 

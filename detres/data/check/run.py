@@ -6,13 +6,12 @@ A broken file, category table, image or split hides nothing of the others.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from detres.data.check.geometry import check_geometry
 from detres.data.coco import no_garbage_collection
-from detres.data.dataset import Dataset, read_all, without_images
+from detres.data.dataset import Dataset, read_all
 from detres.data.kinds import severity
 from detres.data.problems import InvalidDataError, Problem, Problems
 from detres.data.splits import Split, find_splits
@@ -43,7 +42,12 @@ class Report:
         """0: training would be safe; 1: it would not; 2: nothing could be read."""
         if not any(split.format for split in self.splits):
             return 2
-        return int(any(severity(problem.kind) == "error" for problem in self.problems))
+        return int(self.counts()["error"] > 0)
+
+    def counts(self) -> dict[str, int]:
+        """Problems of each severity."""
+        found = Counter(severity(problem.kind) for problem in self.problems)
+        return {name: found[name] for name in ("error", "warning", "note")}
 
 
 def check_data(path: str | Path, images: str | Path | None = None, *, read_images: bool = True,

@@ -1,0 +1,147 @@
+"""What the check found, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import textwrap
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from detres.data.check.run import Report
+from detres.data.kinds import KINDS
+from detres.data.problems import Problem, shortened
+
+EXAMPLES = 3  # of a kind, unless all are asked for
+SEVERITIES = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "dim")}
+VERDICTS = ("ok", "errors", "unreadable")  # by exit status
+ORDER = {kind: (list(SEVERITIES).index(about.severity), place) for place, (kind, about) in enumerate(KINDS.items())}
+
+
+def grouped(problems: Sequence[Problem]) -> Iterator[tuple[str, list[Problem]]]:
+    """By kind, worst first."""
+    ordered = sorted(problems, key=lambda problem: ORDER[problem.kind])
+    for kind, group in groupby(ordered, lambda problem: problem.kind):
+        yield kind, list(group)
+
+
+def print_report(report: Report, every: bool = False, file: TextIO | None = None) -> None:
+    """As text, `every` problem in full or some of each kind in short."""
+    console = Console(file=file or sys.stdout, highlight=False)
+    if report.splits:
+        console.print(_splits(report))
+        console.print()
+    for kind, problems in grouped(report.problems):
+        _print_kind(console, kind, problems, report, every)
+        console.print()
+    _print(console, _verdict(report), 0, ("green", "red", "red")[report.exit_status], hang=2)
+
+
+def _print(console: Console, text: str, indent: int, style: str = "", hang: int = 0) -> None:
+    for line in textwrap.wrap(text, console.width, initial_indent=" " * indent, subsequent_indent=" " * (indent + hang),
+                              break_long_words=True):
+        console.print(Text(line, style))
+
+
+def _splits(report: Report) -> Table:
+    table = Table(box=None, padding=(0, 1, 0, 2), pad_edge=False, header_style="bold")
+    for name in ("split", "format"):
+        table.add_column(name, overflow="fold")
+    for name in ("images", "annotations", "classes"):
+        table.add_column(name, justify="right")
+    for split in report.splits:
+        counts = [split.images, split.annotations, len(split.classes)]
+        table.add_row(Text(split.name), split.format or Text("unreadable", "red"),
+                      *(f"{count:,}" if split.format else "-" for count in counts))
+    return table
+
+
+def _print_kind(console: Console, kind: str, problems: Sequence[Problem], report: Report, every: bool) -> None:
+    about = KINDS[kind]
+    mark, style = SEVERITIES[about.severity]
+    count = f"{len(problems):,} {about.severity}{'s'[:len(problems) > 1]}"
+    _print(console, f"{mark} {about.title}: {count}{_shares(problems, report)}", 0, f"bold {style}")
+    _print(console, " ".join(f"{text[0].upper()}{text[1:]}." for text in (about.effect, about.fix) if text), 2)
+    for problem in problems[:None if every else EXAMPLES]:
+        _print(console, _told(problem, report, every), 4, "dim", hang=2)
+    if not every and len(problems) > EXAMPLES:
+        _print(console, f"and {len(problems) - EXAMPLES:,} more", 4, "dim")
+
+
+def _shares(problems: Sequence[Problem], report: Report) -> str:
+    """How many each split has, where several have some."""
+    counts = Counter(problem.split for problem in problems)
+    shares = ", ".join(f"{counts[split.name]:,} in {split.name}" for split in report.splits if counts[split.name])
+    return f" ({shares})" if len(counts) > 1 else ""
+
+
+def _told(problem: Problem, report: Report, in_full: bool) -> str:
+    value = shortened(problem.value, 200 if in_full else 60)
+    if problem.kind == "unreadable":
+        return str(problem.value)
+    if in_full:
+        return f"{_where(problem, report)}: {problem.field} {problem.reason}; got {value}"
+    better = f", better {shortened(problem.better)}" if problem.better is not None else ""
+    return f"{_where(problem, report)}: {problem.field} {'missing' if problem.value is None else value}{better}"
+
+
+def _where(problem: Problem, report: Report) -> str:
+    """A split of one file goes by its own name."""
+    files = {split.file: split.name for split in report.splits}
+    name = files.get(problem.file, Path(problem.file).name)
+    where = [name] if len(report.splits) > 1 or problem.file not in files else []
+    where += [f"image {problem.image!r}"] if problem.image is not None else []
+    where += [f"annotation {problem.annotation_id!r}"] if problem.annotation_id is not None else []
+    where += [problem.place] if problem.place and problem.annotation_id is None else []
+    return ", ".join(where) or name
+
+
+def _verdict(report: Report) -> str:
+    counts = report.counts()
+    told = " and ".join(f"{count:,} {name}{'s'[:count > 1]}" for name, count in counts.items()
+                        if count and name != "note")
+    return (f"✓ {told or 'No problems'}: training is safe.",
+            f"✗ {told}: training refuses this data set. `detres data check {report.path} --fix OUT` writes a clean copy.",
+            "✗ Nothing could be read.")[report.exit_status]
+
+
+# For machines
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """All of it; docs/data.md has the schema."""
+    kinds = {kind: KINDS[kind]._asdict() | {"count": len(problems)} for kind, problems in grouped(report.problems)}
+    problems = [{"split": problem.split, "kind": problem.kind, "severity": KINDS[problem.kind].severity,
+                 "file": problem.file, "image": problem.image, "annotation": problem.annotation_id,
+                 "place": problem.place, "field": problem.field, "value": plain(problem.value),
+                 "reason": problem.reason, "better": plain(problem.better)}
+                for _, group in grouped(report.problems) for problem in group]
+    return {"version": 1, "path": report.path, "verdict": VERDICTS[report.exit_status],
+            "exit_status": report.exit_status, "counts": report.counts(),
+            "splits": [asdict(split) for split in report.splits], "kinds": kinds, "problems": problems}
+
+
+def print_json(content: Any, file: TextIO | None = None) -> None:
+    json.dump(content, file or sys.stdout, indent=1, allow_nan=False)
+    print(file=file or sys.stdout)
+
+
+def plain(value: Any) -> Any:
+    """As strict JSON holds it: NaN and infinity as texts."""
+    if isinstance(value, (array, list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)
