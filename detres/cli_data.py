@@ -66,8 +66,8 @@ def _shapes(args: argparse.Namespace) -> None:
 
 def _add_check(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _check, "find all that is wrong with a data set",
-                     "Nothing is changed. Exit status: 0 if training would be safe, 1 if not, 2 if nothing could be "
-                     "read.")
+                     "Nothing of it is changed. Exit status: 0 if training would be safe, 1 if not, 2 if nothing could "
+                     "be read; with --fix, of the copy.")
     parser.add_argument("data", type=Path, metavar="DATA", help="folder, annotation file or data.yaml")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of images, if it is not found by itself")
     parser.add_argument("--no-images", action="store_true", help="look at annotations only: no image needs to be there")
@@ -79,15 +79,24 @@ def _add_check(commands: argparse._SubParsersAction, name: str) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from detres.data.check.report import print_json, print_report, to_json
+    from detres.data.check.fix import write_clean_copy
+    from detres.data.check.report import print_fix, print_json, print_report, to_json
     from detres.data.check.run import check_data
 
-    report = check_data(args.data, args.images, read_images=not args.no_images, workers=args.workers)
+    options = {"read_images": not args.no_images, "workers": args.workers}
+    report = check_data(args.data, args.images, **options)
+    if not args.json:
+        print_report(report, every=args.all, fix=args.fix is not None)
+    if args.fix is None or report.exit_status == 2:
+        if args.json:
+            print_json(to_json(report))
+        return report.exit_status
+    after, changes = write_clean_copy(report, args.images, args.fix, **options)
     if args.json:
-        print_json(to_json(report))
+        print_json(to_json(report) | {"fix": to_json(after) | {"changes": len(changes.made)}})
     else:
-        print_report(report, every=args.all)
-    return report.exit_status
+        print_fix(after, changes)
+    return after.exit_status
 
 
 def _add_stats(commands: argparse._SubParsersAction, name: str) -> None:

@@ -24,8 +24,9 @@ from detres.data.masks import mask_area
 from detres.data.problems import (FARTHEST, OnInvalid, Problems, is_number, numbers, segmentation_problem,
                                   unsound_polygons)
 
-# Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json.
-_OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources",
+# Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json, and
+# `detres data check --fix` changes.json.
+_OTHER_TASKS = ("changes", "captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources",
                 "shapes")
 
 
@@ -136,7 +137,7 @@ def names_split(file: Path, role: str, split: str | None) -> bool:
     return any(re.fullmatch(rf"{name}\d*", token) for token in tokens for name in SPLITS[role])
 
 
-def _image_folder(file: Path, images: str | None, names: Sequence[str], problems: Problems) -> Path | None:
+def image_folder(file: Path, images: str | None, names: Sequence[str], problems: Problems) -> Path | None:
     """The folder that has the most of a sample of the images; the nearest such. None, told to `problems`: no folder."""
     if images is not None:
         folder = Path(images).expanduser()
@@ -223,7 +224,7 @@ def parse_images(entries: list[Any], file: Path, images: str | None,
     their annotations are checked, too: `load_dataset` takes them out."""
     found: dict[Any, ImageRecord | None] = {}
     usable = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
-    folder = _image_folder(file, images, [entry["file_name"] for entry in usable], problems)
+    folder = image_folder(file, images, [entry["file_name"] for entry in usable], problems)
     exists = existence()
     for number, entry in enumerate(entries):
         place = f"images[{number}]"

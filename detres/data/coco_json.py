@@ -27,6 +27,15 @@ def parse(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_json(file: Path) -> Any:
+    """All of it, as it is. Raises ValueError."""
+    data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
+    try:
+        return msgspec.json.decode(data)
+    except (msgspec.MsgspecError, RecursionError):
+        return json.loads(data)
+
+
 def _parse_fast(data: bytes) -> dict[str, Any]:
     """Annotations one by one, each packed at once: a third of the time and memory of all together."""
     decode = msgspec.json.decode

@@ -35,16 +35,16 @@ def read_yolo(file: Path, role: str, split: str | None = None, on_invalid: OnInv
     """
     content = _parse(file)
     classes = _names(content, file)
-    root = _root(content, file)
+    root = root_of(content, file)
     name = next((name for name in ([split] if split else SPLITS[role]) if content.get(name)), None)
     if name is None:
         raise FileNotFoundError(f"data set must have the split '{split or role}', got "
                                 f"{sorted(set(content) - {'names', 'nc'})} ({file}). Add it to the file.")
-    listed = [image for entry in _as_list(content[name]) for image in _images(entry, root, file)]
+    listed = [image for entry in as_list(content[name]) for image in images_of(entry, root, file)]
     images = list(dict.fromkeys(listed))  # folders may overlap
-    if images and not any(_labels(image).is_file() for image in images):
+    if images and not any(labels_of(image).is_file() for image in images):
         raise FileNotFoundError(f"labels must be beside the images, got none for {len(images)} images, such as "
-                                f"{_labels(images[0])} ({file}). Put them in labels/ where images are in images/.")
+                                f"{labels_of(images[0])} ({file}). Put them in labels/ where images are in images/.")
     problems = Problems(f"{file.parent.name} {name}")
     reader = _Reader(problems, root, len(classes))
     dataset = Dataset(problems.name, "yolo", classes, tuple(range(len(classes))), reader.read(images))
@@ -81,7 +81,7 @@ def _names(content: dict[str, Any], file: Path) -> tuple[str, ...]:
     return tuple(str(names[label]) for label in range(len(names)))
 
 
-def _root(content: dict[str, Any], file: Path) -> Path:
+def root_of(content: dict[str, Any], file: Path) -> Path:
     """`path` is seen from the file, else from the working folder."""
     given = Path(content.get("path") or ".").expanduser()
     for root in (file.parent / given, given):
@@ -91,11 +91,11 @@ def _root(content: dict[str, Any], file: Path) -> Path:
                             "Correct it.")
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _images(entry: Any, root: Path, file: Path) -> list[Path]:
+def images_of(entry: Any, root: Path, file: Path) -> list[Path]:
     """Image files of a folder, or of a text file that lists them."""
     entry = str(entry)
     # Exporters write ../train/images for what lies beside the file.
@@ -109,7 +109,7 @@ def _images(entry: Any, root: Path, file: Path) -> list[Path]:
                             f"not exist; {file}). Correct it, or 'path'.")
 
 
-def _labels(image: Path) -> Path:
+def labels_of(image: Path) -> Path:
     """The text file of an image: images/ becomes labels/, the last one in the path."""
     parts = list(image.parts)
     for i in range(len(parts) - 2, -1, -1):
@@ -155,12 +155,12 @@ class _Reader:
         boxes = [row for row in rows if row.polygon is None]
         values = [row.values for row in boxes] or [row.values[:4] for row in rows]
         return bool(rows and self.problems.check_layout(
-            _labels(rows[0].record.path).parent, "box", values, [(1.0, 1.0)] * len(values), "cxcywh"))
+            labels_of(rows[0].record.path).parent, "box", values, [(1.0, 1.0)] * len(values), "cxcywh"))
 
     def locate(self, annotation: Annotation) -> tuple[str, int, str]:
         """File, line and place there."""
         row = self.rows[annotation.id - 1]
-        return str(_labels(row.record.path)), row.line, f"line {row.line}"
+        return str(labels_of(row.record.path)), row.line, f"line {row.line}"
 
     def _record(self, image: Path) -> ImageRecord:
         image_id = image.relative_to(self.root).as_posix() if image.is_relative_to(self.root) else image.as_posix()
@@ -173,7 +173,7 @@ class _Reader:
 
     def _rows(self, record: ImageRecord) -> Iterator[_Row]:
         """The rows of an image's text file that can be read."""
-        labels = _labels(record.path)
+        labels = labels_of(record.path)
         lines = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else []
         for line, text in enumerate(lines, 1):
             if text.strip() and (row := self._row(record, line, text)) is not None:
@@ -200,7 +200,7 @@ class _Reader:
 
     def _add(self, record: ImageRecord, line: int, field: str, value: Any, reason: str,
              kind: str) -> None:
-        self.problems.add(_labels(record.path), record.id, line, field, value, reason, kind, f"line {line}")
+        self.problems.add(labels_of(record.path), record.id, line, field, value, reason, kind, f"line {line}")
 
 
 def _annotation(number: int, row: _Row) -> Annotation:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from detres.data.check.fix import Changes, summary
 from detres.data.check.run import Report
 from detres.data.kinds import KINDS
 from detres.data.problems import Problem, shortened
@@ -35,8 +36,8 @@ def grouped(problems: Sequence[Problem]) -> Iterator[tuple[str, list[Problem]]]:
         yield kind, list(group)
 
 
-def print_report(report: Report, every: bool = False, file: TextIO | None = None) -> None:
-    """As text, `every` problem in full or some of each kind in short."""
+def print_report(report: Report, every: bool = False, file: TextIO | None = None, fix: bool = False) -> None:
+    """As text, `every` problem in full or some of each kind in short. `fix`: the last line needs not speak of --fix."""
     console = Console(file=file or sys.stdout, highlight=False)
     if report.splits:
         console.print(_splits(report))
@@ -44,7 +45,7 @@ def print_report(report: Report, every: bool = False, file: TextIO | None = None
     for kind, problems in grouped(report.problems):
         _print_kind(console, kind, problems, report, every)
         console.print()
-    _print(console, _verdict(report), 0, ("green", "red", "red")[report.exit_status], hang=2)
+    _print(console, _verdict(report, fix), 0, ("green", "red", "red")[report.exit_status], hang=2)
 
 
 def _print(console: Console, text: str, indent: int, style: str = "", hang: int = 0) -> None:
@@ -106,12 +107,30 @@ def _where(problem: Problem, report: Report) -> str:
     return ", ".join(where) or name
 
 
-def _verdict(report: Report) -> str:
+def print_fix(after: Report, changes: Changes) -> None:
+    """What was changed in a copy, and what the check says of it."""
+    console = Console(file=sys.stdout, highlight=False)
+    console.print()
+    _print(console, f"{len(changes.made):,} changes in {changes.root}, listed in changes.json and changes.csv", 0, "bold")
+    for line in summary(changes):
+        _print(console, line, 2, hang=2)
+    if after.problems:
+        _print(console, "left:", 2)
+    for kind, problems in grouped(after.problems):
+        _print(console, f"{KINDS[kind].title}: {len(problems):,} {KINDS[kind].severity}{'s'[:len(problems) > 1]}", 4,
+               hang=2)
+    status = after.exit_status
+    _print(console, ("✓ the copy is safe to train on", *["✗ the copy has errors that only you can mend"] * 2)[status], 0,
+           ("green", "red", "red")[status])
+
+
+def _verdict(report: Report, fix: bool) -> str:
     counts = report.counts()
     told = " and ".join(f"{count:,} {name}{'s'[:count > 1]}" for name, count in counts.items()
                         if count and name != "note")
     return (f"✓ {told or 'No problems'}: training is safe.",
-            f"✗ {told}: training refuses this data set. `detres data check {report.path} --fix OUT` writes a clean copy.",
+            f"✗ {told}: training refuses this data set." + (
+                "" if fix else f" `detres data check {report.path} --fix OUT` writes a clean copy."),
             "✗ Nothing could be read.")[report.exit_status]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from detres.data.check.geometry import check_geometry
 from detres.data.coco import no_garbage_collection
-from detres.data.dataset import Dataset, read_all
+from detres.data.dataset import Dataset, read_all, without_images
 from detres.data.kinds import severity
 from detres.data.problems import InvalidDataError, Problem, Problems
 from detres.data.splits import Split, find_splits
@@ -57,21 +57,32 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
     `images` is the folder of images where it is not found by itself. With `read_images=False` only annotations are
     looked at: no image needs to be there. `workers` is the number of processes, by default one for each core.
     """
+    datasets: list[tuple[str, Dataset]] = []
+    summaries, problems = check_annotations(path, images, workers=workers, images_needed=read_images, datasets=datasets)
+    return Report(str(path), summaries, problems)
+
+
+def check_annotations(path: str | Path, images: str | Path | None = None, *, workers: int | None = None,
+                      images_needed: bool = True, datasets: list[tuple[str, Dataset]] | None = None,
+                      ) -> tuple[tuple[SplitSummary, ...], list[Problem]]:
+    """The part of the check for which no image is read. Adds to `datasets` what could be read, by split."""
     problems: list[Problem] = []
-    read: list[tuple[str, Dataset]] = []
     summaries = []
     try:
         splits = find_splits(path, None if images is None else str(images))
     except (OSError, ValueError) as error:
-        return Report(str(path), (), [unreadable(str(path), error)])
+        return (), [unreadable(str(path), error)]
     with no_garbage_collection():
         for split in splits:
             dataset, found = _read(split, workers)
             summaries.append(_summary(split, dataset))
-            read += [(split.name, dataset)] if dataset else []
             problems += [replace(problem, split=split.name) for problem in found
-                         if read_images or problem.kind not in IMAGE_KINDS]
-    return Report(str(path), tuple(summaries), problems)
+                         if images_needed or problem.kind not in IMAGE_KINDS]
+            if dataset is not None and datasets is not None:
+                missing = {problem.image for problem in found if problem.kind == "image_missing"}
+                nowhere = any(problem.kind == "images_nowhere" for problem in found)
+                datasets += [(split.name, without_images(dataset, missing))] * (not nowhere)
+    return tuple(summaries), problems
 
 
 def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Problem]]:
