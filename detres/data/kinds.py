@@ -18,6 +18,7 @@ class Kind(NamedTuple):
     fix: str
 
 
+_STOPS = "training stops at the image, perhaps hours in"
 _REFUSED = "training refuses the object: its label would be lost"
 
 KINDS: dict[str, Kind] = {
@@ -89,6 +90,19 @@ KINDS: dict[str, Kind] = {
                      "encode the mask at the image's height and width"),
     "bad_rle": Kind("error", "RLE masks whose counts are damaged or do not cover the image",
                     "decoding them fails, or reads beyond memory", "encode the mask again"),
+    # Image files
+    "image_zero_bytes": Kind("error", "image files of zero bytes", _STOPS, "download or copy them again"),
+    "image_truncated": Kind("error", "image files that end too early", _STOPS, "download or copy them again"),
+    "image_not": Kind("error", "image files that hold something else", _STOPS,
+                      "download them again, or convert them to JPEG or PNG"),
+    "image_damaged": Kind("error", "image files that cannot be decoded", _STOPS, "replace them"),
+    "image_too_large": Kind("error", "images of too many pixels", _STOPS, "cut them into tiles"),
+    "image_differs": Kind("error", "image files of another size than stated",
+                          "boxes lie elsewhere than the objects: training refuses it",
+                          "correct width and height, or restore the files that were annotated"),
+    "image_turned": Kind("error", "images annotated without their EXIF orientation",
+                         "boxes lie across the objects: training refuses it",
+                         "take the orientation out of the files (exiftool -Orientation= FILE)"),
     # Warnings
     "box_past_edge": Kind("warning", "boxes that reach past the edge of their image", "training clips them",
                           "clip the box, if the object ends at the edge"),
@@ -102,7 +116,46 @@ KINDS: dict[str, Kind] = {
                     "pycocotools never counts them as found: recall is lost", "number annotations from 1"),
     "no_annotations": Kind("warning", "splits without any annotation", "there is nothing to learn or to measure",
                            "check the export"),
+    "image_leak": Kind("warning", "images of one split that are in another, too",
+                       "AP is too high: the model is measured on what it was trained on",
+                       "take them out of one of the splits"),
+    "image_near_leak": Kind("warning", "images that are almost the same as one of another split",
+                            "AP is too high: the model has seen the scene in training",
+                            "split by scene, video or source, not image by image"),
+    "image_listed_twice": Kind("warning", "image files listed twice in a split",
+                               "each entry teaches that the other's objects are background",
+                               "merge the objects in one entry"),
+    "image_copy": Kind("warning", "images whose file is there twice in a split",
+                       "they weigh double, in training and in AP", "delete one, with its objects"),
+    "copy_labels_differ": Kind("warning", "copies of an image with other objects",
+                               "one of them teaches or measures what is wrong", "look at both and correct one"),
+    "image_turn_unclear": Kind("warning", "images with an EXIF orientation that their size does not show",
+                               "detres turns them: boxes made without the tag lie elsewhere than the objects",
+                               "look at one (detres data view); take the tag out if its boxes are off"),
+    "image_holes": Kind("warning", "JPEG files whose end is missing: zeros fill it",
+                        "the lower part is grey, with objects that cannot be seen", "download or copy them again"),
+    "image_dark": Kind("warning", "images of 16 bits that use only the lowest values",
+                       "scaled to 8 bits as a whole they are black", "stretch their values, or save as 8 bits"),
+    "image_blank": Kind("warning", "images of one colour", "there is nothing to see: objects in them cannot be learned",
+                        "delete them, or restore the file"),
+    "image_huge": Kind("warning", "images of more than 50 million pixels",
+                       "each takes a second and 150 MB to load, every epoch; small objects vanish when it is scaled",
+                       "cut them into tiles"),
     # Notes
+    "image_near_copy": Kind("note", "images that are almost the same as another of their split",
+                            "they weigh double; frames of a video are", "keep one of them, unless it is meant"),
+    "image_exif": Kind("note", "images with an EXIF orientation",
+                       "detres turns them, as annotated; tools that do not will misplace the boxes",
+                       "store the pixels upright, without the tag"),
+    "image_alpha": Kind("note", "images with transparent pixels", "alpha is dropped: what was hidden is seen",
+                        "blend them with a background"),
+    "image_cmyk": Kind("note", "images in CMYK", "converted to RGB without colour profile: colours shift a little",
+                       "save as RGB"),
+    "image_deep": Kind("note", "images of 16 bits", "scaled to 8 bits: 0-65535 becomes 0-255", ""),
+    "image_grey": Kind("note", "images without colour", "grey is repeated in three channels", ""),
+    "image_frames": Kind("note", "animations and files of several pages", "the first one is used", "save it alone"),
+    "image_suffix": Kind("note", "image files whose suffix is of another format",
+                         "none here: the content counts; other tools may refuse them", "rename them"),
     "category_gap": Kind("note", "category ids with gaps", "none: labels are numbered 0 to K-1 in their order", "none"),
 }
 
