@@ -140,7 +140,7 @@ def test_a_label_lies_on_its_object_where_there_is_room():
 
 @pytest.mark.parametrize("index", range(len(PALETTE)))
 def test_text_can_be_read_on_every_plate(index):
-    color, ink = color_of(index), module._ink(color_of(index))
+    color, ink = color_of(index), module.ink_on(color_of(index))
     linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
     luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
     contrast = 1.05 / (luminance + 0.05) if ink == "white" else (luminance + 0.05) / 0.05
@@ -148,5 +148,5 @@ def test_text_can_be_read_on_every_plate(index):
 
 
 def test_text_is_white_where_that_is_readable():
-    inks = [module._ink(color) for color in (color_of(0), color_of(1), (0, 0, 0), (255, 255, 255))]
+    inks = [module.ink_on(color) for color in (color_of(0), color_of(1), (0, 0, 0), (255, 255, 255))]
     assert inks == ["white", "black", "white", "black"]
