@@ -6,12 +6,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from detres.cli_parser import nearest
-from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
+from detres.data.dataset import SPLITS, Dataset, ImageRecord
 from detres.data.kinds import KINDS
 from detres.data.problems import Problem, numbers
 from detres.data.splits import Split, find_splits
@@ -22,7 +22,7 @@ ANY = "any"  # stands for all kinds of problems
 
 @dataclass(frozen=True)
 class Choice:
-    """What to look at; empty means all. Of images with several classes only those chosen are shown."""
+    """What to look at; empty means all. With classes, only their objects are shown."""
 
     splits: Sequence[str] = ()
     classes: Sequence[str] = ()
@@ -35,16 +35,18 @@ class Choice:
 
 @dataclass(frozen=True)
 class Entry:
-    """One image to look at. `record` is None where there are only problems: the image could not be read."""
+    """One image to look at. `record` and `number`, its place in the data set, are None where there are only problems:
+    the reader left it out."""
 
     split: str
     dataset: Dataset
+    number: int | None
     record: ImageRecord | None
     problems: tuple[Problem, ...] = ()
 
     @property
     def name(self) -> str:
-        return self.record.path.name if self.record else f"image {self.problems[0].image}"
+        return _file_name(self.record) if self.record else f"image {self.problems[0].image}"
 
 
 @dataclass(frozen=True)
@@ -65,35 +67,37 @@ def select_from(datasets: Sequence[tuple[str, Dataset]], choice: Choice,
                 problems: Mapping[str, Mapping[str, Sequence[Problem]]] = {}) -> Selection:
     """Of splits by name; `problems` by split and id of the image."""
     classes = tuple(dict.fromkeys(name for _, dataset in datasets for name in dataset.classes))
-    _check_known(choice.classes, classes, "--class")
-    entries = [entry for name, dataset in datasets for entry in _entries(name, dataset, choice, problems.get(name, {}))]
+    _check_known(choice.classes, classes, "--class must be of the data set")
+    places = [place for part, (name, dataset) in enumerate(datasets)
+              for place in _places(part, dataset, choice, problems.get(name, {}))]
     if choice.images:
-        _check_images(choice.images, entries)
-    order = _ORDERS[choice.order](entries, choice.seed)
-    return Selection([entries[i] for i in order[:choice.num]], len(entries), classes)
+        places = _asked_for(choice.images, places, [dataset for _, dataset in datasets])
+    order = _ORDERS[choice.order](places, choice.seed)[:choice.num].tolist()
+    return Selection([_entry(places[i], *datasets[places[i].part], choice, problems) for i in order], len(places),
+                     classes)
 
 
 def choose_splits(splits: Sequence[Split], names: Sequence[str]) -> list[Split]:
     """Those of these names or roles (train, val, test), training first; all, if no names are given."""
-    _check_known(names, [name for split in splits for name in (split.name, split.role)], "--split")
+    _check_known(names, [name for split in splits for name in (split.name, split.role)],
+                 "--split must be of the data set")
     chosen = [split for split in splits if not names or split.name in names or split.role in names]
     return sorted(chosen, key=lambda split: list(SPLITS).index(split.role))
 
 
-def _check_known(names: Sequence[str], known: Iterable[str], option: str) -> None:
+def _check_known(names: Sequence[str], known: Iterable[str], rule: str) -> None:
     known = list(dict.fromkeys(known))
     for name in names:
         if name not in known:
             listed = ", ".join(known[:20]) + ", ..." * (len(known) > 20)
-            raise ValueError(f"{option} must be of the data set, which has {listed}; got {name}"
-                             f"{nearest(name, known) or '. Correct it.'}")
+            raise ValueError(f"{rule} ({listed}), got {name}{nearest(name, known) or '. Correct it.'}")
 
 
 def _problems(path: str | Path, images: str | None, kinds: Sequence[str]) -> dict[str, dict[str, list[Problem]]]:
     """By split and id of the image. Images are read only where a kind of problem is asked for: it takes long."""
     from detres.data.check.run import check_data
 
-    _check_known(kinds, [ANY, *KINDS], "--problem")
+    _check_known(kinds, [ANY, *KINDS], "--problem must be a kind of problem")
     found: dict[str, dict[str, list[Problem]]] = defaultdict(lambda: defaultdict(list))
     for problem in check_data(path, images, read_images=bool(kinds)).problems:
         if problem.image is not None and (not kinds or ANY in kinds or problem.kind in kinds):
@@ -101,69 +105,97 @@ def _problems(path: str | Path, images: str | None, kinds: Sequence[str]) -> dic
     return found
 
 
-def _entries(split: str, dataset: Dataset, choice: Choice, problems: Mapping[str, Sequence[Problem]]) -> list[Entry]:
-    labels = {dataset.classes.index(name) for name in choice.classes if name in dataset.classes}
-    entries = []
-    for record in dataset.records:
-        if choice.classes:
-            record = replace(record, annotations=tuple(item for item in record.annotations if item.label in labels))
-        entries.append(Entry(split, dataset, record, tuple(problems.get(str(record.id), ()))))
-    if not choice.classes:
-        read = {str(record.id) for record in dataset.records}
-        entries += [Entry(split, dataset, None, tuple(found)) for image, found in problems.items() if image not in read]
-    return [entry for entry in entries if _fits(entry, choice)]
+class _Place(NamedTuple):
+    """Of an image among all: cheap, as there may be a million."""
+
+    part: int  # of the splits
+    number: int | None  # of the record
+    image: str  # its id
+    objects: int
+    smallest: float  # area of a box, inf without one
 
 
-def _fits(entry: Entry, choice: Choice) -> bool:
-    return ((not choice.classes or bool(entry.record.annotations)) and (not choice.problems or bool(entry.problems))
-            and (not choice.images or bool(_names(entry) & set(choice.images))))
+def _places(part: int, dataset: Dataset, choice: Choice, problems: Mapping[str, Sequence[Problem]]) -> list[_Place]:
+    """The images of a split that have the classes and problems."""
+    records, table, image = dataset.records, dataset.records.table(), dataset.records.image_of()
+    areas = (table["box"][:, 2:] - table["box"][:, :2]).prod(1)
+    if choice.classes:
+        kept = np.isin(table["label"], _labels(dataset, choice))
+        image, areas = image[kept], areas[kept]
+    smallest = np.full(len(records), np.inf)
+    np.minimum.at(smallest, image, areas)
+    columns = zip(map(str, records.ids()), np.bincount(image, minlength=len(records)).tolist(), smallest.tolist())
+    places = [_Place(part, number, *column) for number, column in enumerate(columns)]
+    read = {place.image for place in places} if problems else ()
+    places += [_Place(part, None, name, 0, np.inf) for name in problems if name not in read]
+    return [place for place in places if (not choice.classes or place.objects)
+            and (not choice.problems or place.image in problems)]
 
 
-def _names(entry: Entry) -> set[str]:
-    """That an image may be asked for by."""
-    if entry.record is None:
-        return {str(entry.problems[0].image)}
-    return {str(entry.record.id), entry.record.path.name, Path(entry.record.path.name).stem, str(entry.record.path)}
+def _labels(dataset: Dataset, choice: Choice) -> list[int]:
+    return [dataset.classes.index(name) for name in choice.classes if name in dataset.classes]
 
 
-def _check_images(wanted: Sequence[str], entries: Sequence[Entry]) -> None:
-    known = set().union(*map(_names, entries)) if entries else set()
-    if missing := [name for name in wanted if name not in known]:
+def _entry(place: _Place, split: str, dataset: Dataset, choice: Choice,
+           problems: Mapping[str, Mapping[str, Sequence[Problem]]]) -> Entry:
+    found = tuple(problems.get(split, {}).get(place.image, ()))
+    if place.number is None:
+        return Entry(split, dataset, None, None, found)
+    record = dataset.records[place.number]
+    if choice.classes:
+        labels = _labels(dataset, choice)
+        record = replace(record, annotations=tuple(item for item in record.annotations if item.label in labels))
+    return Entry(split, dataset, place.number, record, found)
+
+
+def _asked_for(wanted: Sequence[str], places: Sequence[_Place], datasets: Sequence[Dataset]) -> list[_Place]:
+    """Those with these ids or file names, with or without suffix."""
+    left = set(wanted) - {place.image for place in places}
+    names = {place: {place.image} for place in places}
+    if left:  # slow: each record is made for its path
+        for place in places:
+            if place.number is not None:
+                file = _file_name(datasets[place.part].records[place.number])
+                names[place] |= {file, Path(file).stem}
+                left -= names[place]
+    if left:
         raise ValueError(f"--image must be ids or file names of images that the other options leave, got "
-                         f"{', '.join(missing)}. Check it.")
+                         f"{', '.join(sorted(left))}. Correct it.")
+    return [place for place in places if names[place] & set(wanted)]
 
 
-def _random(entries: Sequence[Entry], seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(len(entries))
+def _file_name(record: ImageRecord) -> str:
+    return Path(str(record.path)).name
 
 
-def _most(entries: Sequence[Entry], seed: int) -> np.ndarray:
-    return np.argsort([-len(_annotations(entry)) for entry in entries], kind="stable")
+def _random(places: Sequence[_Place], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(len(places))
 
 
-def _smallest(entries: Sequence[Entry], seed: int) -> np.ndarray:
-    return np.argsort([min((_area(item) for item in _annotations(entry)), default=np.inf) for entry in entries],
-                      kind="stable")
+def _most(places: Sequence[_Place], seed: int) -> np.ndarray:
+    return np.argsort([-place.objects for place in places], kind="stable")
 
 
-def _in_file(entries: Sequence[Entry], seed: int) -> np.ndarray:
-    return np.arange(len(entries))
+def _smallest(places: Sequence[_Place], seed: int) -> np.ndarray:
+    return np.argsort([place.smallest for place in places], kind="stable")
 
 
-_ORDERS: dict[str, Callable[[Sequence[Entry], int], np.ndarray]] = {
+def _in_file(places: Sequence[_Place], seed: int) -> np.ndarray:
+    return np.arange(len(places))
+
+
+_ORDERS: dict[str, Callable[[Sequence[_Place], int], np.ndarray]] = {
     "random": _random, "most": _most, "smallest": _smallest, "file": _in_file}
 
 
-def _annotations(entry: Entry) -> Sequence[Annotation]:
-    return entry.record.annotations if entry.record else ()
+# What is wrong
 
 
-def _area(item: Annotation) -> float:
-    x1, y1, x2, y2 = item.box
-    return (x2 - x1) * (y2 - y1)
-
-
-# Problems
+def size_note(record: ImageRecord, size: tuple[int, int]) -> str:
+    """What to say of an image file of a size (height, width); "" if it is that of its annotations."""
+    if size == (record.height, record.width):
+        return ""
+    return f"the file has {size[1]} x {size[0]} px, its annotations state {record.width} x {record.height}"
 
 
 def problem_text(problem: Problem) -> str:

@@ -14,8 +14,7 @@ from detres.data.images import ImageError
 from detres.data.loader import build_loader
 from detres.data.splits import find_splits
 from detres.data.view import Choice, Entry, choose_splits, select_from
-from detres.data.view_sheet import (caption, draw_entry, draw_pixels, draw_scaled, grid, placeholder, save,
-                                    tile_scale)
+from detres.data.view_sheet import Tile, draw_entry, draw_pixels, draw_scaled, grid, placeholder, save, tile_scale
 from detres.inference.draw import Objects, color_of
 from detres.structures import Batch, Targets
 
@@ -23,7 +22,8 @@ PADDING = np.array([215, 185], np.uint8)  # greys of the stripes that stand for 
 STRIPE = 16  # pixels
 
 
-def write_augmented(path: str | Path, images: str | None, choice: Choice, config: Config, draws: int, out: Path) -> Path:
+def write_augmented(path: str | Path, images: str | None, choice: Choice, config: Config, draws: int,
+                    out: Path) -> Path:
     """Writes a sheet with a row for each image: as it is, then as training sees it in the first `draws` epochs that
     `train.seed` gives. Raises as `find_splits`, `select` and `build_loader`."""
     from detres.evaluation.run import load_for, reads_of
@@ -37,8 +37,7 @@ def write_augmented(path: str | Path, images: str | None, choice: Choice, config
     tiles = []
     for entry in selection.entries:
         reader = _reader(entry.dataset, config, reads_of(config.model))
-        tiles += [(draw_entry(entry, selection.classes), caption(entry)),
-                  *_draws(reader, entry, selection.classes, draws)]
+        tiles += [draw_entry(entry, selection.classes), *_draws(reader, entry, selection.classes, draws)]
     save(grid(tiles, draws + 1), out)
     return out
 
@@ -50,10 +49,9 @@ def _reader(dataset: Dataset, config: Config, reads: dict[str, bool]):
                         with_keypoints=kind.has_keypoints, seed=config.train.seed, **reads).reader
 
 
-def _draws(reader, entry: Entry, classes: Sequence[str], draws: int) -> list[tuple[Image.Image, list[str]]]:
+def _draws(reader, entry: Entry, classes: Sequence[str], draws: int) -> list[Tile]:
     """The image in the first epochs, batched together, so that padding shows."""
-    number = next(i for i, record in enumerate(entry.dataset.records) if record.id == entry.record.id)
-    batch = reader.__getitems__([(epoch, number) for epoch in range(draws)])
+    batch = reader.__getitems__([(epoch, entry.number) for epoch in range(draws)])
     if isinstance(batch, ImageError):
         return [(placeholder(str(batch)), [""])] * draws
     return [(_draw(batch, row, entry.dataset, classes), [_size_text(batch, row)]) for row in range(draws)]

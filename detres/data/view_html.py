@@ -20,9 +20,9 @@ from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import ImageError, read_image
 from detres.data.kinds import KINDS
 from detres.data.masks import rasterize
-from detres.data.view import Entry, Selection, problem_box, problem_text
+from detres.data.view import Entry, Selection, problem_box, problem_text, size_note
 from detres.engine.checkpoint import atomic_write
-from detres.inference.draw import ink_on, color_of
+from detres.inference.draw import color_of, ink_on
 from detres.progress import track
 
 THUMBNAIL, PICTURE = 360, 1280  # pixels: the longest sides of the files
@@ -69,7 +69,7 @@ class _Page:
     def image(self, number: int, entry: Entry) -> dict[str, Any]:
         """What the script knows of an image, whose files are written; "error" says why there are none."""
         record = entry.record
-        shown = {"name": entry.name, "split": entry.split, "error": "The image cannot be shown.", "size": [3, 4],
+        shown = {"name": entry.name, "split": entry.split, "error": "The image cannot be shown.", "size": [4, 3], "note": "",
                  "problems": [self._problem(problem, record) for problem in entry.problems], "objects": [],
                  "skeleton": entry.dataset.skeleton}
         if record is None:
@@ -80,6 +80,7 @@ class _Page:
             objects = [self._object(item, entry.dataset, record) for item in record.annotations]
         except ImageError as error:  # of the image, or of a PNG with its masks
             return shown | {"error": str(error)}
+        shown |= {"size": pixels.shape[1::-1], "note": size_note(record, pixels.shape[:2])}
         for side, suffix in ((PICTURE, ""), (THUMBNAIL, "t")):
             pixels = _fit(pixels, side)
             Image.fromarray(pixels).save(self.folder / f"{number}{suffix}.jpg", quality=QUALITY)

@@ -14,16 +14,18 @@ from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import ImageError, read_image
 from detres.data.kinds import KINDS
 from detres.data.masks import rasterize
-from detres.data.view import Entry, Selection, problem_box, problem_text
+from detres.data.view import Entry, Selection, problem_box, problem_text, size_note
 from detres.engine.checkpoint import atomic_write
-from detres.inference.draw import Objects, color_of, draw_objects, sized_font
+from detres.inference.draw import Objects, color_of, draw_labels, draw_objects, sized_font
 
 TILE, HEIGHT = 440, 360  # pixels: the greatest width and height of a tile
 COLUMNS, ROWS = 4, 3  # of a sheet
 GAP = 12
 CAPTION = 13  # size of the letters
-LINES = 4  # of a caption
+LINES = 6  # of a caption
 ALERT = (220, 0, 30)  # frames what is wrong
+
+Tile = tuple[Image.Image, list[str]]  # with the lines of its caption, of which all but the first are in ALERT
 
 
 def write_sheets(selection: Selection, out: Path) -> list[Path]:
@@ -31,8 +33,7 @@ def write_sheets(selection: Selection, out: Path) -> list[Path]:
     sheets = [selection.entries[i:i + COLUMNS * ROWS] for i in range(0, len(selection.entries), COLUMNS * ROWS)]
     files = [out] if len(sheets) == 1 else [out.with_stem(f"{out.stem}_{i + 1}") for i in range(len(sheets))]
     for file, entries in zip(files, sheets):
-        tiles = [(draw_entry(entry, selection.classes), caption(entry)) for entry in entries]
-        save(grid(tiles, COLUMNS), file)
+        save(grid([draw_entry(entry, selection.classes) for entry in entries], COLUMNS), file)
     return files
 
 
@@ -41,27 +42,24 @@ def save(sheet: Image.Image, file: Path) -> None:
         sheet.save(temporary, format="PNG", optimize=True)
 
 
-def caption(entry: Entry) -> list[str]:
-    """Lines: the file with its split and size, then its problems."""
-    size = f", {entry.record.width} x {entry.record.height}" if entry.record else ""
-    return [f"{entry.name} ({entry.split}{size})",
-            *(f"{KINDS[problem.kind].title}: {problem_text(problem)}" for problem in entry.problems)]
-
-
-def draw_entry(entry: Entry, classes: Sequence[str]) -> Image.Image:
+def draw_entry(entry: Entry, classes: Sequence[str]) -> Tile:
     """The image, fit into a tile, with what is annotated; where it cannot be read, a tile that says why."""
+    size = f", {entry.record.width} x {entry.record.height}" if entry.record else ""
+    caption = [f"{entry.name} ({entry.split}{size})"]
+    problems = [f"{KINDS[problem.kind].title}: {problem_text(problem)}" for problem in entry.problems]
     if entry.record is None:
-        return placeholder("The image cannot be shown.")
+        return placeholder("The image cannot be shown."), caption + problems
     try:
         image = read_image(entry.record.path)
         scale = tile_scale(*image.shape[:2])
         picture = draw_record(image, entry.dataset, entry.record, classes, scale)
     except ImageError as error:  # of the image, or of a PNG with its masks
-        return placeholder(str(error))
+        return placeholder(str(error)), caption + problems
     for problem in entry.problems:
         if box := problem_box(problem, entry.record):
             _frame(picture, np.array(box) * scale)
-    return picture
+    note = size_note(entry.record, image.shape[:2])
+    return picture, caption + [note] * bool(note) + problems
 
 
 def draw_record(image: np.ndarray, dataset: Dataset, record: ImageRecord, classes: Sequence[str],
@@ -161,7 +159,7 @@ def placeholder(reason: str, size: tuple[int, int] = (HEIGHT * 4 // 5, TILE)) ->
     return picture
 
 
-def grid(tiles: Sequence[tuple[Image.Image, Sequence[str]]], columns: int) -> Image.Image:
+def grid(tiles: Sequence[Tile], columns: int) -> Image.Image:
     """Tiles with the lines of their captions, row by row; a row is as high as its highest tile."""
     font = sized_font(CAPTION)
     line = sum(font.getmetrics()) + 1

@@ -1,5 +1,5 @@
-"""Pictures of predictions and annotations, fit for print: translucent masks with outlines, or boxes, keypoints with their skeleton, and
-labels that do not collide.
+"""Pictures of predictions and annotations, fit for print: translucent masks with outlines, or boxes, keypoints with
+their skeleton, and labels that do not collide.
 
 A class has the same colour in every picture. Line widths and text grow with the image, and small images are enlarged
 first, so that labels stay readable. A label lies on its object's mask where there is room, else beside the object. It
