@@ -69,9 +69,9 @@ class _Page:
     def image(self, number: int, entry: Entry) -> dict[str, Any]:
         """What the script knows of an image, whose files are written; "error" says why there are none."""
         record = entry.record
-        shown = {"name": entry.name, "split": entry.split, "error": "The image cannot be shown.", "size": [4, 3], "note": "",
-                 "problems": [self._problem(problem, record) for problem in entry.problems], "objects": [],
-                 "skeleton": entry.dataset.skeleton}
+        shown = {"name": entry.name, "split": entry.split, "error": "The image cannot be shown.", "note": "",
+                 "size": [4, 3], "problems": [self._problem(problem, record) for problem in entry.problems],
+                 "objects": [], "skeleton": entry.dataset.skeleton}
         if record is None:
             return shown | {"id": str(entry.problems[0].image)}
         shown |= {"id": str(record.id), "size": [record.width, record.height]}

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detres.inference import draw as module
-from detres.inference.draw import PALETTE, color_of, draw
+from detres.inference.draw import PALETTE, Objects, color_of, draw, draw_objects
 
 GREY = 128
 
@@ -150,3 +150,24 @@ def test_text_can_be_read_on_every_plate(index):
 def test_text_is_white_where_that_is_readable():
     inks = [module.ink_on(color) for color in (color_of(0), color_of(1), (0, 0, 0), (255, 255, 255))]
     assert inks == ["white", "black", "white", "black"]
+
+
+# ---- annotations
+
+
+def test_crowds_are_hatched_and_dashed_and_difficult_objects_dashed():
+    mask = np.zeros((480, 640), bool)
+    mask[100:300, 100:300] = True
+    box = np.array([(100, 100, 300, 300)])
+
+    def marks(masks=None, **flags) -> np.ndarray:
+        objects = Objects(box, ["a"], [color_of(0)], masks, **flags)
+        return changed(draw_objects(grey(480, 640), objects, labels=False))
+
+    plain, crowd = marks([mask])[120:280, 120:280], marks([mask], crowd=np.array([True]))[120:280, 120:280]
+    assert plain.all() and 0.3 < crowd.mean() < 0.7
+    edge = (slice(100, 102), slice(110, 290))
+    assert marks()[edge].all()
+    for flags in ({"crowd": np.array([True])}, {"difficult": np.array([True])}):
+        dashes = marks(**flags)[edge]
+        assert 0.3 < dashes.mean() < 0.7 and np.abs(np.diff(dashes[0].astype(int))).sum() > 6
