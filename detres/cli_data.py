@@ -30,6 +30,12 @@ EXAMPLES = {
   detres data stats train.json --images photos --out stats.png
   detres data stats datasets/VOCdevkit --all --out stats.html stats.pdf
   detres data stats datasets/coco --json > stats.json""",
+    "data view": """
+  detres data view datasets/coco
+  detres data view datasets/coco --split val --class dog 'hot dog' --sort smallest --num 48 --out dogs.png
+  detres data view datasets/coco --problem any --html look.html
+  detres data view datasets/coco --html look.html --num 2000
+  detres data view datasets/coco --augment configs/bccd_r18.yaml data.augment.flip=0.5 --out seen.png""",
 }
 
 
@@ -110,6 +116,61 @@ def _add_stats(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
+def _add_view(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = command(commands, name, EXAMPLES, _view, "draw images with their annotations",
+                     "Contact sheets as PNG, or a page for a browser (--html), or what training makes of the images "
+                     "(--augment). Crowds are hatched, difficult objects dashed.", rest="overrides")
+    _add_source(parser)
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
+                        help="fields of the config of --augment, such as data.augment.flip=0")
+    which = parser.add_argument_group("which images")
+    which.add_argument("--split", nargs="+", default=[], metavar="NAME", help="such as train or instances_val2017")
+    which.add_argument("--class", nargs="+", default=[], dest="classes", metavar="NAME",
+                       help="with objects of these classes; no others are drawn")
+    which.add_argument("--problem", nargs="+", default=[], metavar="KIND",
+                       help="with problems of these kinds, as `detres data check --json` calls them; or any")
+    which.add_argument("--image", nargs="+", default=[], metavar="ID", help="by id or file name")
+    which.add_argument("--num", type=positive, metavar="N",
+                       help="at most (default: 12; with --html 500, with --augment 4)")
+    which.add_argument("--sort", choices=("random", "most", "smallest", "file"), default="random",
+                       help="first those with most objects, or with the smallest; as in the file (default: random)")
+    which.add_argument("--seed", type=count, default=0, metavar="S", help="of the random order (default: 0)")
+    parser.add_argument("--out", type=Path, default=Path("view.png"), metavar="FILE",
+                        help="sheet; several have numbers (default: view.png)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page, with a folder of images beside it")
+    parser.add_argument("--augment", type=Path, metavar="CONFIG",
+                        help="several draws of each image as this config, or the run in this folder, trains on it")
+    parser.add_argument("--draws", type=positive, default=4, metavar="D", help="of --augment (default: 4)")
+
+
+def _view(args: argparse.Namespace) -> None:
+    if args.html and args.augment:
+        args.parser.error("--html cannot go with --augment, which draws a sheet")
+    if args.overrides and not args.augment:
+        args.parser.error(f"key=value goes with --augment, got {args.overrides[0]}")
+    if args.problem and args.augment:
+        args.parser.error("--problem cannot go with --augment: what has errors does not train")
+    from detres.data.view import Choice, select
+
+    num = args.num or (500 if args.html else 4 if args.augment else 12)
+    choice = Choice(args.split, args.classes, args.problem, args.image, num, args.seed, args.sort)
+    if args.augment:
+        from detres.config_file import load_config
+        from detres.data.view_augment import write_augmented
+
+        config = load_config(args.augment, args.overrides).config
+        files = [write_augmented(args.data, args.images, choice, config, args.draws, args.out)]
+    elif args.html:
+        from detres.data.view_html import write_page
+
+        files = [write_page(select(args.data, args.images, choice, with_problems=True), args.html, args.data)]
+    else:
+        from detres.data.view_sheet import write_sheets
+
+        files = write_sheets(select(args.data, args.images, choice), args.out)
+    print("\n".join(f"Wrote {file}" for file in files))
+
+
 def _add_source(parser: Parser) -> None:
     parser.add_argument("data", metavar="DATA", help="data set in COCO, VOC or YOLO format: a folder, a YAML file or "
                                                      "an annotation file")
@@ -122,4 +183,4 @@ def _stats(args: argparse.Namespace) -> None:
     show_stats(args.data, args.images, args.out, as_json=args.json, all_classes=args.all)
 
 
-COMMANDS = {"shapes": _add_shapes, "check": _add_check, "stats": _add_stats}
+COMMANDS = {"shapes": _add_shapes, "check": _add_check, "stats": _add_stats, "view": _add_view}

@@ -73,7 +73,7 @@ class Loader:
     """Iterable of `Batch`; has a length, in batches, unless it is endless. `reader[keys]` makes a batch."""
 
     def __init__(self, reader: Any, batches: Iterable[list[Key]], workers: int, pin_memory: bool, seed: int):
-        self._batches = batches
+        self.reader, self._batches = reader, batches
         self._loader = DataLoader(
             reader, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, pin_memory=pin_memory,
             worker_init_fn=_start_worker, persistent_workers=workers > 0 and isinstance(batches, list),

@@ -71,17 +71,12 @@ class Columns:
 
 
 def columns_of(name: str, dataset: Dataset) -> Columns:
-    """One pass over the records."""
-    records = dataset.records
-    sizes = np.array([(record.height, record.width) for record in records], float).reshape(-1, 2)
-    image = np.repeat(np.arange(len(records)), [len(record.annotations) for record in records])
-    items = list(chain.from_iterable(record.annotations for record in records))
-    boxes = np.fromiter(chain.from_iterable(item.box for item in items), float, 4 * len(items)).reshape(-1, 4)
-    flags = np.array([(item.crowd, item.difficult, item.segmentation is not None, item.keypoints is not None)
-                      for item in items], bool).reshape(-1, 4)
-    return Columns(name, dataset.classes, sizes, image, np.array([item.label for item in items], np.int64),
-                   boxes.clip(0, np.tile(sizes[image][:, ::-1], 2)), np.array([item.area for item in items], float),
-                   *flags.T)
+    """Of a split of this name."""
+    records, table, image = dataset.records, dataset.records.table(), dataset.records.image_of()
+    sizes = np.stack([records.images["height"], records.images["width"]], 1).astype(float)
+    boxes = table["box"].clip(0, np.tile(sizes[image][:, ::-1], 2))
+    return Columns(name, dataset.classes, sizes, image, table["label"], boxes,
+                   *(table[field] for field in ("area", "crowd", "difficult", "masked", "posed")))
 
 
 class ClassCount(NamedTuple):

@@ -10,6 +10,7 @@ from detres.data.stats import MEDIUM, SMALL, Columns, SplitStats
 
 COLORS = ("#1F77D0", "#F07F23", "#00A08A", "#A347A8", "#D0331A", "#8E9A1F")  # of splits, in turn
 BINS = 40
+FEW = 8  # classes; bars of fewer would be too broad
 TOP, BOTTOM = 12, 6  # classes shown where there are more than fit
 MAPS = 3  # splits whose box centres are shown
 
@@ -73,8 +74,7 @@ def _classes(axes, stats: Sequence[SplitStats]) -> None:
         axes.text(0.5, TOP - 0.1, f"{left_out} more classes", transform=axes.get_yaxis_transform(), ha="center",
                   va="center", fontsize=8, color="0.4")
     axes.set_yticks(places, list(map(_short, names)))
-    axes.invert_yaxis()
-    axes.margins(y=0.01)
+    axes.set_ylim(max(len(names), FEW) - 0.5 + 0.8 * (left_out > 0), -0.5)
     _clean(axes, "share of annotations, %", grid="x")
 
 
@@ -125,6 +125,7 @@ def _counts(axes, columns: Sequence[Columns]) -> None:
     edges = np.arange(0, last + 2, max(1, last // BINS)) - 0.5
     _curves(axes, columns, lambda c: np.minimum(c.objects_per_image, edges[-1]), edges,
             "objects an image (the last bin: or more)", "images")
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def _image_sizes(axes, columns: Sequence[Columns]) -> None:

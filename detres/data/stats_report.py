@@ -153,14 +153,14 @@ def _cut(name: str, limit: int) -> str:
 
 def as_text(table: Table) -> str:
     """Columns as wide as they must be; a group's name at the right, above its columns."""
-    widths = [max(map(len, column)) for column in zip(table.header, *table.rows)]
+    widths = [max(map(len, column)) for column in zip([table.title, *table.header[1:]], *table.rows)]
     if table.groups:
         span = (len(widths) - 1) // len(table.groups)
         widths[1:] = [max(width, least) for width, least in zip(widths[1:], (11, 7, 6) * len(table.groups))]
         wide = [sum(widths[start:start + span]) + 2 * (span - 1) for start in range(1, len(widths), span)]
         head = [_line([table.title, *table.groups], [widths[0], *wide]), _line(table.header, widths)]
     else:
-        head = [_line([table.title, *table.header[1:]], [max(widths[0], len(table.title)), *widths[1:]])]
+        head = [_line([table.title, *table.header[1:]], widths)]
     rule = "\N{BOX DRAWINGS LIGHT HORIZONTAL}" * max(map(len, head))
     return "\n".join([*head, rule, *(_line(row, widths).rstrip() for row in table.rows)])
 

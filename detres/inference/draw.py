@@ -1,5 +1,5 @@
-"""Pictures of predictions, fit for print: translucent masks with outlines, or boxes, keypoints with their skeleton, and
-labels that do not collide.
+"""Pictures of predictions and annotations, fit for print: translucent masks with outlines, or boxes, keypoints with
+their skeleton, and labels that do not collide.
 
 A class has the same colour in every picture. Line widths and text grow with the image, and small images are enlarged
 first, so that labels stay readable. A label lies on its object's mask where there is room, else beside the object. It
@@ -58,6 +58,20 @@ class _Style:
                    font=max(11, round(side / 42)))
 
 
+@dataclass(frozen=True)
+class Objects:
+    """What is drawn of one image: D objects, those first whose labels matter most. Pixels of the image."""
+
+    boxes: np.ndarray  # (D, 4) xyxy
+    texts: Sequence[str]  # on the labels
+    colors: Sequence[Color]
+    masks: Sequence[np.ndarray] | None = None  # (H, W) bool each
+    keypoints: np.ndarray | None = None  # (D, J, 3) x, y, score
+    skeleton: Sequence[tuple[int, int]] = ()  # keypoints that a line joins
+    crowd: np.ndarray | None = None  # (D,) bool: hatched, with dashed boxes
+    difficult: np.ndarray | None = None  # (D,) bool: dashed boxes
+
+
 def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None, masks: bool = True,
          labels: bool = True, scores: bool = True, color_by: Literal["class", "instance"] = "class",
          scale: int | None = None, keypoint_thresh: float = 0.05) -> Image.Image:
@@ -66,26 +80,36 @@ def draw(image: np.ndarray, prediction: Prediction, *, boxes: bool | None = None
     `boxes`: None draws them where there is no mask to show. `keypoint_thresh`: the score of keypoints that are drawn.
     `scale`: whole factor by which the image is enlarged; None chooses one for small images.
     """
-    height, width = image.shape[:2]
-    style = _Style.of(height, width, scale)
-    canvas = _enlarged(image, style)
     found = prediction.numpy()
-    corners = found["boxes"] * style.scale  # (D, 4)
     colors = [color_of(label if color_by == "class" else i) for i, label in enumerate(found["labels"].tolist())]
-    bitmaps = found["masks"] if masks else None
+    texts = [f"{name} {score:.2f}" if scores and not np.isnan(score) else name
+             for name, score in zip(prediction.names, found["scores"])]
+    objects = Objects(found["boxes"], texts, colors, found["masks"] if masks else None, found["keypoints"],
+                      prediction.skeleton)
+    return draw_objects(image, objects, boxes=boxes, labels=labels, scale=scale, keypoint_thresh=keypoint_thresh)
+
+
+def draw_objects(image: np.ndarray, objects: Objects, *, boxes: bool | None = None, labels: bool = True,
+                 scale: int | None = None, keypoint_thresh: float = 0.05) -> Image.Image:
+    """A picture of an image (H, W, 3) RGB uint8 with its objects; options as in `draw`."""
+    style = _Style.of(*image.shape[:2], scale)
+    canvas = _enlarged(image, style)
+    corners = objects.boxes * style.scale  # (D, 4)
+    crowd, difficult = (np.zeros(len(corners), bool) if flags is None else flags
+                        for flags in (objects.crowd, objects.difficult))
     for i in np.argsort(-_areas(corners), kind="stable"):  # the small ones on top
-        if bitmaps is not None:
-            _draw_mask(canvas, bitmaps[i], colors[i], style)
-        if boxes or (boxes is None and bitmaps is None):
-            _draw_box(canvas, corners[i], colors[i], style)
-    for points, color in reversed(list(zip(found["keypoints"] if found["keypoints"] is not None else (), colors))):
-        _draw_keypoints(canvas, points, prediction.skeleton, color, style, keypoint_thresh)
+        if objects.masks is not None:
+            _draw_mask(canvas, objects.masks[i], objects.colors[i], style, hatched=crowd[i])
+        if boxes or (boxes is None and objects.masks is None):
+            _draw_box(canvas, corners[i], objects.colors[i], style, dashed=crowd[i] or difficult[i])
+    points = () if objects.keypoints is None else objects.keypoints
+    for place, color in reversed(list(zip(points, objects.colors))):
+        _draw_keypoints(canvas, place, objects.skeleton, color, style, keypoint_thresh)
     picture = Image.fromarray(canvas)
     if labels:
-        texts = [f"{name} {score:.2f}" if scores and not np.isnan(score) else name
-                 for name, score in zip(prediction.names, found["scores"])]
-        middles = [None] * len(texts) if bitmaps is None else [_middle(mask, style.scale) for mask in bitmaps]
-        _draw_labels(picture, corners, middles, texts, colors, style)
+        middles = [None] * len(corners) if objects.masks is None else [_middle(mask, style.scale)
+                                                                       for mask in objects.masks]
+        _draw_labels(picture, corners, middles, objects.texts, objects.colors, style)
     return picture
 
 
@@ -105,7 +129,7 @@ def draw_labels(image: np.ndarray, labels: np.ndarray, classes: Sequence[str], *
 def _with_legend(canvas: np.ndarray, order: Sequence[int], classes: Sequence[str], style: _Style) -> Image.Image:
     """A panel beside the canvas with the colours of the classes; those for which there is no room are left out."""
     height, width = canvas.shape[:2]
-    font = _font(style.font)
+    font = sized_font(style.font)
     pad, line = max(2, round(font.size * 0.5)), round(sum(font.getmetrics()) * 1.3)
     shown = order[:max(1, (height - pad) // line)]
     side = line - pad
@@ -123,7 +147,7 @@ def _with_legend(canvas: np.ndarray, order: Sequence[int], classes: Sequence[str
 def draw_names(image: np.ndarray, texts: Sequence[str], labels: Sequence[int]) -> Image.Image:
     """A picture of an image (H, W, 3) RGB uint8 with lines of text in its corner, in the colours of class labels."""
     style = _Style.of(*image.shape[:2], None)
-    picture, font = Image.fromarray(_enlarged(image, style)), _font(style.font)
+    picture, font = Image.fromarray(_enlarged(image, style)), sized_font(style.font)
     pad, height = max(2, round(font.size * 0.3)), sum(font.getmetrics())
     for row, (text, label) in enumerate(zip(texts, labels)):
         top = pad + row * (height + pad)
@@ -143,15 +167,21 @@ def _areas(corners: np.ndarray) -> np.ndarray:
     return (corners[:, 2:] - corners[:, :2]).prod(1)
 
 
-def _draw_box(canvas: np.ndarray, corners: np.ndarray, color: Color, style: _Style) -> None:
+def _draw_box(canvas: np.ndarray, corners: np.ndarray, color: Color, style: _Style, dashed: bool = False) -> None:
     """A frame within the box, so that boxes at the border show whole."""
     x1, y1, x2, y2 = np.rint(corners).astype(int)
     inside = canvas[y1:max(y2, y1 + 1), x1:max(x2, x1 + 1)]
     for strip in (inside[:style.line], inside[-style.line:], inside[:, :style.line], inside[:, -style.line:]):
-        strip[:] = color
+        drawn = _stripes(strip.shape[:2], 4 * style.line) if dashed else np.ones(strip.shape[:2], bool)
+        strip[drawn] = color
 
 
-def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, style: _Style) -> None:
+def _stripes(shape: tuple[int, ...], width: int) -> np.ndarray:
+    """(H, W) bool: slanting stripes with gaps as wide; along a narrow strip, dashes."""
+    return np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % (2 * width) < width
+
+
+def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, style: _Style, hatched: bool = False) -> None:
     """Blend one mask (H, W) bool into the canvas, within its own bounds, and draw its outline."""
     part, left, top = _cropped(mask, margin=2)
     if not part.any():
@@ -161,7 +191,7 @@ def _draw_mask(canvas: np.ndarray, mask: np.ndarray, color: Color, style: _Style
     soft = cv2.GaussianBlur(soft, (0, 0), 0.5 + 0.5 * style.scale)
     y, x = top * style.scale, left * style.scale
     window = canvas[y:y + soft.shape[0], x:x + soft.shape[1]]
-    alpha = FILL * soft[..., None]
+    alpha = FILL * soft[..., None] * (_stripes(soft.shape, 3 * style.line)[..., None] if hatched else 1)
     window[:] = np.rint(window * (1 - alpha) + np.array(color) * alpha)
     contours, _ = cv2.findContours((soft >= 0.5).astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     line = style.outline if part.sum() ** 0.5 * style.scale > 20 * style.outline else max(1, style.outline // 2)
@@ -218,7 +248,7 @@ def _draw_labels(picture: Image.Image, corners: np.ndarray, middles: list[_Middl
     """Put a plate with its text at each object, in the order given (best first)."""
     placed = np.zeros((0, 4))
     for i, text in enumerate(texts):
-        font = _font(_font_size(corners[i], style))
+        font = sized_font(_font_size(corners[i], style))
         pad = max(2, round(font.size * 0.3))
         size = np.ceil([font.getlength(text) + 2 * pad, sum(font.getmetrics()) + pad * 0.5])
         plates = _places(corners[i], middles[i], size, picture.size)
@@ -268,10 +298,10 @@ def _draw_plate(picture: Image.Image, plate: np.ndarray, text: str, font: ImageF
     outline = (0, 0, cover.width - 1, cover.height - 1)
     ImageDraw.Draw(cover).rounded_rectangle(outline, radius=pad * fine * 0.6, fill=235)
     picture.paste(Image.new("RGB", (x2 - x1, y2 - y1), color), (x1, y1), cover.reduce(fine))
-    ImageDraw.Draw(picture).text((x1 + pad, (y1 + y2) / 2), text, fill=_ink(color), font=font, anchor="lm")
+    ImageDraw.Draw(picture).text((x1 + pad, (y1 + y2) / 2), text, fill=ink_on(color), font=font, anchor="lm")
 
 
-def _ink(color: Color) -> str:
+def ink_on(color: Color) -> str:
     """White where it contrasts enough with a colour (3:1 by the relative luminance of WCAG 2), else black."""
     channels = np.array(color) / 255
     linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
@@ -280,7 +310,7 @@ def _ink(color: Color) -> str:
 
 
 @functools.lru_cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def sized_font(size: int) -> ImageFont.FreeTypeFont:
     import matplotlib  # comes with DejaVu Sans, which covers Latin, Greek, Cyrillic and much more
 
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"), size)

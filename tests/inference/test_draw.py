@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from detres.inference import draw as module
-from detres.inference.draw import PALETTE, color_of, draw
+from detres.inference.draw import PALETTE, Objects, color_of, draw, draw_objects
 
 GREY = 128
 
@@ -140,7 +140,7 @@ def test_a_label_lies_on_its_object_where_there_is_room():
 
 @pytest.mark.parametrize("index", range(len(PALETTE)))
 def test_text_can_be_read_on_every_plate(index):
-    color, ink = color_of(index), module._ink(color_of(index))
+    color, ink = color_of(index), module.ink_on(color_of(index))
     linear = [c / 255 / 12.92 if c / 255 <= 0.04045 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in color]
     luminance = float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
     contrast = 1.05 / (luminance + 0.05) if ink == "white" else (luminance + 0.05) / 0.05
@@ -148,5 +148,26 @@ def test_text_can_be_read_on_every_plate(index):
 
 
 def test_text_is_white_where_that_is_readable():
-    inks = [module._ink(color) for color in (color_of(0), color_of(1), (0, 0, 0), (255, 255, 255))]
+    inks = [module.ink_on(color) for color in (color_of(0), color_of(1), (0, 0, 0), (255, 255, 255))]
     assert inks == ["white", "black", "white", "black"]
+
+
+# ---- annotations
+
+
+def test_crowds_are_hatched_and_dashed_and_difficult_objects_dashed():
+    mask = np.zeros((480, 640), bool)
+    mask[100:300, 100:300] = True
+    box = np.array([(100, 100, 300, 300)])
+
+    def marks(masks=None, **flags) -> np.ndarray:
+        objects = Objects(box, ["a"], [color_of(0)], masks, **flags)
+        return changed(draw_objects(grey(480, 640), objects, labels=False))
+
+    plain, crowd = marks([mask])[120:280, 120:280], marks([mask], crowd=np.array([True]))[120:280, 120:280]
+    assert plain.all() and 0.3 < crowd.mean() < 0.7
+    edge = (slice(100, 102), slice(110, 290))
+    assert marks()[edge].all()
+    for flags in ({"crowd": np.array([True])}, {"difficult": np.array([True])}):
+        dashes = marks(**flags)[edge]
+        assert 0.3 < dashes.mean() < 0.7 and np.abs(np.diff(dashes[0].astype(int))).sum() > 6
