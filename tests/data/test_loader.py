@@ -21,7 +21,8 @@ from PIL import Image
 from detres.config import AugmentConfig, DataConfig, InputConfig, SourceConfig
 from detres.data.dataset import Annotation, Dataset, ImageRecord, load_dataset
 from detres.data.images import ImageError
-from detres.data.loader import build_loader, make_sample, pad_images, sample_seed
+from detres.data.loader import build_loader, make_sample, pad_images
+from detres.data.sampling import Key, sample_seed
 from detres.structures import Batch
 
 INPUT = InputConfig(min_size=32, max_size=64, size_divisor=16)
@@ -102,7 +103,7 @@ def test_contents_of_a_batch(dataset):
         ys, xs = mask.nonzero().T
         extent = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
         assert (extent - box).abs().max() <= 1.6  # a pixel, resized by up to 1.08, and half a pixel of nearest
-    assert len(image) == 6 and targets.seeds.tolist() == [sample_seed(3, 0, number) for number in range(4)]
+    assert len(image) == 6 and targets.seeds.tolist() == [sample_seed(3, Key(0, number)) for number in range(4)]
 
 
 def test_the_stored_image_is_what_comes_out(dataset):
@@ -219,7 +220,7 @@ def test_an_image_differs_from_epoch_to_epoch(dataset):
     one = replace(dataset, records=(dataset.records[7],))
     found = batches(one, 12, batch_size=1, augment=AUGMENT)
     assert len({batch.images.pixels.numpy().tobytes() for batch in found}) > 5
-    seeds = {sample_seed(seed, epoch, number) for seed in range(5) for epoch in range(20) for number in range(50)}
+    seeds = {sample_seed(seed, Key(epoch, number)) for seed in range(5) for epoch in range(20) for number in range(50)}
     assert len(seeds) == 5000 and min(seeds) >= 0 and max(seeds) < 2**63 and len({s % 64 for s in seeds}) == 64
 
 
