@@ -92,7 +92,7 @@ class Loader:
     """Iterable of `Batch`; has a length, in batches, unless it is endless. `reader[keys]` makes a batch."""
 
     def __init__(self, reader: Any, batches: Iterable[list[Key]], workers: int, pin_memory: bool, seed: int):
-        self._batches, self._reader = batches, reader
+        self.reader, self._batches = reader, batches
         self._loader = DataLoader(
             reader, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, pin_memory=pin_memory,
             worker_init_fn=_start_worker, persistent_workers=workers > 0 and isinstance(batches, list),
@@ -107,7 +107,7 @@ class Loader:
 
     def sample(self, key: Key) -> Sample:
         """What becomes of one image, before it is batched. Raises ImageError."""
-        return self._reader.sample(key)[0]
+        return self.reader.sample(key)[0]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
