@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from detres.config import AugmentConfig, InputConfig, PolicyOpConfig
+from detres.data.augment_colour import turn_colours
 from detres.data.augment_geometry import (IoUCrop, RandomAffine, about_middle, overlaps, rotation, shearing, warp,
                                           warp_boxes)
 from detres.data.augment_mix import CopyPaste, MixUp, Mosaic, build_mixes, fit, paste
@@ -114,8 +115,8 @@ def test_a_warp_moves_everything_alike(seed, other):
     matrix = about_middle(affine(other), sample.size, shift)
     found = warp(sample, matrix, FILL)
     assert_in_step(found, BLENDED)
-    beyond = warp(replace(sample, semantic=np.zeros(sample.size, np.uint8)), matrix, FILL).semantic
-    assert set(np.unique(beyond)) <= {0, 255}
+    beyond = warp(replace(sample, semantic=np.ones(sample.size, np.uint8)), matrix, FILL).semantic
+    assert set(np.unique(beyond)) <= {1, 255}
     assert (found.image[flat(beyond == 255, BLENDED)] == 9).all()
 
 
@@ -188,17 +189,19 @@ def test_iou_crops_fit_what_was_drawn():
                      masks=None, keypoints=None, labels=np.arange(2), crowd=None, difficult=None)
     grid = np.stack(np.mgrid[:80, :80], -1).astype(np.uint8)
     marked = replace(sample, image=np.dstack([grid, grid[..., :1]]))
-    windows = []
+    windows, asked = [], []
     for seed in range(200):
-        found = IoUCrop((0.5,), (0.3, 1), (0.5, 2))(marked, np.random.default_rng(seed))
+        found = IoUCrop((0.8,), (0.3, 1), (0.5, 2))(marked, np.random.default_rng(seed))
         (y1, x1), (y2, x2) = found.image[0, 0, :2].tolist(), (found.image[-1, -1, :2] + 1).tolist()
         windows.append((x1, y1, x2, y2))
-    windows = np.array(windows)
-    cropped = windows[(windows != (0, 0, 80, 80)).any(1)]
+        asked.append(np.random.default_rng(seed).integers(3) == 2)  # the first number drawn: none, any, 0.8
+    windows, asked = np.array(windows), np.array(asked)
+    is_cropped = (windows != (0, 0, 80, 80)).any(1)
+    cropped = windows[is_cropped]
     sides = cropped[:, 2:] - cropped[:, :2]
-    assert sides.min() >= 24 and (sides[:, 0] / sides[:, 1]).min() >= 0.5 and len(cropped) > 90
-    reached = overlaps(cropped, sample.boxes).max(1) >= 0.5
-    assert 0.4 < reached.mean() < 1  # of the two that crop, one asks for it
+    assert sides.min() >= 24 and (sides[:, 0] / sides[:, 1]).min() >= 0.5 and len(cropped) > 50
+    reached = overlaps(cropped, sample.boxes).max(1) >= 0.8
+    assert reached[asked[is_cropped]].all() and asked[is_cropped].sum() > 5 and reached.mean() < 0.5
     middle = (sample.boxes[:, :2] + sample.boxes[:, 2:]) / 2
     assert all(((window[:2] < middle) & (middle < window[2:])).all(1).any() for window in cropped)
 
@@ -212,6 +215,21 @@ def test_the_rule_for_what_is_dropped():
                     lambda bound: warp(item, np.array([[1, 0, -5], [0, 1, 0.0]]), FILL, bound),
                     lambda bound: warp(item, np.array([[2, 0, -10], [0, 2, 0.0]]), FILL, bound)):
             assert [len(cut(bound).boxes) for bound in (0.0, kept - 0.01, kept + 0.01)] == [1, 1, 0]
+
+
+def test_magnitude_ten_is_the_papers():
+    """Thirty degrees, a shear of 0.3, 150 of 331 pixels."""
+    points = np.array([[[100, 100, 2], [100, 120, 2]]], np.float32)  # the middle, and 20 pixels below
+    sample = Sample(np.zeros((200, 200, 3), np.uint8), np.array([[90, 90, 110, 130]], np.float32), np.zeros(1, int),
+                    keypoints=points)
+    for name, middle, below in (("rotate", (0, 0), (10, 20 * 3 ** 0.5 / 2)), ("shear_x", (0, 0), (6, 20)),
+                                ("shear_y", (0, 0), (0, 20)), ("translate_x", (200 * 150 / 331, 0), (0, 20)),
+                                ("translate_y", (0, 200 * 150 / 331), (0, 20))):
+        found = [apply_op(sample, name, 10, np.random.default_rng(seed), FILL).keypoints[0, :, :2] for seed in range(9)]
+        found = [pair for pair in found if pair.all()]  # shifted by nearly half the image, one may leave it
+        np.testing.assert_allclose([abs(pair[0] - 100) for pair in found], [middle] * len(found), atol=1e-3)
+        np.testing.assert_allclose([abs(pair[1] - pair[0]) for pair in found], [below] * len(found), atol=1e-3)
+        assert name == "shear_y" or len({pair.tobytes() for pair in found}) == 2 - (name == "translate_y")
 
 
 # Several images
@@ -306,6 +324,10 @@ def test_fit_cuts_and_fills():
             found = fit(sample, (30, 30), np.random.default_rng(seed), FILL)
             assert found.size == (30, 30) and found.image.dtype == np.uint8
             assert_in_step(found)
+            moved = found.boxes[:, :2] - sample.boxes[np.isin(sample.labels, found.labels), :2]
+            whole = found.masks.sum((1, 2)) == sample.masks.sum((1, 2))[np.isin(sample.labels, found.labels)]
+            points = sample.keypoints[np.isin(sample.labels, found.labels), 0, :2] + moved
+            np.testing.assert_allclose(found.keypoints[whole, 0, :2], points[whole], atol=1e-4)
     floats = fit(replace(small, image=small.image.astype(np.float32)), (30, 60), np.random.default_rng(0), (1.5, 2, 3))
     assert floats.image.dtype == np.float32 and {1.5} < set(np.unique(floats.image[..., 0]))
 
@@ -355,6 +377,8 @@ def test_photometric_distortion_is_ssds():
     assert (grey == image.max(-1, keepdims=True)).all()  # HSV's value stays
     turned = pipeline(sample, 0, photometric={**still, "hue": 18}).image
     assert (turned.max(-1) == image.max(-1)).all() and (turned != image).any()
+    red, green = (np.full((2, 2, 3), colour, np.uint8) for colour in ([240, 0, 0], [0, 240, 0]))
+    assert abs(turn_colours(red, 1, 256 / 3).astype(int) - green).max() < 5
     swapped = pipeline(sample, 1, photometric={**still, "channel_order": 1}).image
     assert (swapped != image).any() and (np.sort(swapped, -1) == np.sort(image, -1)).all()
 
