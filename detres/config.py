@@ -444,6 +444,112 @@ class SourceConfig(Section):
 Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
 
 
+Range = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+
+
+def _check_range(name: str, value: tuple[float, float] | None) -> None:
+    if value is not None and value[0] > value[1]:
+        raise ValueError(f"{name} must be a range, got {list(value)}")
+
+
+class PhotometricConfig(Section):
+    """Distorted colours, as SSD trains with (arXiv 1512.02325, section 2.2; numbers of its Caffe code)."""
+
+    probability: Probability = Field(0.5, description="chance of each of brightness, contrast, saturation and hue")
+    brightness: Annotated[float, Field(ge=0, le=255)] = Field(32.0, description="largest shift, of 255")
+    contrast: Range = Field((0.5, 1.5), description="range of factors")
+    saturation: Range = Field((0.5, 1.5), description="range of factors")
+    hue: Annotated[float, Field(ge=0, le=180)] = Field(18.0, description="largest turn in degrees")
+    channel_order: Probability = Field(0.0, description="chance that R, G and B are exchanged at random")
+
+    @model_validator(mode="after")
+    def _ranges(self):
+        for name in ("contrast", "saturation"):
+            _check_range(name, getattr(self, name))
+        return self
+
+
+class PolicyOpConfig(Section):
+    """An operation of AutoAugment (arXiv 1805.09501, table 6)."""
+
+    op: Literal["identity", "auto_contrast", "equalize", "solarize", "posterize", "brightness", "colour", "contrast",
+                "sharpness", "rotate", "shear_x", "shear_y", "translate_x", "translate_y"]
+    probability: Probability = 1.0
+    magnitude: Annotated[float, Field(ge=0, le=10)] = Field(5.0, description="of 10")
+
+
+class RandAugmentConfig(Section):
+    """Operations drawn anew for each image (arXiv 1909.13719)."""
+
+    ops: Count = Field(1, description="operations one after another, N in the paper; 1 in its section on detection")
+    magnitude: Annotated[float, Field(ge=0, le=10)] = Field(5.0, description="of 10, M in the paper")
+
+
+class AffineConfig(Section):
+    """A random warp about the middle of the image."""
+
+    probability: Probability = 1.0
+    rotate: Annotated[float, Field(ge=0, le=180)] = Field(10.0, description="largest angle in degrees, either way")
+    shear: Annotated[float, Field(ge=0, lt=45)] = Field(
+        2.0, description="largest angle in degrees, along x and along y; as in YOLOX (arXiv 2107.08430)")
+    scale: tuple[Positive, Positive] = Field((0.8, 1.2), description="range of factors")
+    translate: Probability = Field(0.1, description="largest shift, as a fraction of each side")
+
+    @model_validator(mode="after")
+    def _scale_grows(self):
+        _check_range("scale", self.scale)
+        return self
+
+
+class IoUCropConfig(Section):
+    """A crop that overlaps an object by a drawn IoU (SSD, arXiv 1512.02325, section 2.2)."""
+
+    min_overlaps: tuple[Probability, ...] = Field(
+        (0.1, 0.3, 0.5, 0.7, 0.9), min_length=1,
+        description="IoUs of crop and an object, drawn from; as likely as each: no crop, and a crop without constraint")
+    scale: tuple[Positive, Positive] = Field(
+        (0.3, 1.0), description="range of the sides, as fractions of the image's; 0.1 to 1 of its area in the paper")
+    aspect: tuple[Positive, Positive] = Field((0.5, 2.0), description="range of width / height")
+
+    @model_validator(mode="after")
+    def _ranges(self):
+        _check_range("scale", self.scale)
+        _check_range("aspect", self.aspect)
+        if self.scale[1] > 1:
+            raise ValueError(f"scale must be at most 1, got {list(self.scale)}")
+        return self
+
+
+class CopyPasteConfig(Section):
+    """Objects of another image pasted over this one (arXiv 2012.07177). Needs masks."""
+
+    probability: Probability = Field(1.0, description="the paper pastes into every image")
+    max_objects: Count = Field(100, description="bound on the objects pasted, of which any number is as likely")
+
+
+class MosaicConfig(Section):
+    """Four images around a random point (YOLOv4, arXiv 2004.10934, section 3.3)."""
+
+    probability: Probability = Field(0.5, description="YOLOX (arXiv 2107.08430) has 1")
+    scales: tuple[Positive, Positive] = Field((0.5, 1.0), description="range of factors by which each is resized")
+    centre: tuple[Probability, Probability] = Field(
+        (0.25, 0.75), description="range of the point, as a fraction of each side; 0.2 to 0.8 in YOLOv4's code")
+
+    @model_validator(mode="after")
+    def _ranges(self):
+        _check_range("scales", self.scales)
+        _check_range("centre", self.centre)
+        return self
+
+
+class MixUpConfig(Section):
+    """Two images blended, with the objects of both (arXiv 1710.09412; for detectors arXiv 1902.04103)."""
+
+    probability: Probability = 0.5
+    alpha: Positive = Field(1.5, description="of Beta(alpha, alpha), from which the share of this image is drawn: 1.5 "
+                                             "in arXiv 1902.04103")
+
+
 class AugmentConfig(Section):
     """What training does to an image; evaluation only resizes (model.input)."""
 
@@ -459,11 +565,26 @@ class AugmentConfig(Section):
                           "large-scale jitter")
     albumentations: tuple[dict[str, Any], ...] = Field(
         (), description="transforms by name: [{HueSaturationValue: {p: 0.5}}]")
+    photometric: PhotometricConfig | None = None
+    policy: tuple[tuple[PolicyOpConfig, ...], ...] = Field(
+        (), description="lists of operations, of which each image gets one, as in AutoAugment: [[{op: rotate, "
+                        "probability: 0.6, magnitude: 4}, {op: equalize}]]")
+    rand_augment: RandAugmentConfig | None = None
+    affine: AffineConfig | None = None
+    iou_crop: IoUCropConfig | None = None
+    copy_paste: CopyPasteConfig | None = None
+    mosaic: MosaicConfig | None = None
+    mixup: MixUpConfig | None = None
+    min_visible: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="an object of whose area less than this fraction is left by a transform is dropped; 0.1 in "
+                         "YOLOv5")
+    mix_until: Probability = Field(
+        1.0, description="fraction of the training after which copy-paste, mosaic and mixup stop: 0.95 in YOLOX "
+                         "(arXiv 2107.08430: the last 15 of 300 epochs)")
 
     @model_validator(mode="after")
     def _scales_grow(self):
-        if self.scales[0] > self.scales[1]:
-            raise ValueError(f"scales must be a range, got {list(self.scales)}")
+        _check_range("scales", self.scales)
         return self
 
     @model_validator(mode="after")
@@ -492,6 +613,17 @@ class ClassAugmentConfig(Section):
         return self
 
 
+class SamplingConfig(Section):
+    """How often each image comes."""
+
+    name: Literal["shuffle", "repeat_factor", "class_balanced"] = Field(
+        "shuffle", description="shuffle: once an epoch; repeat_factor: images of rare classes more often (LVIS, arXiv "
+                               "1908.03195, section 3); class_balanced: a class drawn uniformly, then one of its images "
+                               "(class-aware sampling of arXiv 1512.05830)")
+    repeat_thresh: Probability = Field(
+        0.001, description="a class in fewer than this fraction of the images is repeated: 0.001 in LVIS")
+
+
 class DataConfig(Section):
     train: Source | None = None
     val: Source | None = None
@@ -503,6 +635,7 @@ class DataConfig(Section):
                                                 "that is labelled, as the COCO baselines do")
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
+    sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()
     classification: ClassAugmentConfig = ClassAugmentConfig()
 

@@ -159,7 +159,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
         return object.__getattribute__(self, name)
 
     def watched_dump(self, **options):
-        if caller() in ("detres.build", "detres.evaluation.run"):
+        if caller() in ("detres.build", "detres.evaluation.run") or caller().startswith("detres.data."):
             read.update(f"{type(self).__name__}.{name}" for name in type(self).model_fields)
         return BaseModel.model_dump(self, **options)
 
@@ -171,6 +171,9 @@ def test_every_field_is_read(tmp_path, monkeypatch):
     point_rend = [*detector, "model.mask_head.type=point_rend", f"output={tmp_path / 'point_rend'}"]
     alternating = [*detector, "train.alternate=true", f"output={tmp_path / 'alternating'}"]
     segmenter = [*detector, "data.augment.crop_size=64", f"output={tmp_path / 'semantic'}"]
+    augmented = [*detector, f"output={tmp_path / 'augmented'}", "data.sampling.name=repeat_factor",
+                 *(f"data.augment.{name}={{}}" for name in ("photometric", "rand_augment", "affine", "iou_crop",
+                                                            "copy_paste", "mosaic", "mixup"))]
     panoptic = [*segmenter, f"output={tmp_path / 'panoptic'}"]
     labelled_images(tmp_path / "images")
     classifier = ["model.name=classifier", "model.input.min_size=32", "model.input.crop=32", "data.workers=0",
@@ -186,7 +189,7 @@ def test_every_field_is_read(tmp_path, monkeypatch):
                "model.box_head.context=4", f"output={tmp_path / 'regions'}"]
     monkeypatch.setattr(Section, "__getattribute__", watched_get)
     monkeypatch.setattr(Section, "model_dump", watched_dump, raising=False)
-    for overrides in (detector, point_rend, alternating):
+    for overrides in (detector, augmented, point_rend, alternating):
         train(load_config("configs/demo.yaml", overrides).config)
     train(load_config("configs/shapes_deeplabv3_r18.yaml", segmenter).config)
     train(load_config("configs/shapes_panoptic_fpn_r18.yaml", panoptic).config)

@@ -27,18 +27,20 @@ class Albumentations:
     """A pipeline that keeps boxes, masks, keypoints and labels in step, its chance all from the sample's generator.
 
     After a geometric transform the boxes of objects with masks fit these again (a rotated box would be too large), and
-    objects that left the image are dropped. Mirrored keypoints change places as `flip_pairs` say, which albumentations
-    alone does not do. Of a label map, what comes from beyond the image is ignored, unless `fill_mask` says another
-    value: k there is the label k - 1.
+    objects that left the image are dropped; so are those of whose box less than `min_visible` is left (of the box,
+    whatever the mask: by how much a pipeline scales is not known). Mirrored keypoints change places as `flip_pairs`
+    say, which albumentations alone does not do. Of a label map, what comes from beyond the image is ignored, unless
+    `fill_mask` says another value: k there is the label k - 1.
     """
 
-    def __init__(self, entries: Sequence[Mapping[str, Any]], flip_pairs: Sequence[tuple[int, int]] = ()):
+    def __init__(self, entries: Sequence[Mapping[str, Any]], flip_pairs: Sequence[tuple[int, int]] = (),
+                 min_visible: float = 0.0):
         self.flip_pairs = flip_pairs
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Got processor for")  # pixels alone may change
             self.pipeline = albumentations.Compose(
                 _build_all(entries, WHERE),
-                bbox_params=albumentations.BboxParams("pascal_voc", clip=True),
+                bbox_params=albumentations.BboxParams("pascal_voc", clip=True, min_visibility=min_visible),
                 keypoint_params=albumentations.KeypointParams("xy", remove_invisible=False))
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
@@ -62,7 +64,7 @@ class Albumentations:
             after = replace(after, keypoints=self._keypoints(sample, out["keypoints"], image.shape)[rows])
         if sample.semantic is not None:
             after = replace(after, semantic=out["mask"] - np.uint8(1))
-        return settle(after, None if sample.masks is None else before.masks.any((1, 2)), moved)
+        return settle(after, before, moved=moved)
 
     def _run(self, sample: Sample) -> dict[str, Any]:
         height, width = sample.size

@@ -16,7 +16,8 @@ from detres.data.cifar import MemoryLoader
 from detres.data.class_dataset import ClassDataset
 from detres.data.class_transforms import Views, build_test_views, build_train_view, mean_colour
 from detres.data.images import ImageError, read_image, read_size
-from detres.data.loader import Key, Loader, TrainingBatches, in_order, pad_images, sample_seed
+from detres.data.loader import Loader, pad_images
+from detres.data.sampling import Key, Shuffle, TrainingBatches, in_order, sample_seed
 from detres.structures import Batch, ClassTargets, ImageBatch
 
 
@@ -41,7 +42,7 @@ def build_class_loader(dataset: ClassDataset, config: Config, device: torch.devi
     numbers = range(rank, len(dataset), world_size)
     if training:
         views = build_train_view(options, model_input)
-        batches = TrainingBatches(range(len(dataset)), batch_size, seed, start_step=start_step, **ranks)
+        batches = TrainingBatches(Shuffle(range(len(dataset))), batch_size, seed, start_step=start_step, **ranks)
     else:
         views = build_test_views(config.eval, model_input)
         batches = (_of_one_size(dataset, numbers, batch_size) if config.eval.crops == "dense"
@@ -74,13 +75,13 @@ class _ClassReader:
     seed: int
 
     def __getitems__(self, keys: list[Key]) -> Batch | ImageError:
-        numbers = [number for _, number in keys]
+        numbers = [key.number for key in keys]
         paths = tuple(self.dataset.paths[number] for number in numbers)
         try:
             images = [read_image(path) for path in paths]
         except ImageError as error:  # given back rather than raised, as in data.loader
             return error
-        views = [self.views(image, np.random.default_rng(sample_seed(self.seed, *key)))
+        views = [self.views(image, np.random.default_rng(sample_seed(self.seed, key)))
                  for image, key in zip(images, keys)]
         labels = torch.from_numpy(self.dataset.labels[numbers])
         return Batch(stack_views(views), ClassTargets(labels), tuple(numbers), paths,

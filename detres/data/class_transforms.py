@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from detres.config import ClassAugmentConfig, EvalConfig, InputConfig
-from detres.data.transforms import resize_image
+from detres.data.transforms import mean_colour, resize_image
 
 # Variances along, and directions of, the principal components of ImageNet's RGB values in 0-1, a component in each
 # column: as computed for fb.resnet.torch (datasets/imagenet.lua) and used by its successors. The units matter: the
@@ -117,11 +117,6 @@ class ShortSides:
 
 
 # Pure functions
-
-
-def mean_colour(model_input: InputConfig) -> tuple[float, ...]:
-    """RGB of what the model normalises to zero."""
-    return model_input.mean[::-1] if model_input.channel_order == "bgr" else model_input.mean
 
 
 def short_side_size(height: int, width: int, side: int) -> tuple[int, int]:

@@ -1,18 +1,16 @@
 """Records to padded batches, in worker processes, as a pure function of (seed, step).
 
-Which images make up step k follows from the seed alone; what chance does to an image follows from (seed, epoch, number
-of the record). No worker has a state, so any number of them gives the same batches, and a resumed run only replays the
-drawing of numbers up to its step.
+Which images make up step k follows from the seed alone (`sampling.py`); what chance does to an image, and which others
+it is combined with, follows from the seed and its key. No worker has a state, so any number of them gives the same
+batches, and a resumed run only replays the drawing of numbers up to its step.
 
 Legend: N images, G padded objects, M objects of the batch, J keypoints, (H, W) the padded canvas.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
+import math
 import signal
-import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,26 +22,29 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from detres.config import DataConfig, InputConfig
+from detres.config import AugmentConfig, DataConfig, InputConfig, SamplingConfig
+from detres.data.augment_mix import Mix, build_mixes
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import ImageError, read_image
 from detres.data.label_maps import IGNORED, SegmentImage
 from detres.data.masks import rasterize
+from detres.data.sampling import Key, Order, TrainingBatches, build_order, in_order, sample_seed
 from detres.data.transforms import ResizeShortSide, Sample, Transform, build_train_transforms, resize_for_eval
 from detres.structures import Batch, ImageBatch, PixelTruths, SemanticTargets, Targets
-
-Key = tuple[int, int]  # epoch, number of the record in the data set
 
 
 def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *, batch_size: int, training: bool,
                  with_masks: bool, with_keypoints: bool = False, with_boxes: bool = True, with_semantic: bool = False,
                  pyramid: Sequence[InputConfig] = (), seed: int = 0, rank: int = 0, world_size: int = 1,
-                 start_step: int = 0, device_type: str = "cpu") -> Loader:
+                 start_step: int = 0, steps: int | None = None, with_ignored: bool = False,
+                 device_type: str = "cpu") -> Loader:
     """An iterable of `Batch` on the CPU, in pinned memory if `device_type` is cuda.
 
     Training: endless, from `start_step` on. `batch_size` images make a step over all ranks, of which this rank gets its
-    slice; it must be a multiple of `world_size`. Images are shuffled anew each epoch; what an epoch leaves over goes
-    with the next one.
+    slice; it must be a multiple of `world_size`. Images are drawn anew each epoch, as `data.sampling` says; what an
+    epoch leaves over goes with the next one. `steps`: of the whole training, which `data.augment.mix_until` is a
+    fraction of. `with_ignored`: crowds and difficult objects go through the transforms, too, for pictures
+    (`Loader.sample`); the targets leave them out all the same.
     Evaluation: one pass in the order of the data set, `batch_size` images at a time; this rank gets every
     `world_size`-th. The targets are there too, for validation losses. `pyramid` (`transforms.scale_pyramid`): how each
     image is resized besides, for multi-scale testing.
@@ -54,19 +55,37 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     used.
     """
     _check_data(dataset, with_masks, with_keypoints, with_semantic)
-    if training:
-        transform = build_train_transforms(data.augment, model_input, dataset)
-        wide = (dataset.records.images["width"] > dataset.records.images["height"]) if data.aspect_ratio_grouping else None
-        numbers = _train_numbers(dataset, data.skip_empty, with_boxes, with_keypoints)
-        batches: Iterable[list[Key]] = TrainingBatches(numbers, batch_size, seed, rank, world_size, start_step, wide)
-    else:
-        transform = ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias,
-                                    model_input.round_down)
+    reader = _Reader(dataset.records, _eval_transform(model_input), with_masks,
+                     len(dataset.keypoint_names) if with_keypoints else 0, with_boxes, with_semantic, seed,
+                     model_input.size_divisor, with_ignored=with_ignored, pyramid=pyramid,
+                     keeps_truths=with_semantic and not training)
+    if not training:
         batches = in_order(range(rank, len(dataset.records), world_size), batch_size)
-    reader = _Reader(dataset.records, transform, with_masks, len(dataset.keypoint_names) if with_keypoints else 0,
-                     with_boxes, with_semantic, seed, model_input.size_divisor,
-                     data.augment.crop_size or 0 if training else 0, with_semantic and not training, pyramid)
+        return Loader(reader, batches, data.workers, device_type == "cuda", seed)
+    augment, numbers = data.augment, _train_numbers(dataset, data.skip_empty, with_boxes, with_keypoints)
+    _check_augment(augment, with_boxes)
+    reader = replace(reader, transform=build_train_transforms(augment, model_input, dataset),
+                     canvas=augment.crop_size or 0, partners=np.array(numbers),
+                     mixes=build_mixes(augment, model_input, with_masks=with_masks, with_semantic=with_semantic))
+    images = dataset.records.images
+    wide = images["width"] > images["height"] if data.aspect_ratio_grouping else None
+    batches = TrainingBatches(_order(dataset, data.sampling, numbers), batch_size, seed, rank, world_size, start_step,
+                              wide, None if steps is None else math.ceil(augment.mix_until * steps))
     return Loader(reader, batches, data.workers, device_type == "cuda", seed)
+
+
+def _eval_transform(model_input: InputConfig) -> Transform:
+    return ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias, model_input.round_down)
+
+
+def _check_augment(augment: AugmentConfig, with_boxes: bool) -> None:
+    if augment.iou_crop is not None and not with_boxes:
+        raise ValueError("data.augment.iou_crop must be null for a model without boxes, got iou_crop. Say crop_size.")
+
+
+def _order(dataset: Dataset, sampling: SamplingConfig, numbers: Sequence[int]) -> Order:
+    records, trains = dataset.records, dataset.records.trainable()
+    return build_order(sampling, numbers, records.image_of()[trains], records.table()["label"][trains])
 
 
 class Loader:
@@ -85,6 +104,10 @@ class Loader:
         if not isinstance(self._batches, list):
             raise TypeError("a training loader has no length: it is endless")
         return len(self._batches)
+
+    def sample(self, key: Key) -> Sample:
+        """What becomes of one image, before it is batched. Raises ImageError."""
+        return self.reader.sample(key)[0]
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
@@ -150,71 +173,6 @@ def _train_numbers(dataset: Dataset, skip_empty: bool, with_boxes: bool, with_ke
     return numbers
 
 
-# Which images, when
-
-
-@dataclass(frozen=True)
-class TrainingBatches:
-    """The keys of each step's images, of this rank. `wide`: for each record, whether it is; None: shapes may mix."""
-
-    numbers: Sequence[int]
-    batch_size: int
-    seed: int
-    rank: int
-    world_size: int
-    start_step: int
-    wide: Sequence[bool] | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size % self.world_size:
-            raise ValueError(f"train.batch_size must be a multiple of the number of processes, got {self.batch_size} "
-                             f"for {self.world_size}. Change one of them.")
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        share = self.batch_size // self.world_size
-        for keys in self._steps():
-            yield keys[self.rank * share:(self.rank + 1) * share]
-
-    def _steps(self) -> Iterator[list[Key]]:
-        if self.wide is None:  # nothing to replay
-            keys = _shuffled(self.numbers, self.seed, self.start_step * self.batch_size)
-            return iter(lambda: list(itertools.islice(keys, self.batch_size)), [])
-        steps = _grouped(_shuffled(self.numbers, self.seed), self.wide, self.batch_size)
-        return itertools.islice(steps, self.start_step, None)
-
-
-def in_order(numbers: Sequence[int], batch_size: int) -> list[list[Key]]:
-    """Keys of one pass in order."""
-    keys = [(0, number) for number in numbers]
-    return [keys[start:start + batch_size] for start in range(0, len(keys), batch_size)]
-
-
-def _shuffled(numbers: Sequence[int], seed: int, start: int = 0) -> Iterator[Key]:
-    """Endless, from the key `start` on."""
-    first, skipped = divmod(start, len(numbers))
-    for epoch in itertools.count(first):
-        order = np.random.default_rng([seed, epoch]).permutation(len(numbers))
-        for place in order[skipped if epoch == first else 0:].tolist():
-            yield epoch, numbers[place]
-
-
-def _grouped(keys: Iterator[Key], wide: Sequence[bool], batch_size: int) -> Iterator[list[Key]]:
-    """Batches of one shape, as they fill up."""
-    filling: dict[bool, list[Key]] = {False: [], True: []}
-    for key in keys:
-        group = filling[wide[key[1]]]
-        group.append(key)
-        if len(group) == batch_size:
-            yield group.copy()
-            group.clear()
-
-
-def sample_seed(seed: int, epoch: int, number: int) -> int:
-    """63 bits for one appearance of one record."""
-    digest = hashlib.blake2b(struct.pack("<QQQ", seed, epoch, number), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 # Reading
 
 
@@ -230,34 +188,46 @@ class _Reader:
     with_semantic: bool
     seed: int
     size_divisor: int
-    canvas: int  # least side of the canvas
-    keeps_truths: bool
+    canvas: int = 0  # least side of the canvas
+    mixes: Sequence[Mix] = ()
+    partners: np.ndarray | None = None  # numbers of the records that these draw from
+    with_ignored: bool = False
+    keeps_truths: bool = False
     pyramid: Sequence[InputConfig] = ()
 
     def __getitems__(self, keys: list[Key]) -> Batch | ImageError:
         """The error is given back rather than raised: it reaches the main process without the worker's traceback."""
         try:
-            seeds = [sample_seed(self.seed, *key) for key in keys]
-            records = [self.records[number] for _, number in keys]
-            read = [self._sample(record, seed) for record, seed in zip(records, seeds)]
+            read = [self.sample(key) for key in keys]
         except ImageError as error:
             return error
         samples, scaled, label_maps = zip(*read)
+        records = [self.records[key.number] for key in keys]
+        seeds = [sample_seed(self.seed, key) for key in keys]
         batch = collate(samples, records, seeds, self.size_divisor, self.canvas, self.with_boxes)
         pyramid = tuple(pad_images(images, self.size_divisor) for images in zip(*scaled))
         return replace(batch, images=replace(batch.images, pyramid=pyramid),
                        pixel_truths=self._truths(records, label_maps) if self.keeps_truths else None)
 
-    def _sample(self, record: ImageRecord, seed: int) -> tuple[Sample, list[np.ndarray], np.ndarray | None]:
+    def sample(self, key: Key) -> tuple[Sample, list[np.ndarray], np.ndarray | None]:
         """The sample, its image at the scales of the pyramid, and its label map at the original size."""
+        rng = np.random.default_rng(sample_seed(self.seed, key))
+        raw, out = self._transformed(key.number, rng)
+        for mix in self.mixes if key.mixes else ():
+            out = mix(out, rng, lambda: self._transformed(int(rng.choice(self.partners)), rng)[1])
+        return out, [resize_for_eval(raw.image, scale) for scale in self.pyramid], raw.semantic
+
+    def _transformed(self, number: int, rng: np.random.Generator) -> tuple[Sample, Sample]:
+        """A record as it is on disk, and after the transforms of single images."""
+        record = self.records[number]
         image = read_image(record.path)
         _check_size(record, image)
-        sample = make_sample(record, image, self.with_masks, self.keypoints, self.with_boxes, self.with_semantic)
+        sample = make_sample(record, image, self.with_masks, self.keypoints, self.with_boxes, self.with_semantic,
+                             self.with_ignored)
         try:
-            out = self.transform(sample, np.random.default_rng(seed))
+            return sample, self.transform(sample, rng)
         except ImageError as error:
             raise ImageError(f"{error} ({record.path})") from error
-        return out, [resize_for_eval(image, scale) for scale in self.pyramid], sample.semantic
 
     def _truths(self, records: Sequence[ImageRecord], label_maps: Sequence[np.ndarray]) -> PixelTruths:
         ids = [torch.from_numpy(record.label_map.ids(record).copy()) for record in records
@@ -276,9 +246,10 @@ def _check_size(record: ImageRecord, image: np.ndarray) -> None:
 
 
 def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoints: int = 0, with_boxes: bool = True,
-                with_semantic: bool = False) -> Sample:
-    """The image (H, W, 3) with its trainable annotations, boxes clipped to it, and its label map."""
-    items = trainable(record) if with_boxes else []
+                with_semantic: bool = False, with_ignored: bool = False) -> Sample:
+    """The image (H, W, 3) with its annotations, boxes clipped to it, and its label map. Crowds and difficult objects
+    are among them only `with_ignored`: nothing that trains needs them, and their masks would cost time."""
+    items = () if not with_boxes else record.annotations if with_ignored else trainable(record)
     height, width = image.shape[:2]
     boxes = np.array([item.box for item in items], np.float32).reshape(-1, 4)
     boxes = boxes.clip(0, np.array([width, height] * 2, np.float32))
@@ -286,12 +257,13 @@ def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoi
     if with_masks:
         masks = np.zeros((len(items), height, width), np.uint8)
         for row, item in enumerate(items):
-            masks[row] = rasterize(item.segmentation, height, width)
+            masks[row] = rasterize(item.segmentation, height, width) if item.segmentation else 0
     if keypoints:
         absent = (0.0,) * 3 * keypoints
         points = np.array([item.keypoints or absent for item in items], np.float32).reshape(-1, keypoints, 3)
     semantic = record.label_map.read(record) if with_semantic else None
-    return Sample(image, boxes, np.array([item.label for item in items], np.int64), masks, points, semantic)
+    return Sample(image, boxes, np.array([item.label for item in items], np.int64), masks, points, semantic,
+                  np.array([item.crowd for item in items], bool), np.array([item.difficult for item in items], bool))
 
 
 # Batching
@@ -299,6 +271,8 @@ def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoi
 
 def collate(samples: Sequence[Sample], records: Sequence[ImageRecord], seeds: Sequence[int], size_divisor: int,
             canvas: int = 0, with_boxes: bool = True) -> Batch:
+    """Crowds and difficult objects are left out of the targets."""
+    samples = [sample.take(~sample.ignored) if sample.ignored.any() else sample for sample in samples]
     images = pad_images([sample.image for sample in samples], size_divisor, canvas)
     size = images.pixels.shape[-2:]
     targets = _targets(samples, seeds, size) if with_boxes else SemanticTargets(_label_maps(samples, size))

@@ -1,7 +1,11 @@
 """What is done to an image and its objects before they are batched.
 
-Training: albumentations (on the image as it is on disk), then a resize of the short side, and a random crop if asked,
-or large-scale jitter, then the flip. Evaluation: the resize only. Normalisation is the model's, on its device.
+Training, in this order: on the image as it is on disk, albumentations, photometric distortion, a policy, RandAugment,
+the affine warp and the IoU crop (`augment*.py`); then a resize of the short side, and a random crop if asked, or
+large-scale jitter; then the flip; then, with other images that went through the same, copy-paste, mosaic and mixup
+(`augment_mix.py`). Evaluation: the resize only. Normalisation is the model's, on its device.
+
+Which objects are dropped is told by `settle` alone.
 
 A label map follows the image as masks do. Legend: H, W the image; G objects; J keypoints. Coordinates are continuous:
 the image spans 0..W and 0..H.
@@ -22,7 +26,7 @@ from torch.nn import functional as F
 from detres.config import AugmentConfig, EvalConfig, InputConfig
 from detres.data.dataset import Dataset
 
-SMALLEST = 1.0  # pixels: objects that a crop leaves narrower or lower than this are gone
+SMALLEST = 1.0  # pixels: objects that are left narrower or lower than this are gone
 
 
 @dataclass(frozen=True)
@@ -35,16 +39,30 @@ class Sample:
     masks: np.ndarray | None = None  # (G, H, W) uint8, 1 inside
     keypoints: np.ndarray | None = None  # (G, J, 3) float32 x, y, visibility (0: not labelled, all zero)
     semantic: np.ndarray | None = None  # (H, W) uint8 labels of pixels, 255 ignored
+    crowd: np.ndarray | None = None  # (G,) bool; None is made: no object
+    difficult: np.ndarray | None = None  # (G,) bool, likewise
+
+    def __post_init__(self) -> None:
+        for name in ("crowd", "difficult"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.zeros(len(self.boxes), bool))
 
     @property
     def size(self) -> tuple[int, int]:
         return self.image.shape[:2]
 
+    @property
+    def ignored(self) -> np.ndarray:
+        """(G,) bool: what does not train, crowds (as in the references) and difficult objects (as in py-faster-rcnn)."""
+        return self.crowd | self.difficult
+
     def take(self, rows: np.ndarray) -> Sample:
         """The objects `rows` (indices or bool) only."""
-        return replace(self, boxes=self.boxes[rows], labels=self.labels[rows],
-                       masks=None if self.masks is None else self.masks[rows],
-                       keypoints=None if self.keypoints is None else self.keypoints[rows])
+        return replace(self, **{name: None if (array := getattr(self, name)) is None else array[rows]
+                                for name in OF_OBJECTS})
+
+
+OF_OBJECTS = ("boxes", "labels", "masks", "keypoints", "crowd", "difficult")  # fields with a row for each object
 
 
 Transform = Callable[[Sample, np.random.Generator], Sample]
@@ -52,19 +70,15 @@ Transform = Callable[[Sample, np.random.Generator], Sample]
 
 def build_train_transforms(augment: AugmentConfig, model_input: InputConfig, dataset: Dataset) -> Transform:
     """The training pipeline: a function of a sample and a generator, all of whose chance comes from that generator."""
-    steps: list[Transform] = []
-    if augment.albumentations:
-        from detres.data.augment import Albumentations  # slow to import, and few need it
-
-        steps.append(Albumentations(augment.albumentations, dataset.flip_pairs))
+    steps = _on_disk_size(augment, model_input, dataset)
     if augment.jitter is not None:
-        steps.append(LargeScaleJitter(augment.jitter, augment.crop_size, model_input.antialias))
+        steps.append(LargeScaleJitter(augment.jitter, augment.crop_size, model_input.antialias, augment.min_visible))
     else:
         low, high = (max(1, round(scale * model_input.min_size)) for scale in augment.scales)
         min_sizes = augment.min_sizes or range(low, high + 1)
         steps.append(ResizeShortSide(min_sizes, model_input.max_size, model_input.antialias, model_input.round_down))
         if augment.crop_size is not None:
-            steps.append(RandomCrop(augment.crop_size))
+            steps.append(RandomCrop(augment.crop_size, augment.min_visible))
     steps.append(RandomFlip(augment.flip, dataset.flip_pairs))
 
     def apply(sample: Sample, rng: np.random.Generator) -> Sample:
@@ -73,6 +87,34 @@ def build_train_transforms(augment: AugmentConfig, model_input: InputConfig, dat
         return sample
 
     return apply
+
+
+def _on_disk_size(augment: AugmentConfig, model_input: InputConfig, dataset: Dataset) -> list[Transform]:
+    """What comes before the resize; imported where asked for, as few need it."""
+    steps: list[Transform] = []
+    fill = mean_colour(model_input)
+    if augment.albumentations:
+        from detres.data.augment import Albumentations
+
+        steps.append(Albumentations(augment.albumentations, dataset.flip_pairs, augment.min_visible))
+    if augment.photometric is not None:
+        from detres.data.augment_colour import Photometric
+
+        steps.append(Photometric(**augment.photometric.model_dump()))
+    if augment.policy or augment.rand_augment is not None:
+        from detres.data.augment_policy import build_policies
+
+        steps += build_policies(augment, fill)
+    if augment.affine is not None or augment.iou_crop is not None:
+        from detres.data.augment_geometry import build_geometry
+
+        steps += build_geometry(augment, fill)
+    return steps
+
+
+def mean_colour(model_input: InputConfig) -> tuple[float, float, float]:
+    """RGB of what the model normalises to zero, with which it fills what is missing of an image."""
+    return model_input.mean[::-1] if model_input.channel_order == "bgr" else model_input.mean
 
 
 def resize_for_eval(image: np.ndarray, model_input: InputConfig) -> np.ndarray:
@@ -121,13 +163,14 @@ class LargeScaleJitter:
     scales: tuple[float, float]
     crop_size: int
     antialias: bool
+    min_visible: float = 0.0
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         scale = rng.uniform(*self.scales) * self.crop_size / max(sample.size)
         size = tuple(max(1, int(side * scale + 0.5)) for side in sample.size)
         crop = tuple(min(side, self.crop_size) for side in size)
         y, x = (int(rng.integers(side - kept + 1)) for side, kept in zip(size, crop))
-        return crop_sample(resize(sample, size, self.antialias), y, x, *crop)
+        return crop_sample(resize(sample, size, self.antialias), y, x, *crop, self.min_visible)
 
 
 @dataclass(frozen=True)
@@ -136,18 +179,19 @@ class RandomCrop:
     if there is none. Objects are clipped to it, and those that leave it are dropped."""
 
     side: int
+    min_visible: float = 0.0
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         kept = tuple(min(length, self.side) for length in sample.size)
         last = np.array(sample.size) - kept  # the largest y and x
         low, high = np.zeros_like(last), last
-        if len(sample.boxes):
-            x1, y1, x2, y2 = sample.boxes[rng.integers(len(sample.boxes))]
+        if len(boxes := sample.boxes[~sample.ignored]):
+            x1, y1, x2, y2 = boxes[rng.integers(len(boxes))]
             middle = np.array([y1 + y2, x1 + x2]) / 2
             low, high = np.clip(np.ceil(middle - kept), 0, last), np.clip(np.floor(middle), 0, last)
             low, high = low.astype(int), high.astype(int)
         y, x = rng.integers(low, high, endpoint=True).tolist()
-        return crop_sample(sample, y, x, *kept)
+        return crop_sample(sample, y, x, *kept, self.min_visible)
 
 
 # Pure functions
@@ -200,8 +244,8 @@ def resize(sample: Sample, size: tuple[int, int], antialias: bool) -> Sample:
     semantic = sample.semantic
     if semantic is not None:
         semantic = cv2.resize(semantic, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-    return Sample(resize_image(sample.image, size, antialias), sample.boxes * np.tile(ratio, 2), sample.labels, masks,
-                  keypoints, semantic)
+    return replace(sample, image=resize_image(sample.image, size, antialias), boxes=sample.boxes * np.tile(ratio, 2),
+                   masks=masks, keypoints=keypoints, semantic=semantic)
 
 
 def flip(sample: Sample, flip_pairs: Sequence[tuple[int, int]] = ()) -> Sample:
@@ -218,7 +262,8 @@ def flip(sample: Sample, flip_pairs: Sequence[tuple[int, int]] = ()) -> Sample:
         keypoints = swap_pairs(keypoints, flip_pairs)
         keypoints[..., 0] = np.where(keypoints[..., 2] > 0, width - keypoints[..., 0], 0)
     semantic = None if sample.semantic is None else cv2.flip(sample.semantic, 1)
-    return Sample(cv2.flip(sample.image, 1), boxes, sample.labels, masks, keypoints, semantic)
+    return replace(sample, image=cv2.flip(sample.image, 1), boxes=boxes, masks=masks, keypoints=keypoints,
+                   semantic=semantic)
 
 
 def swap_pairs(keypoints: np.ndarray, flip_pairs: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -229,18 +274,23 @@ def swap_pairs(keypoints: np.ndarray, flip_pairs: Sequence[tuple[int, int]]) -> 
     return keypoints[:, order].copy()
 
 
-def crop_sample(sample: Sample, y: int, x: int, height: int, width: int) -> Sample:
-    """The window of (height, width) at (y, x); what leaves it, or all but leaves it, is dropped."""
+def crop_sample(sample: Sample, y: int, x: int, height: int, width: int, min_visible: float = 0.0) -> Sample:
+    """The window of (height, width) at (y, x); what leaves it is dropped as `settle` tells."""
     image = sample.image[y:y + height, x:x + width]
-    boxes = (sample.boxes - np.array([x, y, x, y], np.float32)).clip(0, np.array([width, height] * 2, np.float32))
+    boxes = sample.boxes - np.array([x, y, x, y], np.float32)
     masks, keypoints = sample.masks, sample.keypoints
     if masks is not None:
         masks = masks[:, y:y + height, x:x + width]
     if keypoints is not None:
         keypoints = hide_outside(keypoints - np.array([x, y, 0], np.float32), height, width)
     semantic = None if sample.semantic is None else sample.semantic[y:y + height, x:x + width]
-    cropped = Sample(image, boxes, sample.labels, masks, keypoints, semantic)
-    return settle(cropped, had_mask=None if masks is None else sample.masks.any((1, 2)))
+    cropped = replace(sample, image=image, boxes=clip_boxes(boxes, height, width), masks=masks, keypoints=keypoints,
+                      semantic=semantic)
+    return settle(cropped, replace(sample, boxes=boxes), min_visible)
+
+
+def clip_boxes(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    return boxes.clip(0, np.array([width, height] * 2, np.float32))
 
 
 def hide_outside(keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -250,11 +300,16 @@ def hide_outside(keypoints: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.where(inside[..., None], keypoints, 0).astype(np.float32)
 
 
-def settle(sample: Sample, had_mask: np.ndarray | None, moved: np.ndarray | None = None) -> Sample:
-    """After a crop or a warp: boxes fit their masks again, and objects that are gone are dropped.
+def settle(sample: Sample, before: Sample, min_visible: float = 0.0, moved: np.ndarray | None = None,
+           scale: float = 1.0) -> Sample:
+    """After objects were cut or covered: boxes fit their masks again, and those that are gone are dropped.
 
-    `had_mask` (G,): the mask had pixels before. Where it had none (thinner than a pixel), the box alone counts.
-    `moved` (G,): objects this concerns; None: all.
+    Gone is an object whose mask lost its last pixel, whose box has a side under `SMALLEST`, or of which less than
+    `min_visible` is left: of its mask's area, or, without a mask, of its box's. This is the one rule of all transforms.
+
+    `before`: the same objects uncut, with boxes in the new frame, and masks in the old one, of which a pixel makes
+    `scale` new ones. Where a mask had no pixel (thinner than one), the box alone counts. `moved` (G,): objects this
+    concerns; None: all.
     """
     moved = np.ones(len(sample.boxes), bool) if moved is None else moved
     boxes, gone = sample.boxes.copy(), np.zeros(len(moved), bool)
@@ -262,9 +317,20 @@ def settle(sample: Sample, had_mask: np.ndarray | None, moved: np.ndarray | None
         has_mask = sample.masks.any((1, 2))
         for row in np.flatnonzero(moved & has_mask):
             boxes[row] = tight_box(sample.masks[row])
-        gone = had_mask & ~has_mask
+        gone = before.masks.any((1, 2)) & ~has_mask
     gone |= moved & ((boxes[:, 2:] - boxes[:, :2]) < SMALLEST).any(1)
+    if min_visible:
+        gone |= moved & (areas(sample) < min_visible * areas(before, scale))
     return replace(sample, boxes=boxes).take(~gone)
+
+
+def areas(sample: Sample, scale: float = 1.0) -> np.ndarray:
+    """(G,) pixels of the masks, times `scale`; of objects without any, the area of the box."""
+    found = (sample.boxes[:, 2:] - sample.boxes[:, :2]).prod(1)
+    if sample.masks is None:
+        return found
+    pixels = np.array([cv2.countNonZero(mask) for mask in sample.masks])
+    return np.where(pixels > 0, pixels * scale, found)
 
 
 def tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:

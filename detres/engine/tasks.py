@@ -17,6 +17,7 @@ from detres.data.loader import build_loader
 from detres.data.transforms import scale_pyramid
 from detres.engine import distributed
 from detres.engine.interrupt import Interrupt
+from detres.engine.optim import Schedule
 from detres.evaluation.class_tests import build_class_test
 from detres.evaluation.classification import ClassificationEvaluator
 from detres.evaluation.base import eval_mode
@@ -51,7 +52,7 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
     options = {"with_masks": kind.has_masks, "with_keypoints": kind.has_keypoints, **reads_of(kind),
                "device_type": device.type, **_rank()}
     loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
-                     seed=config.train.seed, **options)
+                     seed=config.train.seed, steps=Schedule.scaled(config.train).steps, **options)
     loader()  # refuses data that does not fit before the run has a folder
     task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids,
                 lambda step: loader(start_step=step), keypoints=_keypoints(dataset) if kind.has_keypoints else {},
@@ -111,7 +112,7 @@ def localization(config: Config, device: torch.device, interrupt: Interrupt) -> 
         localizer, own = load_proposer(config, dataset.classes, device)
     options = {"with_masks": False, "device_type": device.type, **_rank()}
     loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
-                     seed=config.train.seed, **options)
+                     seed=config.train.seed, steps=Schedule.scaled(config.train).steps, **options)
 
     def batches(start_step: int) -> Iterable[Batch]:
         plain = loader(start_step=start_step)

@@ -16,7 +16,7 @@ from detres.data.class_dataset import ClassDataset
 from detres.data.class_loader import build_class_loader
 from detres.data.class_transforms import build_test_views, build_train_view
 from detres.data.images import ImageError
-from detres.data.loader import sample_seed
+from detres.data.sampling import Key, sample_seed
 from detres.structures import Batch
 
 SIZES = [(40, 60), (50, 40), (40, 60), (36, 36), (40, 60)]
@@ -64,7 +64,7 @@ def test_training_batches(dataset):
         assert batch.images.pixels.shape == (4, 3, 32, 32) and batch.images.pixels.dtype == torch.uint8
         assert batch.images.sizes.tolist() == [[32, 32]] * 4 and batch.images.pyramid == ()
         for pixels, number, label, path in zip(batch.images.pixels, batch.image_ids, batch.targets.labels, batch.paths):
-            rng = np.random.default_rng(sample_seed(3, len(ids) // 10, number))
+            rng = np.random.default_rng(sample_seed(3, Key(len(ids) // 10, number)))
             assert torch.equal(pixels, channels_first(view(np.asarray(Image.open(path)), rng)[0]))
             assert label == number % 3 and path == dataset.paths[number]
             ids.append(number)

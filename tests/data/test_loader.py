@@ -21,7 +21,8 @@ from PIL import Image
 from detres.config import AugmentConfig, DataConfig, InputConfig, SourceConfig
 from detres.data.dataset import Annotation, Dataset, ImageRecord, load_dataset
 from detres.data.images import ImageError
-from detres.data.loader import build_loader, make_sample, pad_images, sample_seed
+from detres.data.loader import build_loader, make_sample, pad_images
+from detres.data.sampling import Key, sample_seed
 from detres.structures import Batch
 
 INPUT = InputConfig(min_size=32, max_size=64, size_divisor=16)
@@ -102,7 +103,7 @@ def test_contents_of_a_batch(dataset):
         ys, xs = mask.nonzero().T
         extent = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
         assert (extent - box).abs().max() <= 1.6  # a pixel, resized by up to 1.08, and half a pixel of nearest
-    assert len(image) == 6 and targets.seeds.tolist() == [sample_seed(3, 0, number) for number in range(4)]
+    assert len(image) == 6 and targets.seeds.tolist() == [sample_seed(3, Key(0, number)) for number in range(4)]
 
 
 def test_the_stored_image_is_what_comes_out(dataset):
@@ -219,7 +220,7 @@ def test_an_image_differs_from_epoch_to_epoch(dataset):
     one = replace(dataset, records=(dataset.records[7],))
     found = batches(one, 12, batch_size=1, augment=AUGMENT)
     assert len({batch.images.pixels.numpy().tobytes() for batch in found}) > 5
-    seeds = {sample_seed(seed, epoch, number) for seed in range(5) for epoch in range(20) for number in range(50)}
+    seeds = {sample_seed(seed, Key(epoch, number)) for seed in range(5) for epoch in range(20) for number in range(50)}
     assert len(seeds) == 5000 and min(seeds) >= 0 and max(seeds) < 2**63 and len({s % 64 for s in seeds}) == 64
 
 
@@ -231,6 +232,65 @@ def test_for_keypoints_images_without_any_are_empty_images(dataset):
         found = batches(replace(dataset, records=(others, dataset.records[3])), 3, batch_size=1, skip_empty=True,
                         with_keypoints=with_keypoints)
         assert {batch.image_ids[0] for batch in found} == expected
+
+
+# Images that are combined
+
+MIX = AugmentConfig(copy_paste={}, mosaic={"probability": 1}, mixup={}, affine={}, rand_augment={}, photometric={})
+
+
+def test_combined_images_depend_on_seed_and_step_alone(dataset):
+    options = {"augment": MIX, "sampling": {"name": "repeat_factor", "repeat_thresh": 0.9}}
+    whole = batches(dataset, 6, **options)
+    assert sum(len(batch.targets.masks) for batch in whole) > 2 * sum(
+        len(batch.targets.masks) for batch in batches(dataset, 6, sampling=options["sampling"]))
+    for start, workers in ((0, 2), (4, 0), (3, 1)):
+        for a, b in zip(whole[start:], batches(dataset, 6 - start, start_step=start, workers=workers, **options),
+                        strict=True):
+            assert_equal(a, b)
+    halves = [batches(dataset, 6, rank=rank, world_size=2, **options) for rank in (0, 1)]
+    for batch, first, second in zip(whole, *halves):
+        assert first.image_ids + second.image_ids == batch.image_ids
+        assert torch.cat([first.targets.labels[first.targets.valid], second.targets.labels[second.targets.valid]]
+                         ).tolist() == batch.targets.labels[batch.targets.valid].tolist()
+
+
+def test_images_are_combined_up_to_a_fraction_of_the_training(dataset):
+    """After it, batches are those without."""
+    mixed, plain = MIX.model_copy(update={"mix_until": 0.5}), AugmentConfig(affine={}, rand_augment={}, photometric={})
+    found, without = (batches(dataset, 6, augment=augment, steps=8) for augment in (mixed, plain))
+    for step, (a, b) in enumerate(zip(found, without)):
+        if step < 4:
+            assert not torch.equal(a.images.pixels, b.images.pixels)
+        else:
+            assert_equal(a, b)
+
+
+def test_crowds_and_difficult_objects_go_along_if_asked(dataset):
+    """And the targets are the same."""
+    options = {"batch_size": 4, "training": True, "with_masks": True, "seed": 3}
+    data = DataConfig(workers=0, augment=AugmentConfig(crop_size=20, min_sizes=(30,)))
+    without, with_ignored = (build_loader(dataset, INPUT, data, with_ignored=asked, **options) for asked in (False, True))
+    for a, b in itertools.islice(zip(without, with_ignored), 4):
+        assert_equal(a, b)
+    sample = with_ignored.sample(Key(0, 3))
+    assert not without.sample(Key(0, 3)).ignored.any()
+    assert sample.crowd.sum() == sample.difficult.sum() == 1 or len(sample.boxes) < 5
+    assert sample.masks[sample.crowd].any() and not (sample.crowd & sample.difficult).any()
+
+
+def test_a_partner_that_cannot_be_read_is_told(dataset, tmp_path):
+    (tmp_path / "cut.png").write_bytes(b"nothing")
+    broken = replace(dataset.records[2], path=tmp_path / "cut.png")
+    told = image_error(replace(dataset, records=(dataset.records[1], broken)), augment=MIX, batch_size=1)
+    assert re.search("known format, got .*cut.png", told)
+
+
+def test_what_the_targets_do_not_allow(dataset):
+    with pytest.raises(ValueError, match="copy_paste must be null for a model without masks"):
+        batches(dataset, 1, augment=MIX, with_masks=False)
+    with pytest.raises(ValueError, match="iou_crop must be null for a model without boxes"):
+        batches(dataset, 1, augment=AugmentConfig(iou_crop={}), with_boxes=False)
 
 
 # What goes wrong
