@@ -87,7 +87,8 @@ class Mosaic:
                  rng: np.random.Generator) -> Sample:
         """On a canvas of `size`, all of it within the quarter (y1, x1, y2, x2)."""
         factor = rng.uniform(*self.scales)
-        scaled = resize(sample, tuple(max(1, round(side * factor)) for side in sample.size), antialias=True)
+        scaled = resize(sample, tuple(max(1, round(side * factor)) for side in sample.size),
+                        antialias=sample.image.dtype == np.uint8)
         window = random_window(scaled, (quarter[2] - quarter[0], quarter[3] - quarter[1]), rng, self.min_visible)
         y, x = (middle - side if start == 0 else middle
                 for start, middle, side in zip(quarter[:2], centre, window.size))

@@ -12,6 +12,7 @@ from detres.config import Config
 from detres.data.dataset import Dataset
 from detres.data.images import ImageError
 from detres.data.loader import build_loader
+from detres.data.sampling import Key
 from detres.data.splits import find_splits
 from detres.data.view import Choice, Entry, choose_splits, select_from
 from detres.data.view_sheet import Tile, draw_entry, draw_pixels, draw_scaled, grid, placeholder, save, tile_scale
@@ -51,7 +52,7 @@ def _reader(dataset: Dataset, config: Config, reads: dict[str, bool]):
 
 def _draws(reader, entry: Entry, classes: Sequence[str], draws: int) -> list[Tile]:
     """The image in the first epochs, batched together, so that padding shows."""
-    batch = reader.__getitems__([(epoch, entry.number) for epoch in range(draws)])
+    batch = reader.__getitems__([Key(epoch, entry.number) for epoch in range(draws)])
     if isinstance(batch, ImageError):
         return [(placeholder(str(batch)), [""])] * draws
     return [(_draw(batch, row, entry.dataset, classes), [_size_text(batch, row)]) for row in range(draws)]

@@ -262,6 +262,9 @@ def test_every_mix(name, seed):
     again = mix(sample, np.random.default_rng(seed), fetches(seed))
     assert all(np.array_equal(getattr(found, key), getattr(again, key)) for key in vars(found))
     assert all(map(np.array_equal, before, (sample.image, sample.masks, sample.semantic)))  # not written to
+    floats = replace(sample, image=sample.image.astype(np.float32))  # as plain bilinear resizing gives them
+    others = iter([replace(other, image=other.image.astype(np.float32)) for other in map(scene, range(3))])
+    assert mix(floats, np.random.default_rng(seed), lambda: next(others)).image.dtype == np.float32
     nothing = mix(scene(seed).take(slice(0, 0)), np.random.default_rng(seed), lambda: scene(seed).take(slice(0, 0)))
     assert nothing.boxes.shape == (0, 4) and nothing.masks.shape == (0, *nothing.size)
 
