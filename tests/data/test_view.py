@@ -20,6 +20,7 @@ from detres.data import view_sheet
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.loader import build_loader
 from detres.data.problems import Problem
+from detres.data.sampling import Key
 from detres.data.splits import find_splits
 from detres.data.view import Choice, problem_box, problem_text, select
 from detres.data.view_augment import write_augmented
@@ -331,7 +332,7 @@ def test_draws_have_the_boxes_and_seeds_of_the_loader(root):
     dataset = find_splits(root)[0].load("drop")
     config = config_of(flip=0.5)
     reader = _reader(dataset, config, {})
-    batch = reader.__getitems__([(0, 0)])
+    batch = reader.__getitems__([Key(0, 0)])
     data = config.data.model_copy(update={"workers": 0})
     loader = build_loader(replace(dataset, records=dataset.records.take([0])), config.model.input, data, batch_size=1,
                           training=True, with_masks=False, seed=5)
