@@ -380,6 +380,8 @@ def _invalid(error: dict[str, Any], leaves: _Leaves) -> str:
     if loc[-1] == "[key]":
         name = name.rpartition("[")[0].rpartition("[")[0]
         return f"{name} must have strings as keys, got {_flow(error['input'])}{where}."
+    if error["type"] == "extra_forbidden":  # in a list: elsewhere unknown keys were told before
+        return f"{name} is not a known key{where}. {_nearest(loc[-1], _fields_at(loc))}".rstrip()
     schema, value = _schema_at(loc), error["input"]
     hint = ""
     if schema.get("type") == "array" and not isinstance(value, (list, dict)):
@@ -411,14 +413,20 @@ def _schema(field: FieldInfo) -> dict[str, Any]:
 
 def _schema_at(path: Sequence[str | int]) -> dict[str, Any]:
     """JSON schema of a field, or of one entry of it where the path ends in indices."""
-    *sections, key = (part for part in path if isinstance(part, str))
+    key = next(part for part in reversed(path) if isinstance(part, str))
+    schema = _schema(_fields_at(path)[key])
+    for index in path[len(path) - path[::-1].index(key):]:
+        schema = schema["prefixItems"][index] if "prefixItems" in schema else schema["items"]
+    return schema
+
+
+def _fields_at(path: Sequence[str | int]) -> dict[str, FieldInfo]:
+    """Fields of the section, here or in a list, that has the last name of a path."""
+    *sections, _ = (part for part in path if isinstance(part, str))
     section = Config
     for name in sections:
         section = _section(section.model_fields[name].annotation)
-    schema = _schema(section.model_fields[key])
-    for index in (part for part in path if isinstance(part, int)):
-        schema = schema["prefixItems"][index] if "prefixItems" in schema else schema["items"]
-    return schema
+    return section.model_fields
 
 
 def _accepts(schema: dict[str, Any]) -> str:
@@ -435,7 +443,8 @@ def _kind(schema: dict[str, Any]) -> str:
         count = f"{schema['minItems']} entries" if schema.get("minItems") else "entries"
         return f"a list of {count} (each {_kind(entries)})"
     bounds = [f"{sign} {schema[key]:g}" for key, sign in _BOUNDS.items() if key in schema]
-    noun = "a path, or a mapping with one," if "$ref" in schema else _NOUNS[schema["type"]]  # SourceConfig
+    is_source = schema.get("$ref", "").endswith("SourceConfig")
+    noun = "a path, or a mapping with one," if is_source else _NOUNS[schema.get("type", "object")]
     return " ".join([noun, " and ".join(bounds)]).rstrip()
 
 

@@ -207,6 +207,13 @@ def test_unknown_key_names_place_nearest_and_accepted(folder):
      "data.augment.albumentations[0] must be a mapping, got Blur (a.yaml:1)."),
     ("data: {augment: {albumentations: [{Blur: 1, 2: 3}]}}",
      "data.augment.albumentations[0] must have strings as keys, got 2 (a.yaml:1)."),
+    ("data: {augment: {policy: [[{op: rotate, magnitude: 11}]]}}",
+     "data.augment.policy[0][0].magnitude must be a number >= 0 and <= 10, got 11 (a.yaml:1)."),
+    ("data: {augment: {policy: [[{op: rotate, magnitud: 1}]]}}",
+     "data.augment.policy[0][0].magnitud is not a known key (a.yaml:1). Did you mean magnitude?"),
+    ("data: {augment: {policy: [{op: rotate}]}}",
+     "data.augment.policy[0] must be a list of entries (each a mapping), got {op: rotate} (a.yaml:1)."),
+    ("data: {augment: {mosaic: true}}", "data.augment.mosaic must be a mapping or null, got true (a.yaml:1)."),
     ("train: {batch_size: 6}\n", "train: batch_size must be a multiple of accumulate, got 6 and 4 "
                                  "(batch_size: a.yaml:1, accumulate: command line)."),
 ])

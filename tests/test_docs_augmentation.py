@@ -32,7 +32,7 @@ def test_yaml_loads_and_builds(text, tmp_path):
 
 
 def test_commands_and_python_run(run_guide, capsys):
-    assert len(run_guide("docs/augmentation.md")) == 2
+    assert len(run_guide("docs/augmentation.md")) == 3
     (code,) = blocks("python")
     exec(code, {})
     assert re.search(r"\(240, 320, 3\) \(\d+, 4\)", capsys.readouterr().out)
