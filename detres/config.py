@@ -618,8 +618,8 @@ class SamplingConfig(Section):
 
     name: Literal["shuffle", "repeat_factor", "class_balanced"] = Field(
         "shuffle", description="shuffle: once an epoch; repeat_factor: images of rare classes more often (LVIS, arXiv "
-                               "1908.03195, section 3); class_balanced: a class drawn uniformly, then one of its images "
-                               "(class-aware sampling of arXiv 1512.05830)")
+                               "1908.03195, section 3); class_balanced: a class drawn uniformly, then one of its "
+                               "images (class-aware sampling of arXiv 1512.05830)")
     repeat_thresh: Probability = Field(
         0.001, description="a class in fewer than this fraction of the images is repeated: 0.001 in LVIS")
 

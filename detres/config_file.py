@@ -184,6 +184,9 @@ for _class in (_Loader, _Dumper):  # PyYAML's own rules are YAML 1.1: '1e-3' a s
                       r"|\.(inf|Inf|INF))|\.(nan|NaN|NAN)", list("-+.0123456789"))):
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
 
+# Sections in lists, as in data.augment.policy.
+_Dumper.add_multi_representer(BaseModel, lambda dumper, section: dumper.represent_dict(section.model_dump()))
+
 
 def _files(path: str | Path | None, problems: list[str]) -> list[_Tree]:
     """Layers of a file and its bases, the root first."""

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from detres.config import AugmentConfig, DataConfig, InputConfig, SamplingConfig
-from detres.config_file import load_config
+from detres.config_file import format_config, load_config
 from detres.data.dataset import Dataset
 from detres.data.records import Records
 from detres.data.transforms import build_train_transforms
@@ -26,7 +26,10 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("text", blocks("yaml"))
 def test_yaml_loads_and_builds(text, tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
-    data = load_config(tmp_path / "mine.yaml").config.data
+    resolved = load_config(tmp_path / "mine.yaml")
+    (tmp_path / "written.yaml").write_text(format_config(resolved))
+    data = resolved.config.data
+    assert load_config(tmp_path / "written.yaml").config.data == data
     assert data != DataConfig()
     build_train_transforms(data.augment, InputConfig(), NO_DATA)
 

@@ -119,7 +119,8 @@ def warp(sample: Sample, matrix: np.ndarray, fill: Sequence[float], min_visible:
     def move(array: np.ndarray, interpolation: int, border: Sequence[float] | float) -> np.ndarray:
         return cv2.warpAffine(array, centred, (width, height), flags=interpolation, borderValue=border)
 
-    boxes, masks, keypoints, semantic = warp_boxes(sample.boxes, matrix), sample.masks, sample.keypoints, sample.semantic
+    boxes = warp_boxes(sample.boxes, matrix)
+    masks, keypoints, semantic = sample.masks, sample.keypoints, sample.semantic
     if masks is not None:
         masks = np.zeros_like(masks)
         for row, mask in enumerate(sample.masks):
@@ -146,6 +147,5 @@ def overlaps(windows: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """IoU (W, G)."""
     low, high = np.maximum(windows[:, None, :2], boxes[:, :2]), np.minimum(windows[:, None, 2:], boxes[:, 2:])
     shared = (high - low).clip(0).prod(-1)
-    sides = ((array[:, 2:] - array[:, :2]).prod(1) for array in (windows, boxes))
-    one, other = sides
+    one, other = ((array[:, 2:] - array[:, :2]).prod(1) for array in (windows, boxes))
     return shared / (one[:, None] + other - shared)

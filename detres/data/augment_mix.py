@@ -21,7 +21,8 @@ Fetch = Callable[[], Sample]
 Mix = Callable[[Sample, np.random.Generator, Fetch], Sample]
 
 
-def build_mixes(augment: AugmentConfig, model_input: InputConfig, *, with_masks: bool, with_semantic: bool) -> list[Mix]:
+def build_mixes(augment: AugmentConfig, model_input: InputConfig, *, with_masks: bool,
+                with_semantic: bool) -> list[Mix]:
     """Raises ValueError for what the model's targets do not allow."""
     if augment.copy_paste is not None and not with_masks:
         raise ValueError("data.augment.copy_paste must be null for a model without masks, got copy_paste. Masks are "

@@ -53,7 +53,7 @@ class Sample:
 
     @property
     def ignored(self) -> np.ndarray:
-        """(G,) bool: what does not train, crowds (as in the references) and difficult objects (as in py-faster-rcnn)."""
+        """(G,) bool: crowds and difficult objects, which do not train."""
         return self.crowd | self.difficult
 
     def take(self, rows: np.ndarray) -> Sample:

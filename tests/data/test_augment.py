@@ -163,7 +163,8 @@ def test_without_a_mask_a_box_holds_its_ellipse():
 
 
 TRANSFORMS = {
-    "affine": RandomAffine(1.0, 30, 10, (0.5, 1.5), 0.3, FILL), "iou_crop": IoUCrop((0.1, 0.5, 0.9), (0.3, 1), (0.5, 2)),
+    "affine": RandomAffine(1.0, 30, 10, (0.5, 1.5), 0.3, FILL),
+    "iou_crop": IoUCrop((0.1, 0.5, 0.9), (0.3, 1), (0.5, 2)),
     "crop": RandomCrop(30), "jitter": LargeScaleJitter((1.0, 1.0), 64, True),
     **{name: lambda sample, rng, name=name: apply_op(sample, name, 9, rng, FILL) for name in MOVES}}
 
@@ -290,8 +291,8 @@ def test_covered_objects_lose_their_pixels_boxes_and_points():
         masks = np.zeros((1, 20, 30), np.uint8)
         masks[0, 5:15, x:x + width] = 1
         point = np.array([[[x + 0.5, 10, 2], [0, 0, 0]]], np.float32)
-        return replace(sample, boxes=np.array([[x, 5, x + width, 15]], np.float32), labels=np.array([label]), masks=masks,
-                       keypoints=point, crowd=np.zeros(1, bool), difficult=np.zeros(1, bool))
+        return replace(sample, boxes=np.array([[x, 5, x + width, 15]], np.float32), labels=np.array([label]),
+                       masks=masks, keypoints=point, crowd=np.zeros(1, bool), difficult=np.zeros(1, bool))
 
     half = paste(one(5, 10, 0), one(2, 8, 1))
     assert half.boxes.tolist() == [[10, 5, 15, 15], [2, 5, 10, 15]] and half.labels.tolist() == [0, 1]
@@ -307,8 +308,9 @@ def test_mixup_blends_and_keeps_the_objects_of_both(seed):
     """Red shows this image, green the other."""
     sample = scene(seed)
     size = tuple(np.random.default_rng(seed).integers(2, 90, 2).tolist())
-    (red, green), black = (replace(item, semantic=None, image=item.masks.any(0)[..., None] * np.array(colour, np.uint8))
-                           for item, colour in ((sample, [240, 0, 0]), (scene(seed + 1, 10, size), [0, 240, 0]))), (0,) * 3
+    black, colours = (0, 0, 0), np.array([[240, 0, 0], [0, 240, 0]], np.uint8)
+    red, green = (replace(item, semantic=None, image=item.masks.any(0)[..., None] * colour)
+                  for item, colour in zip((sample, scene(seed + 1, 10, size)), colours))
     found = MixUp(1.0, 20.0, black)(red, np.random.default_rng(seed), lambda: green)
     assert_sound(found)
     own = found.labels < 10
@@ -362,7 +364,8 @@ def test_colours_leave_objects_alone():
         assert any((found.image != sample.image).any() for found in results), augment
         for found in results:
             assert found.image.dtype == np.uint8 and found.image.shape == sample.image.shape
-            assert all(np.array_equal(getattr(found, key), getattr(sample, key)) for key in vars(sample) if key != "image")
+            others = set(vars(sample)) - {"image"}
+            assert all(np.array_equal(getattr(found, key), getattr(sample, key)) for key in others)
 
 
 def test_photometric_distortion_is_ssds():
@@ -388,7 +391,8 @@ def test_photometric_distortion_is_ssds():
 
 def test_policies_draw_lists_and_operations():
     """Each of two lists in half of the images; operations by their probability."""
-    sample, bright, dark = scene(7, size=(40, 40)), {"op": "solarize", "magnitude": 10}, {"op": "posterize", "magnitude": 10}
+    sample = scene(7, size=(40, 40))
+    bright, dark = {"op": "solarize", "magnitude": 10}, {"op": "posterize", "magnitude": 10}
     policy = Policy([[PolicyOpConfig(**bright, probability=0.5)], [PolicyOpConfig(**dark)]], FILL)
     results = [policy(sample, np.random.default_rng(seed)).image.tobytes() for seed in range(200)]
     counts = sorted(results.count(image) for image in set(results))

@@ -270,7 +270,8 @@ def test_crowds_and_difficult_objects_go_along_if_asked(dataset):
     """And the targets are the same."""
     options = {"batch_size": 4, "training": True, "with_masks": True, "seed": 3}
     data = DataConfig(workers=0, augment=AugmentConfig(crop_size=20, min_sizes=(30,)))
-    without, with_ignored = (build_loader(dataset, INPUT, data, with_ignored=asked, **options) for asked in (False, True))
+    without, with_ignored = (build_loader(dataset, INPUT, data, with_ignored=asked, **options)
+                             for asked in (False, True))
     for a, b in itertools.islice(zip(without, with_ignored), 4):
         assert_equal(a, b)
     sample = with_ignored.sample(Key(0, 3))

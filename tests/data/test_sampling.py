@@ -63,7 +63,8 @@ def test_without_objects_there_are_no_classes():
             build_order(SamplingConfig(name=name), NUMBERS, np.zeros(0, int), np.zeros(0, int))
 
 
-ORDERS = {"shuffle": Shuffle(NUMBERS), "repeat_factor": RepeatFactor(np.array(NUMBERS), np.array([1, 2.3, 1, 0.2, 1.5])),
+ORDERS = {"shuffle": Shuffle(NUMBERS),
+          "repeat_factor": RepeatFactor(np.array(NUMBERS), np.array([1, 2.3, 1, 0.2, 1.5])),
           "class_balanced": ClassBalanced(NUMBERS, [np.array([2, 3]), np.array([3, 7, 8])])}
 
 
@@ -77,7 +78,7 @@ def test_resumed_runs_and_ranks_draw_the_same(name, wide):
     assert [a + b for a, b in zip(first, second)] == whole
     assert keys(ORDERS[name], 30, wide=wide, seed=4) != whole
     flat = list(itertools.chain(*whole))
-    assert len(set(flat)) == len(flat) == len({sample_seed(3, key) for key in flat})  # each appearance has its own chance
+    assert len(set(flat)) == len(flat) == len({sample_seed(3, key) for key in flat})  # each has its own chance
     if wide is not None:
         assert all(len({bool(wide[key.number]) for key in batch}) == 1 for batch in whole)
 
