@@ -125,7 +125,7 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
             and the log says how many of what.
         ValueError: an annotation file that is no annotation file.
     """
-    problems = Problems(source.path)
+    problems = Problems(source.path, source.path if source.images is None else f"{source.path} --images {source.images}")
     dataset = read_all(source, role, problems)
     problems.name = dataset.name
     problems.close(on_invalid)
@@ -133,8 +133,10 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
 
 
 def without_images(dataset: Dataset, ids: set[int | str | None]) -> Dataset:
-    return replace(dataset, records=tuple(record for record in dataset.records if record.id not in ids)
-                   ) if ids else dataset
+    if not ids:
+        return dataset
+    kept = [row for row, image_id in enumerate(dataset.records.ids()) if image_id not in ids]
+    return replace(dataset, records=dataset.records.take(kept))
 
 
 def read_all(source: SourceConfig, role: Role, problems: Problems) -> Dataset:

@@ -121,7 +121,7 @@ KINDS: dict[str, Kind] = {
                             "the mask has holes or spurs where it does", "redraw the polygon, if the object is larger"),
     "id_zero": Kind("warning", "annotations with id 0",
                     "pycocotools never counts them as found: recall is lost", "number annotations from 1"),
-    "no_annotations": Kind("warning", "splits without any annotation", "there is nothing to learn or to measure",
+    "no_annotations": Kind("warning", "splits without any image or annotation", "there is nothing to learn or to measure",
                            "check the export"),
     "image_leak": Kind("warning", "images of one split that are in another, too",
                        "AP is too high: the model is measured on what it was trained on",

@@ -68,16 +68,19 @@ def shortened(value: Any, limit: int = 100) -> str:
 class InvalidDataError(ValueError):
     """A data set with problems. `.problems` has all; the message tells the first in full, and counts the rest."""
 
-    def __init__(self, name: str, problems: Sequence[Problem]):
-        super().__init__(name, problems)
-        self.name, self.problems = name, list(problems)
+    def __init__(self, name: str, problems: Sequence[Problem], path: str = ""):
+        super().__init__(name, problems, path)
+        self.name, self.problems, self.path = name, list(problems), path
 
     def __str__(self) -> str:
+        drop = "" if any(problem.kind in FATAL for problem in self.problems) else (
+            ", or set data.on_invalid=drop to leave out what they concern")
         lines = [f"data set {self.name} must be valid, got {len(self.problems)} problem{'s'[:len(self.problems) > 1]}. "
-                 "Correct them, or set data.on_invalid=drop to leave out what they concern."]
+                 f"Correct them{drop}."]
         lines += [f"  {problem}" for problem in self.problems[:LISTED]]
         rest = self.problems[LISTED:]
         lines += [f"  and {len(rest)} more: {_counts(rest)}"] if rest else []
+        lines += [f"All of them, what they do, and a clean copy: detres data check {self.path}"] if self.path else []
         return "\n".join(lines)
 
 
@@ -89,8 +92,8 @@ def _counts(problems: Sequence[Problem]) -> str:
 class Problems:
     """Collects problems while a reader leaves out what they concern."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, path: str = ""):
+        self.name, self.path = name, path  # the path is told as that to check
         self.found: list[Problem] = []
         # Data sets with, for the checks that follow, file, id and place there of an annotation.
         self.located: list[tuple[Dataset, Callable[[Annotation], tuple[str, int | None, str]]]] = []
@@ -138,7 +141,7 @@ class Problems:
             return
         errors = [problem for problem in self.found if severity(problem.kind) == "error"]
         if errors and (on_invalid == "error" or any(problem.kind in FATAL for problem in errors)):
-            raise InvalidDataError(self.name, errors)
+            raise InvalidDataError(self.name, errors, self.path)
         if errors:
             log.warning("%s: left out what is invalid (%d found): %s", self.name, len(errors), _counts(errors))
         warnings = Counter(problem.kind for problem in self.found if severity(problem.kind) == "warning")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from detres.config import SourceConfig
 from detres.data import coco, voc, yolo
 from detres.data.dataset import SPLITS, Dataset, Role, load_dataset
@@ -40,7 +38,7 @@ def find_splits(path: str | Path, images: str | None = None) -> tuple[Split, ...
     if voc.is_root(path) or not description and voc.find_roots(path):
         return _voc(path, images)
     if description:
-        content = yaml.safe_load(description.read_text(encoding="utf-8")) or {}
+        content = yolo.parse(description)
         names = [name for names in SPLITS.values() for name in names if content.get(name)]
         return tuple(_split(name, description, images, name) for name in names)
     files = coco.instance_files(path)

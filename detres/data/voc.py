@@ -7,6 +7,7 @@ VOC counts pixels from 1 and its box includes the last one, so (xmin, ymin, xmax
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "
 
 
 def is_root(folder: Path) -> bool:
-    return (folder / "Annotations").is_dir() and (folder / "ImageSets" / "Main").is_dir()
+    return os.path.isdir(folder / "Annotations") and os.path.isdir(folder / "ImageSets" / "Main")
 
 
 def find_roots(folder: Path, is_root: Callable[[Path], bool] = is_root) -> list[Path]:
@@ -125,7 +126,7 @@ def image_files(folder: Path, image_set: Path) -> dict[str, Path]:
 
 def image_ids(image_set: Path) -> Iterator[str]:
     """A line is an image id; in lists for one class a flag follows: -1 for images without it."""
-    for line in image_set.read_text(encoding="utf-8").splitlines():
+    for line in image_set.read_text(encoding="utf-8", errors="replace").splitlines():
         words = line.split()
         if words and words[1:] != ["-1"]:
             yield words[0]

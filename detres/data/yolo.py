@@ -33,7 +33,7 @@ def read_yolo(file: Path, role: str, split: str | None = None, on_invalid: OnInv
     Boxes and polygons become pixels of the image; a polygon's box is its extent. Image ids are paths below the root.
     Raises as `load_dataset`.
     """
-    content = _parse(file)
+    content = parse(file)
     classes = _names(content, file)
     root = root_of(content, file)
     name = next((name for name in ([split] if split else SPLITS[role]) if content.get(name)), None)
@@ -53,7 +53,7 @@ def read_yolo(file: Path, role: str, split: str | None = None, on_invalid: OnInv
     return dataset
 
 
-def _parse(file: Path) -> dict[str, Any]:
+def parse(file: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import json
 import os
-import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from detres.data.check.labels import check_labels
 from detres.data.check.run import Report, SplitSummary, check_annotations
 from detres.data.kinds import KINDS, severity
 from detres.data.problems import Problem
@@ -90,14 +90,14 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
     seen = [problem for problem in report.problems
             if severity(problem.kind) == "error" and problem.image is not None and not problem.place]
     for _ in range(PASSES):
-        splits, problems = check_annotations(target, workers=workers, images_needed=read_images)
+        after, datasets = check_annotations(target, images_needed=read_images, workers=workers)
         made = len(changes.made)
-        apply([*problems, *_of_copy(seen, splits)], changes)
+        apply([*after.problems, *_of_copy(seen, after.splits)], changes)
         seen = []
         if len(changes.made) == made:
             break
     changes.write()
-    return Report(str(target), splits, problems), changes
+    return replace(after, problems=after.problems + check_labels(datasets)), changes
 
 
 def _check_out(path: Path, out: Path) -> None:

@@ -178,7 +178,7 @@ def _box(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> None
     elif problem.kind == "box_negative":
         x, y, w, h = entry["bbox"]
         box = [min(x, x + w), min(y, y + h), abs(w), abs(h)]
-    if box is None or not (box[2] > 0 and box[3] > 0):
+    if box is None or box == entry.get("bbox") or not (box[2] > 0 and box[3] > 0):
         return fix.drop(problem, name, place)
     fix.set(problem, entry, "bbox", box)
 

@@ -46,10 +46,10 @@ def apply(problems: Sequence[Problem], changes: Changes) -> None:
 def _take_out(problem: Problem, changes: Changes) -> None:
     """The image, of all image sets of its root; of one in which it is twice, but for the first line."""
     file = Path(problem.file)
-    root = next((folder for folder in [file, *file.parents] if voc.is_root(folder)), None)
+    root = next((folder for folder in file.parents if voc.is_root(folder)), None)
     twice = problem.kind == "duplicate_image" and file.suffix == ".txt"
     for image_set in [file] if twice else sorted((root / "ImageSets/Main").glob("*.txt")) if root else []:
-        lines = image_set.read_text(encoding="utf-8").splitlines()
+        lines = image_set.read_text(encoding="utf-8", errors="replace").splitlines()
         own = [i for i, line in enumerate(lines) if line.split()[:1] == [problem.image]][int(twice):]
         for i in own:
             changes.add(problem, f"line {i + 1}", lines[i], None, image_set)

@@ -57,7 +57,7 @@ def _findings(dataset: Dataset, workers: int | None) -> Iterator[Finding]:
     starts = range(0, len(dataset.records), CHUNK)
     total = len(dataset.records)
     workers = min(workers or len(os.sched_getaffinity(0)), len(starts))
-    if workers < 2 or sum(len(record.annotations) for record in dataset.records) < FEW:
+    if workers < 2 or dataset.records.counts().sum() < FEW:
         for start in starts:
             yield from _check(dataset.records[start:start + CHUNK], start)
         return

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from detres.data.check.geometry import check_geometry
+from detres.data.check.images import check_images
+from detres.data.check.labels import check_labels
 from detres.data.coco import no_garbage_collection
 from detres.data.dataset import Dataset, read_all, without_images
 from detres.data.kinds import severity
@@ -57,32 +59,32 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
     `images` is the folder of images where it is not found by itself. With `read_images=False` only annotations are
     looked at: no image needs to be there. `workers` is the number of processes, by default one for each core.
     """
-    datasets: list[tuple[str, Dataset]] = []
-    summaries, problems = check_annotations(path, images, workers=workers, images_needed=read_images, datasets=datasets)
-    return Report(str(path), summaries, problems)
+    report, datasets = check_annotations(path, images, images_needed=read_images, workers=workers)
+    found = [*(check_images(datasets, workers) if read_images else ()), *check_labels(datasets)]
+    return replace(report, problems=report.problems + found)
 
 
-def check_annotations(path: str | Path, images: str | Path | None = None, *, workers: int | None = None,
-                      images_needed: bool = True, datasets: list[tuple[str, Dataset]] | None = None,
-                      ) -> tuple[tuple[SplitSummary, ...], list[Problem]]:
-    """The part of the check for which no image is read. Adds to `datasets` what could be read, by split."""
+def check_annotations(path: str | Path, images: str | Path | None = None, *, images_needed: bool = True,
+                      workers: int | None = None) -> tuple[Report, list[tuple[str, Dataset]]]:
+    """The part of the check for which no image is read, nor one split compared with another; and what could be read, by
+    split, without images that have no file."""
     problems: list[Problem] = []
-    summaries = []
+    summaries, datasets = [], []
     try:
         splits = find_splits(path, None if images is None else str(images))
     except (OSError, ValueError) as error:
-        return (), [unreadable(str(path), error)]
+        return Report(str(path), (), [unreadable(str(path), error)]), []
     with no_garbage_collection():
         for split in splits:
             dataset, found = _read(split, workers)
             summaries.append(_summary(split, dataset))
             problems += [replace(problem, split=split.name) for problem in found
                          if images_needed or problem.kind not in IMAGE_KINDS]
-            if dataset is not None and datasets is not None:
-                missing = {problem.image for problem in found if problem.kind == "image_missing"}
-                nowhere = any(problem.kind == "images_nowhere" for problem in found)
-                datasets += [(split.name, without_images(dataset, missing))] * (not nowhere)
-    return tuple(summaries), problems
+            if dataset is not None:
+                missing = {problem.image for problem in found if problem.kind == "image_missing" and images_needed}
+                nowhere = images_needed and any(problem.kind == "images_nowhere" for problem in found)
+                datasets += [] if nowhere else [(split.name, without_images(dataset, missing))]
+    return Report(str(path), tuple(summaries), problems), datasets
 
 
 def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Problem]]:
@@ -90,6 +92,8 @@ def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Probl
     try:
         dataset = read_all(split.source, split.role, problems)
         check_geometry(problems, workers)
+        if not dataset.records.counts().any():
+            problems.add(split.source.path, None, None, "annotations", 0, "must be one or more", "no_annotations")
         return dataset, problems.found
     except InvalidDataError as error:
         return None, [*problems.found, *error.problems]
@@ -105,4 +109,4 @@ def _summary(split: Split, dataset: Dataset | None) -> SplitSummary:
     if dataset is None:
         return SplitSummary(split.name, split.source.path, "")
     return SplitSummary(split.name, split.source.path, dataset.format, len(dataset.records),
-                        sum(len(record.annotations) for record in dataset.records), dataset.classes)
+                        int(dataset.records.counts().sum()), dataset.classes)
