@@ -139,8 +139,6 @@ KINDS: dict[str, Kind] = {
     "image_turn_unclear": Kind("warning", "images with an EXIF orientation that their size does not show",
                                "detres turns them: boxes made without the tag lie elsewhere than the objects",
                                "look at one (detres data view); take the tag out if its boxes are off"),
-    "image_holes": Kind("warning", "JPEG files whose end is missing: zeros fill it",
-                        "the lower part is grey, with objects that cannot be seen", "download or copy them again"),
     "image_dark": Kind("warning", "images of 16 bits that use only the lowest values",
                        "scaled to 8 bits as a whole they are black", "stretch their values, or save as 8 bits"),
     "image_blank": Kind("warning", "images of one colour", "there is nothing to see: objects in them cannot be learned",

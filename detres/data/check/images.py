@@ -27,7 +27,7 @@ from detres.progress import track
 
 CHUNK = 32  # files that a thread gets at a time
 HUGE = 50e6  # pixels, from which an image takes a second to decode and 150 MB
-DARK = 16  # of 255: pictures of 12 bits in 16 stay below
+DARK = 16  # of 255: the white of 12 bits in 16
 
 
 class Remark(NamedTuple):
@@ -175,8 +175,8 @@ def _unidentified(data: bytes) -> Remark:
 def _format_remarks(image: Image.Image, data: bytes, pixels: np.ndarray) -> Iterator[Remark]:
     """`pixels`: as training sees it, perhaps reduced."""
     depth = _bits(image, data)
-    if depth > 8 and pixels.max() < DARK:
-        yield Remark("image_dark", "depth", f"{depth} bits, all below {DARK} of 255 in 8 bits", "must fill its range "
+    if depth > 8 and pixels.max() <= DARK:
+        yield Remark("image_dark", "depth", f"{depth} bits, none above {DARK} of 255 in 8 bits", "must fill its range "
                      "(stretch the values to 0-65535, or save as 8 bits)")
     elif depth > 8:
         yield Remark("image_deep", "depth", f"{depth} bits", "must be 8 bits to be used as it is")
@@ -193,10 +193,6 @@ def _format_remarks(image: Image.Image, data: bytes, pixels: np.ndarray) -> Iter
     if image.width * image.height > HUGE:
         yield Remark("image_huge", "size", f"{image.width} x {image.height}", f"must be below {HUGE / 1e6:.0f} million "
                      "pixels to be quick")
-    content = data.rstrip(b"\0")
-    if image.format == "JPEG" and len(content) < len(data) - 64 and not content.endswith(b"\xff\xd9"):
-        yield Remark("image_holes", "file", f"{len(data) - len(content)} zero bytes at the end",
-                     "must be complete (download or copy it again)")
 
 
 def _bits(image: Image.Image, data: bytes) -> int:

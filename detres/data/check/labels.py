@@ -95,15 +95,16 @@ def check_labels(splits: Sequence[tuple[str, Dataset]]) -> list[Problem]:
 
 
 def _pairs(objects: Objects) -> Iterator[Problem]:
-    label = objects.table["label"]
-    for first, second, iou in zip(*overlapping(objects.image, objects.table["box"], TWICE)):
-        if label[first] == label[second]:
-            yield objects.of_object(second, "object_twice", "bbox", f"must be of another object than "
-                                    f"{_named(objects, first)} (IoU {iou:.2f}: delete one)")
-        elif iou >= CONFUSED:
-            yield objects.of_object(second, "object_two_classes", "bbox", f"must not be {objects.class_name(second)} and "
-                                    f"{objects.class_name(first)} at once: {_named(objects, first)} (IoU {iou:.2f}: "
-                                    "delete the wrong one)")
+    """Each object with the first before it that it is drawn over."""
+    first, second, iou = overlapping(objects.image, objects.table["box"], TWICE)
+    same = objects.table["label"][first] == objects.table["label"][second]
+    for kind, chosen in (("object_twice", same), ("object_two_classes", ~same & (iou >= CONFUSED))):
+        rows, places = np.unique(second[chosen], return_index=True)
+        for row, other, value in zip(rows, first[chosen][places], iou[chosen][places]):
+            names = objects.class_name(row), objects.class_name(other)
+            told = "be of another object than" if kind == "object_twice" else f"not be {names[0]} and {names[1]} at once:"
+            fix = "delete one" if kind == "object_twice" else "delete the wrong one"
+            yield objects.of_object(row, kind, "bbox", f"must {told} {_named(objects, other)} (IoU {value:.2f}: {fix})")
 
 
 def _named(objects: Objects, row: int) -> str:

@@ -48,9 +48,10 @@ def _first(thumbnails: np.ndarray, groups: np.ndarray) -> np.ndarray:
             later, earlier, alike = _alike(thumbnails, hashes, rows, np.arange(left, min(left + COLUMNS, rows[-1])))
             own = groups[later, None] == groups[earlier]
             for place, pairs in enumerate((alike & own, alike & ~own)):
-                hit = pairs.any(1) & wanted[place, later]
-                found[place, later[hit]] = earlier[pairs[hit].argmax(1)]
-                wanted[place, later[hit]] = False
+                row, column = np.nonzero(pairs & wanted[place, later, None])
+                row, first = np.unique(row, return_index=True)
+                found[place, later[row]] = earlier[column[first]]
+                wanted[place, later[row]] = False
             rows = rows[wanted[:, rows].any(0)]
             if not len(rows):
                 break
