@@ -63,7 +63,7 @@ class TorchvisionReader:
 
     def __getitems__(self, keys: Keys) -> Any:
         rng = np.random.default_rng(keys[0])
-        images, targets = zip(*(self._sample(self.records[number], rng) for _, number in keys))
+        images, targets = zip(*(self._sample(self.records[number], rng) for _, number, *_ in keys))
         return TRANSFORM(list(images), list(targets)) if self.to_input else (images, targets)
 
     def _sample(self, record: ImageRecord, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -113,7 +113,8 @@ class Loader:
 
     def sample(self, key: Key) -> Sample:
         """What becomes of one image, before it is batched. Raises ImageError."""
-        return self.reader.sample(key)[0]
+        sample = replace(self.reader, on_device=False).sample(key)[0]
+        return replace(sample, masks=sample.masks.bitmaps()) if isinstance(sample.masks, MaskViews) else sample
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
