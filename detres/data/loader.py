@@ -25,11 +25,13 @@ from torch.utils.data import DataLoader
 from detres.config import AugmentConfig, DataConfig, InputConfig, SamplingConfig
 from detres.data.augment_mix import Mix, build_mixes
 from detres.data.dataset import Annotation, Dataset, ImageRecord
-from detres.data.images import ImageError, read_image
+from detres.data.device import ImageView, StoredBatch, store
+from detres.data.frame import Frame
+from detres.data.images import EncodedImage, ImageError, open_image, read_file
 from detres.data.label_maps import IGNORED, SegmentImage
-from detres.data.masks import rasterize
+from detres.data.masks import MaskViews, whole_masks
 from detres.data.sampling import Key, Order, TrainingBatches, build_order, in_order, sample_seed
-from detres.data.transforms import ResizeShortSide, Sample, Transform, build_train_transforms, resize_for_eval
+from detres.data.transforms import MOVES, Pipeline, ResizeShortSide, Sample, build_train_transforms, resize_for_eval
 from detres.structures import Batch, ImageBatch, PixelTruths, SemanticTargets, Targets
 
 
@@ -57,16 +59,19 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     _check_data(dataset, with_masks, with_keypoints, with_semantic)
     reader = _Reader(dataset.records, _eval_transform(model_input), with_masks,
                      len(dataset.keypoint_names) if with_keypoints else 0, with_boxes, with_semantic, seed,
-                     model_input.size_divisor, with_ignored=with_ignored, pyramid=pyramid,
-                     keeps_truths=with_semantic and not training)
+                     model_input.size_divisor, with_ignored=with_ignored, keeps_truths=with_semantic and not training,
+                     pyramid=pyramid, antialias=model_input.antialias)
     if not training:
         batches = in_order(range(rank, len(dataset.records), world_size), batch_size)
         return Loader(reader, batches, data.workers, device_type == "cuda", seed)
     augment, numbers = data.augment, _train_numbers(dataset, data.skip_empty, with_boxes, with_keypoints)
     _check_augment(augment, with_boxes)
-    reader = replace(reader, transform=build_train_transforms(augment, model_input, dataset),
-                     canvas=augment.crop_size or 0, partners=np.array(numbers),
+    transform = build_train_transforms(augment, model_input, dataset)
+    reader = replace(reader, transform=transform, canvas=augment.crop_size or 0, partners=np.array(numbers),
+                     reduced_decode=data.reduced_decode and transform.resizes_first, on_device=data.on_device,
                      mixes=build_mixes(augment, model_input, with_masks=with_masks, with_semantic=with_semantic))
+    if data.on_device:
+        _check_device(reader)
     images = dataset.records.images
     wide = images["width"] > images["height"] if data.aspect_ratio_grouping else None
     batches = TrainingBatches(_order(dataset, data.sampling, numbers), batch_size, seed, rank, world_size, start_step,
@@ -74,8 +79,9 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
     return Loader(reader, batches, data.workers, device_type == "cuda", seed)
 
 
-def _eval_transform(model_input: InputConfig) -> Transform:
-    return ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias, model_input.round_down)
+def _eval_transform(model_input: InputConfig) -> Pipeline:
+    return Pipeline((ResizeShortSide((model_input.min_size,), model_input.max_size, model_input.antialias,
+                                     model_input.round_down),))
 
 
 def _check_augment(augment: AugmentConfig, with_boxes: bool) -> None:
@@ -92,7 +98,7 @@ class Loader:
     """Iterable of `Batch`; has a length, in batches, unless it is endless. `reader[keys]` makes a batch."""
 
     def __init__(self, reader: Any, batches: Iterable[list[Key]], workers: int, pin_memory: bool, seed: int):
-        self.reader, self._batches = reader, batches
+        self.reader, self.batches = reader, batches
         self._loader = DataLoader(
             reader, batch_sampler=batches, num_workers=workers, collate_fn=_as_is, pin_memory=pin_memory,
             worker_init_fn=_start_worker, persistent_workers=workers > 0 and isinstance(batches, list),
@@ -101,13 +107,14 @@ class Loader:
             generator=torch.Generator().manual_seed(seed))  # else it draws from the generator that training uses
 
     def __len__(self) -> int:
-        if not isinstance(self._batches, list):
+        if not isinstance(self.batches, list):
             raise TypeError("a training loader has no length: it is endless")
-        return len(self._batches)
+        return len(self.batches)
 
     def sample(self, key: Key) -> Sample:
         """What becomes of one image, before it is batched. Raises ImageError."""
-        return self.reader.sample(key)[0]
+        sample = replace(self.reader, on_device=False).sample(key)[0]
+        return replace(sample, masks=sample.masks.bitmaps()) if isinstance(sample.masks, MaskViews) else sample
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
@@ -153,6 +160,14 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool, with_s
                              "model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
 
 
+def _check_device(reader: _Reader) -> None:
+    others = [type(step).__name__ for step in (*reader.transform.steps, *reader.mixes) if not isinstance(step, MOVES)]
+    others += ["label maps"] if reader.with_semantic or not reader.with_boxes else []
+    if others:
+        raise ValueError("data.on_device must be false but for detectors whose images are resized, cropped and "
+                         f"mirrored only, got true with {', '.join(others)}. Say data.on_device=false.")
+
+
 def trainable(record: ImageRecord) -> list[Annotation]:
     """What trains: neither crowds (as in the references) nor difficult objects (as in py-faster-rcnn)."""
     return [item for item in record.annotations if not (item.crowd or item.difficult)]
@@ -181,7 +196,7 @@ class _Reader:
     """Makes a batch of keys: this is what runs in the workers."""
 
     records: Sequence[ImageRecord]
-    transform: Transform
+    transform: Pipeline
     with_masks: bool
     keypoints: int  # J, 0: none
     with_boxes: bool
@@ -194,8 +209,11 @@ class _Reader:
     with_ignored: bool = False
     keeps_truths: bool = False
     pyramid: Sequence[InputConfig] = ()
+    reduced_decode: bool = False
+    on_device: bool = False
+    antialias: bool = True
 
-    def __getitems__(self, keys: list[Key]) -> Batch | ImageError:
+    def __getitems__(self, keys: list[Key]) -> Batch | StoredBatch | ImageError:
         """The error is given back rather than raised: it reaches the main process without the worker's traceback."""
         try:
             read = [self.sample(key) for key in keys]
@@ -204,6 +222,8 @@ class _Reader:
         samples, scaled, label_maps = zip(*read)
         records = [self.records[key.number] for key in keys]
         seeds = [sample_seed(self.seed, key) for key in keys]
+        if self.on_device:
+            return collate_stored(samples, records, seeds, self.size_divisor, self.canvas, self.antialias)
         batch = collate(samples, records, seeds, self.size_divisor, self.canvas, self.with_boxes)
         pyramid = tuple(pad_images(images, self.size_divisor) for images in zip(*scaled))
         return replace(batch, images=replace(batch.images, pyramid=pyramid),
@@ -220,10 +240,14 @@ class _Reader:
     def _transformed(self, number: int, rng: np.random.Generator) -> tuple[Sample, Sample]:
         """A record as it is on disk, and after the transforms of single images."""
         record = self.records[number]
-        image = read_image(record.path)
+        image: np.ndarray | EncodedImage | ImageView = open_image(read_file(record.path), str(record.path))
         _check_size(record, image)
+        if self.on_device:
+            image = ImageView(image, Frame.whole(image.shape[:2]), self.reduced_decode)
+        elif not self.reduced_decode:
+            image = image.pixels()
         sample = make_sample(record, image, self.with_masks, self.keypoints, self.with_boxes, self.with_semantic,
-                             self.with_ignored)
+                             self.with_ignored, views=self.transform.views_masks and not self.mixes)
         try:
             return sample, self.transform(sample, rng)
         except ImageError as error:
@@ -235,7 +259,7 @@ class _Reader:
         return PixelTruths(tuple(map(torch.from_numpy, label_maps)), tuple(ids))
 
 
-def _check_size(record: ImageRecord, image: np.ndarray) -> None:
+def _check_size(record: ImageRecord, image: EncodedImage) -> None:
     size = image.shape[:2]
     if size != (record.height, record.width):
         fix = "Correct the annotations, or restore the original file."
@@ -245,19 +269,21 @@ def _check_size(record: ImageRecord, image: np.ndarray) -> None:
                          f"px (width x height), got {size[1]} x {size[0]} ({record.path}). {fix}")
 
 
-def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoints: int = 0, with_boxes: bool = True,
-                with_semantic: bool = False, with_ignored: bool = False) -> Sample:
+def make_sample(record: ImageRecord, image: np.ndarray | EncodedImage | ImageView, with_masks: bool, keypoints: int = 0,
+                with_boxes: bool = True, with_semantic: bool = False, with_ignored: bool = False, views: bool = False,
+                ) -> Sample:
     """The image (H, W, 3) with its annotations, boxes clipped to it, and its label map. Crowds and difficult objects
-    are among them only `with_ignored`: nothing that trains needs them, and their masks would cost time."""
+    are among them only `with_ignored`: nothing that trains needs them, and their masks would cost time. `views`: masks
+    are not drawn yet."""
     items = () if not with_boxes else record.annotations if with_ignored else trainable(record)
     height, width = image.shape[:2]
     boxes = np.array([item.box for item in items], np.float32).reshape(-1, 4)
     boxes = boxes.clip(0, np.array([width, height] * 2, np.float32))
     masks = points = None
     if with_masks:
-        masks = np.zeros((len(items), height, width), np.uint8)
-        for row, item in enumerate(items):
-            masks[row] = rasterize(item.segmentation, height, width) if item.segmentation else 0
+        masks = whole_masks([item.segmentation for item in items], height, width)
+        if not views:
+            masks = masks.bitmaps()
     if keypoints:
         absent = (0.0,) * 3 * keypoints
         points = np.array([item.keypoints or absent for item in items], np.float32).reshape(-1, keypoints, 3)
@@ -272,8 +298,29 @@ def make_sample(record: ImageRecord, image: np.ndarray, with_masks: bool, keypoi
 def collate(samples: Sequence[Sample], records: Sequence[ImageRecord], seeds: Sequence[int], size_divisor: int,
             canvas: int = 0, with_boxes: bool = True) -> Batch:
     """Crowds and difficult objects are left out of the targets."""
-    samples = [sample.take(~sample.ignored) if sample.ignored.any() else sample for sample in samples]
-    images = pad_images([sample.image for sample in samples], size_divisor, canvas)
+    samples = list(map(_without_ignored, samples))
+    return _collated(pad_images([sample.image for sample in samples], size_divisor, canvas), samples, records, seeds,
+                     with_boxes)
+
+
+def collate_stored(samples: Sequence[Sample], records: Sequence[ImageRecord], seeds: Sequence[int], size_divisor: int,
+                   canvas: int, antialias: bool) -> StoredBatch:
+    """Of samples whose images are `ImageView`."""
+    samples = list(map(_without_ignored, samples))
+    sizes = [sample.size for sample in samples]
+    images = ImageBatch(torch.zeros(len(samples), 3, 0, 0, dtype=torch.uint8), torch.tensor(sizes))
+    batch = _collated(images, [replace(sample, masks=None) for sample in samples], records, seeds, with_boxes=True)
+    masks = None if samples[0].masks is None else [sample.masks for sample in samples]
+    canvas = canvas_size(sizes, size_divisor, canvas)
+    return store(batch, [sample.image for sample in samples], masks, canvas, antialias)
+
+
+def _without_ignored(sample: Sample) -> Sample:
+    return sample.take(~sample.ignored) if sample.ignored.any() else sample
+
+
+def _collated(images: ImageBatch, samples: Sequence[Sample], records: Sequence[ImageRecord], seeds: Sequence[int],
+              with_boxes: bool) -> Batch:
     size = images.pixels.shape[-2:]
     targets = _targets(samples, seeds, size) if with_boxes else SemanticTargets(_label_maps(samples, size))
     original = torch.tensor([(record.height, record.width) for record in records])
@@ -285,11 +332,19 @@ def pad_images(images: Sequence[np.ndarray], size_divisor: int, canvas: int = 0)
     """Images (H, W, 3) of any sizes, uint8 or float32, on one canvas: at least `canvas` a side, a multiple of
     `size_divisor`."""
     sizes = [image.shape[:2] for image in images]
-    height, width = (-(-max(canvas, *side) // size_divisor) * size_divisor for side in zip(*sizes))
-    pixels = np.zeros((len(images), 3, height, width), images[0].dtype)
+    pixels = np.zeros((len(images), 3, *canvas_size(sizes, size_divisor, canvas)), images[0].dtype)
     for padded, image in zip(pixels, images):
-        padded[:, :image.shape[0], :image.shape[1]] = image.transpose(2, 0, 1)
+        window = padded[:, :image.shape[0], :image.shape[1]]
+        if image.strides[1] == image.itemsize:  # planes already
+            window[:] = image.transpose(2, 0, 1)
+            continue
+        for channel, plane in enumerate(window):  # a fifth faster than one copy of a transposed view
+            cv2.extractChannel(image, channel, dst=plane)
     return ImageBatch(torch.from_numpy(pixels), torch.tensor(sizes))
+
+
+def canvas_size(sizes: Sequence[tuple[int, int]], size_divisor: int, canvas: int) -> tuple[int, int]:
+    return tuple(-(-max(canvas, *side) // size_divisor) * size_divisor for side in zip(*sizes))
 
 
 def _targets(samples: Sequence[Sample], seeds: Sequence[int], size: Sequence[int]) -> Targets:
@@ -307,7 +362,11 @@ def _targets(samples: Sequence[Sample], seeds: Sequence[int], size: Sequence[int
         bitmaps = np.zeros((sum(count), *size), np.uint8)
         places = np.split(bitmaps, np.cumsum(count)[:-1])
         for place, sample in zip(places, samples):
-            place[:, :sample.masks.shape[1], :sample.masks.shape[2]] = sample.masks
+            masks, (height, width) = sample.masks, sample.size
+            if isinstance(masks, MaskViews):
+                masks.draw(place)
+            else:
+                place[:, :height, :width] = masks
         masks = torch.from_numpy(bitmaps)
     if samples[0].keypoints is not None:
         keypoints = rows([sample.keypoints for sample in samples])

@@ -1,10 +1,14 @@
-"""COCO segmentations to bitmaps, by pycocotools' own rasteriser."""
+"""COCO segmentations to bitmaps, by pycocotools' own rasteriser.
+
+Legend: G objects; (H, W) the image; (h, w) the part of it that an object reaches.
+"""
 
 from __future__ import annotations
 
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
+from detres.data.frame import Frame, Framed
 from detres.data.images import read_image
 
 _COMPRESSED = re.compile("(?:[P-o]{0,7}[0-O])+")
@@ -48,6 +53,101 @@ def rasterize(segmentation: list[Any] | dict[str, Any] | PNGSegment, height: int
     if isinstance(segmentation, PNGSegment):
         return (last_segment_ids(segmentation.path) == segmentation.id).view(np.uint8)
     return coco_mask.decode(compressed(segmentation, height, width))
+
+
+def rasterize_part(segmentation: list[Any] | dict[str, Any] | PNGSegment | None, height: int, width: int,
+                   ) -> tuple[np.ndarray, int]:
+    """`rasterize`, but only the rows and columns that the object reaches, (h, w), and the first column; the first row
+    is 0. None has no pixels.
+
+    A bitmap of the whole image takes ten times as long as the run lengths of a polygon. Moved to the origin, a polygon
+    would get other pixels: pycocotools rounds points on its edges, in floating point, where they are.
+    """
+    if isinstance(segmentation, PNGSegment):
+        return rasterize(segmentation, height, width), 0
+    if segmentation is None:
+        return np.zeros((height, 0), np.uint8), width
+    if isinstance(segmentation, list):
+        height, width = (max(1, min(int(max(max(polygon[axis::2]) for polygon in segmentation)) + 2, length))
+                         for axis, length in ((1, height), (0, width)))
+    code = compressed(segmentation, height, width)
+    column, counts = _without_empty_columns(code["counts"], height)
+    if column == width:
+        return np.zeros((height, 0), np.uint8), column
+    return coco_mask.decode({"size": [height, width - column], "counts": counts}), column
+
+
+def _without_empty_columns(counts: str | bytes, height: int) -> tuple[int, bytes]:
+    """How many columns there are before the object, and the compressed run lengths without them.
+
+    The first run (background) is a number in groups of 5 bits, as `run_lengths` tells; no other depends on it.
+    """
+    counts = counts.encode() if isinstance(counts, str) else counts
+    length = next(place for place, character in enumerate(counts) if character - 48 < 32) + 1
+    run = sum((character - 48 & 31) << 5 * place for place, character in enumerate(counts[:length]))
+    column, run = divmod(run, height)
+    first = bytearray()
+    while run > 15:
+        first.append(48 + 32 + (run & 31))
+        run >>= 5
+    return column, bytes([*first, 48 + run]) + counts[length:]
+
+
+@dataclass(frozen=True)
+class MaskViews(Framed):
+    """Masks that are drawn when they are wanted, at once in their last frame; a sequence of bitmaps (H, W) uint8."""
+
+    segmentations: tuple[Any, ...]  # G
+    frame: Frame
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return len(self.segmentations), *self.frame.size
+
+    def __len__(self) -> int:
+        return len(self.segmentations)
+
+    def __getitem__(self, rows: Any) -> Any:
+        """The bitmap of one row; of several (slice, numbers or bool) views."""
+        if isinstance(rows, (int, np.integer)):
+            return replace(self, segmentations=(self.segmentations[rows],)).bitmaps()[0]
+        chosen = np.arange(len(self))[rows]
+        return replace(self, segmentations=tuple(self.segmentations[row] for row in chosen))
+
+    def any(self, axes: tuple[int, int]) -> np.ndarray:
+        """(G,) bool: has pixels."""
+        assert axes == (1, 2)
+        return np.array([pixels.any() for *_, pixels in self._drawn()], bool)
+
+    def draw(self, out: np.ndarray) -> None:
+        """Into zeros (G, H or more, W or more) uint8."""
+        for canvas, (rows, columns, pixels) in zip(out, self._drawn()):
+            canvas[rows, columns] = pixels
+
+    def bitmaps(self) -> np.ndarray:
+        """(G, H, W) uint8."""
+        out = np.zeros(self.shape, np.uint8)
+        self.draw(out)
+        return out
+
+    def _drawn(self) -> Iterator[tuple[slice, slice, np.ndarray]]:
+        """Of each mask the rows and columns that it may reach, and the pixels there."""
+        rows, columns = self.frame.nearest()
+        for segmentation in self.segmentations:
+            part, first = rasterize_part(segmentation, *self.frame.source)
+            y, x = _inside(rows, part.shape[0]), _inside(columns - first, part.shape[1])
+            # pycocotools' bitmaps have columns one after another: these are gathered first, then the rows.
+            yield y, x, part.T[columns[x] - first].T[rows[y]]
+
+
+def whole_masks(segmentations: Sequence[Any], height: int, width: int) -> MaskViews:
+    return MaskViews(tuple(segmentations), Frame.whole((height, width)))
+
+
+def _inside(places: np.ndarray, length: int) -> slice:
+    """Where places, which go up or down, are in 0..length - 1."""
+    found = np.flatnonzero((places >= 0) & (places < length))
+    return slice(found[0], found[-1] + 1) if len(found) else slice(0, 0)
 
 
 def mask_area(segmentation: list[Any] | dict[str, Any], height: int, width: int) -> int:

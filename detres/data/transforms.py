@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -25,7 +26,11 @@ from torch.nn import functional as F
 
 from detres.config import AugmentConfig, EvalConfig, InputConfig
 from detres.data.dataset import Dataset
+from detres.data.frame import Framed
+from detres.data.images import EncodedImage
+from detres.data.masks import MaskViews
 
+Resizer = Literal["pillow", "torch"]
 SMALLEST = 1.0  # pixels: objects that are left narrower or lower than this are gone
 
 
@@ -33,10 +38,10 @@ SMALLEST = 1.0  # pixels: objects that are left narrower or lower than this are 
 class Sample:
     """One image with its objects."""
 
-    image: np.ndarray  # (H, W, 3) RGB, uint8; float32 in 0-255 after a resize without antialiasing
+    image: np.ndarray | EncodedImage  # (H, W, 3) RGB, uint8; float32 in 0-255 after a resize without antialiasing
     boxes: np.ndarray  # (G, 4) float32 xyxy, inside the image
     labels: np.ndarray  # (G,) int64
-    masks: np.ndarray | None = None  # (G, H, W) uint8, 1 inside
+    masks: np.ndarray | MaskViews | None = None  # (G, H, W) uint8, 1 inside; views where `Pipeline.views_masks`
     keypoints: np.ndarray | None = None  # (G, J, 3) float32 x, y, visibility (0: not labelled, all zero)
     semantic: np.ndarray | None = None  # (H, W) uint8 labels of pixels, 255 ignored
     crowd: np.ndarray | None = None  # (G,) bool; None is made: no object
@@ -68,25 +73,43 @@ OF_OBJECTS = ("boxes", "labels", "masks", "keypoints", "crowd", "difficult")  # 
 Transform = Callable[[Sample, np.random.Generator], Sample]
 
 
-def build_train_transforms(augment: AugmentConfig, model_input: InputConfig, dataset: Dataset) -> Transform:
-    """The training pipeline: a function of a sample and a generator, all of whose chance comes from that generator."""
-    steps = _on_disk_size(augment, model_input, dataset)
-    if augment.jitter is not None:
-        steps.append(LargeScaleJitter(augment.jitter, augment.crop_size, model_input.antialias, augment.min_visible))
-    else:
-        low, high = (max(1, round(scale * model_input.min_size)) for scale in augment.scales)
-        min_sizes = augment.min_sizes or range(low, high + 1)
-        steps.append(ResizeShortSide(min_sizes, model_input.max_size, model_input.antialias, model_input.round_down))
-        if augment.crop_size is not None:
-            steps.append(RandomCrop(augment.crop_size, augment.min_visible))
-    steps.append(RandomFlip(augment.flip, dataset.flip_pairs))
+@dataclass(frozen=True)
+class Pipeline:
+    """Transforms one after another."""
 
-    def apply(sample: Sample, rng: np.random.Generator) -> Sample:
-        for step in steps:
+    steps: tuple[Transform, ...]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        for step in self.steps:
             sample = step(sample, rng)
         return sample
 
-    return apply
+    @property
+    def resizes_first(self) -> bool:
+        """Then a JPEG can be decoded at a reduced size."""
+        return isinstance(self.steps[0], (ResizeShortSide, LargeScaleJitter))
+
+    @property
+    def views_masks(self) -> bool:
+        """All steps only move pixels: masks can be drawn at the end."""
+        return all(isinstance(step, MOVES) for step in self.steps)
+
+
+def build_train_transforms(augment: AugmentConfig, model_input: InputConfig, dataset: Dataset) -> Pipeline:
+    """The training pipeline: a function of a sample and a generator, all of whose chance comes from that generator."""
+    steps = _on_disk_size(augment, model_input, dataset)
+    if augment.jitter is not None:
+        steps.append(LargeScaleJitter(augment.jitter, augment.crop_size, model_input.antialias, augment.min_visible,
+                                      augment.resize))
+    else:
+        low, high = (max(1, round(scale * model_input.min_size)) for scale in augment.scales)
+        min_sizes = augment.min_sizes or range(low, high + 1)
+        steps.append(ResizeShortSide(min_sizes, model_input.max_size, model_input.antialias, model_input.round_down,
+                                     augment.resize))
+        if augment.crop_size is not None:
+            steps.append(RandomCrop(augment.crop_size, augment.min_visible))
+    steps.append(RandomFlip(augment.flip, dataset.flip_pairs))
+    return Pipeline(tuple(steps))
 
 
 def _on_disk_size(augment: AugmentConfig, model_input: InputConfig, dataset: Dataset) -> list[Transform]:
@@ -138,11 +161,12 @@ class ResizeShortSide:
     max_size: int
     antialias: bool
     round_down: bool = False
+    backend: Resizer = "pillow"
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         min_size = self.min_sizes[rng.integers(len(self.min_sizes))]
         size = resized_size(*sample.size, min_size, self.max_size, self.antialias, self.round_down)
-        return resize(sample, size, self.antialias)
+        return resize(sample, size, self.antialias, self.backend)
 
 
 @dataclass(frozen=True)
@@ -164,13 +188,15 @@ class LargeScaleJitter:
     crop_size: int
     antialias: bool
     min_visible: float = 0.0
+    backend: Resizer = "pillow"
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         scale = rng.uniform(*self.scales) * self.crop_size / max(sample.size)
         size = tuple(max(1, int(side * scale + 0.5)) for side in sample.size)
         crop = tuple(min(side, self.crop_size) for side in size)
         y, x = (int(rng.integers(side - kept + 1)) for side, kept in zip(size, crop))
-        return crop_sample(resize(sample, size, self.antialias), y, x, *crop, self.min_visible)
+        resized = resize(sample, size, self.antialias, self.backend)
+        return crop_sample(resized, y, x, *crop, self.min_visible)
 
 
 @dataclass(frozen=True)
@@ -192,6 +218,9 @@ class RandomCrop:
             low, high = low.astype(int), high.astype(int)
         y, x = rng.integers(low, high, endpoint=True).tolist()
         return crop_sample(sample, y, x, *kept, self.min_visible)
+
+
+MOVES = (ResizeShortSide, LargeScaleJitter, RandomCrop, RandomFlip)  # resize, crop or mirror, and are no other step
 
 
 # Pure functions
@@ -219,33 +248,61 @@ def resized_size(height: int, width: int, min_size: int, max_size: int, antialia
     return max(1, math.floor(height * scale)), max(1, math.floor(width * scale))
 
 
-def resize_image(image: np.ndarray, size: tuple[int, int], antialias: bool) -> np.ndarray:
-    """(H, W, 3) uint8 at a size (height, width): by Pillow's antialiased bilinear filter, uint8; or float32 by plain
-    bilinear interpolation, which is torchvision's for detection."""
+def resize_image(image: np.ndarray | EncodedImage, size: tuple[int, int], antialias: bool,
+                 backend: Resizer = "pillow") -> np.ndarray:
+    """(H, W, 3) uint8 at a size (height, width): by an antialiased bilinear filter, uint8; or float32 by plain bilinear
+    interpolation, which is torchvision's for detection. What is not decoded yet is at a size that suffices."""
+    if isinstance(image, EncodedImage):
+        image = image.pixels(size)
     if antialias:
         if image.shape[:2] == size:
             return image
-        return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
-    return F.interpolate(pixels, size, mode="bilinear", align_corners=False)[0].permute(1, 2, 0).numpy()
+        if backend == "pillow":
+            return np.array(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None]
+    pixels = pixels if antialias else pixels.float()
+    resized = F.interpolate(pixels, size, mode="bilinear", align_corners=False, antialias=antialias)
+    return resized[0].permute(1, 2, 0).numpy()  # planes in memory
 
 
-def resize(sample: Sample, size: tuple[int, int], antialias: bool) -> Sample:
+def resize(sample: Sample, size: tuple[int, int], antialias: bool, backend: Resizer = "pillow") -> Sample:
     """The sample at a size (height, width); masks and label map by the nearest pixel centre."""
     height, width = sample.size
     ratio = np.array([size[1] / width, size[0] / height], np.float32)
     masks, keypoints = sample.masks, sample.keypoints
     if masks is not None:
-        masks = np.zeros((len(masks), *size), np.uint8)
-        for row, mask in enumerate(sample.masks):
-            cv2.resize(mask, size[::-1], dst=masks[row], interpolation=cv2.INTER_NEAREST_EXACT)
+        masks = masks.resized(size) if isinstance(masks, Framed) else resize_masks(masks, size)
     if keypoints is not None:
         keypoints = keypoints * np.append(ratio, 1)
     semantic = sample.semantic
     if semantic is not None:
         semantic = cv2.resize(semantic, size[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
-    return replace(sample, image=resize_image(sample.image, size, antialias), boxes=sample.boxes * np.tile(ratio, 2),
-                   masks=masks, keypoints=keypoints, semantic=semantic)
+    image = sample.image
+    image = image.resized(size) if isinstance(image, Framed) else resize_image(image, size, antialias, backend)
+    return replace(sample, image=image, boxes=sample.boxes * np.tile(ratio, 2), masks=masks, keypoints=keypoints,
+                   semantic=semantic)
+
+
+def resize_masks(masks: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    out = np.zeros((len(masks), *size), np.uint8)
+    for resized, mask in zip(out, masks):
+        cv2.resize(mask, size[::-1], dst=resized, interpolation=cv2.INTER_NEAREST_EXACT)
+    return out
+
+
+def mirror_image(image: np.ndarray) -> np.ndarray:
+    """(H, W, 3), interleaved or in planes, as it stays."""
+    if image.strides[1] != image.itemsize:
+        return cv2.flip(image, 1)
+    planes = np.ascontiguousarray(image.transpose(2, 0, 1))
+    return cv2.flip(planes.reshape(-1, planes.shape[2]), 1).reshape(planes.shape).transpose(1, 2, 0)
+
+
+def mirror_masks(masks: np.ndarray) -> np.ndarray:
+    out = np.empty_like(masks)
+    for mirrored, mask in zip(out, masks):
+        cv2.flip(mask, 1, dst=mirrored)  # several times faster than copying a reversed view
+    return out
 
 
 def flip(sample: Sample, flip_pairs: Sequence[tuple[int, int]] = ()) -> Sample:
@@ -255,15 +312,13 @@ def flip(sample: Sample, flip_pairs: Sequence[tuple[int, int]] = ()) -> Sample:
     boxes = np.stack([width - x2, y1, width - x1, y2], -1).astype(np.float32)
     masks, keypoints = sample.masks, sample.keypoints
     if masks is not None:
-        masks = np.empty_like(masks)
-        for row, mask in enumerate(sample.masks):
-            cv2.flip(mask, 1, dst=masks[row])  # several times faster than copying a reversed view
+        masks = masks.mirrored() if isinstance(masks, Framed) else mirror_masks(masks)
     if keypoints is not None:
         keypoints = swap_pairs(keypoints, flip_pairs)
         keypoints[..., 0] = np.where(keypoints[..., 2] > 0, width - keypoints[..., 0], 0)
     semantic = None if sample.semantic is None else cv2.flip(sample.semantic, 1)
-    return replace(sample, image=cv2.flip(sample.image, 1), boxes=boxes, masks=masks, keypoints=keypoints,
-                   semantic=semantic)
+    image = sample.image.mirrored() if isinstance(sample.image, Framed) else mirror_image(sample.image)
+    return replace(sample, image=image, boxes=boxes, masks=masks, keypoints=keypoints, semantic=semantic)
 
 
 def swap_pairs(keypoints: np.ndarray, flip_pairs: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -276,11 +331,12 @@ def swap_pairs(keypoints: np.ndarray, flip_pairs: Sequence[tuple[int, int]]) -> 
 
 def crop_sample(sample: Sample, y: int, x: int, height: int, width: int, min_visible: float = 0.0) -> Sample:
     """The window of (height, width) at (y, x); what leaves it is dropped as `settle` tells."""
-    image = sample.image[y:y + height, x:x + width]
+    image, masks, keypoints = sample.image, sample.masks, sample.keypoints
+    image = image.window(y, x, height, width) if isinstance(image, Framed) else image[y:y + height, x:x + width]
     boxes = sample.boxes - np.array([x, y, x, y], np.float32)
-    masks, keypoints = sample.masks, sample.keypoints
     if masks is not None:
-        masks = masks[:, y:y + height, x:x + width]
+        masks = (masks.window(y, x, height, width) if isinstance(masks, Framed) else
+                 masks[:, y:y + height, x:x + width])
     if keypoints is not None:
         keypoints = hide_outside(keypoints - np.array([x, y, 0], np.float32), height, width)
     semantic = None if sample.semantic is None else sample.semantic[y:y + height, x:x + width]

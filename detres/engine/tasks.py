@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from detres.config import PANOPTIC, RCNNS, SEMANTIC, Config
+from detres.config import PANOPTIC, RCNNS, SEMANTIC, Config, DataConfig
 from detres.data.class_dataset import align_labels, load_class_dataset
 from detres.data.class_loader import build_class_loader
 from detres.data.dataset import Dataset, load_dataset
+from detres.data.device import prepared
 from detres.data.loader import build_loader
 from detres.data.transforms import scale_pyramid
 from detres.engine import distributed
@@ -55,7 +57,8 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
                      seed=config.train.seed, steps=Schedule.scaled(config.train).steps, **options)
     loader()  # refuses data that does not fit before the run has a folder
     task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids,
-                lambda step: loader(start_step=step), keypoints=_keypoints(dataset) if kind.has_keypoints else {},
+                lambda step: _on(device, data, loader(start_step=step)),
+                keypoints=_keypoints(dataset) if kind.has_keypoints else {},
                 semantic_classes=dataset.semantic_classes, semantic_ids=dataset.semantic_ids)
     if data.val is None:
         return task
@@ -73,6 +76,10 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
     return replace(task, validate=validate, metric_names=names)
 
 
+def _on(device: torch.device, data: DataConfig, batches: Iterable[Any]) -> Iterable[Batch]:
+    return prepared(batches, device) if data.on_device else batches
+
+
 def _keypoints(dataset: Dataset) -> dict[str, list]:
     return {"names": list(dataset.keypoint_names), "skeleton": [list(bone) for bone in dataset.skeleton],
             "classes": list(dataset.keypoint_classes)}
@@ -80,6 +87,8 @@ def _keypoints(dataset: Dataset) -> dict[str, list]:
 
 def classification(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
     data = config.data
+    if data.on_device:
+        raise ValueError("data.on_device must be false for a classifier, got true. Say data.on_device=false.")
     dataset = load_class_dataset(data.train, "train")
     loader = partial(build_class_loader, dataset, config, device, batch_size=config.train.batch_size, training=True,
                      **_rank())
@@ -115,7 +124,7 @@ def localization(config: Config, device: torch.device, interrupt: Interrupt) -> 
                      seed=config.train.seed, steps=Schedule.scaled(config.train).steps, **options)
 
     def batches(start_step: int) -> Iterable[Batch]:
-        plain = loader(start_step=start_step)
+        plain = _on(device, data, loader(start_step=start_step))
         return plain if localizer is None else with_proposals(plain, localizer, own.model.rpn, device, config.train)
 
     task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids, batches)
