@@ -133,8 +133,10 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
 
 
 def without_images(dataset: Dataset, ids: set[int | str | None]) -> Dataset:
-    return replace(dataset, records=tuple(record for record in dataset.records if record.id not in ids)
-                   ) if ids else dataset
+    if not ids:
+        return dataset
+    keep = [number for number, image_id in enumerate(dataset.records.ids()) if image_id not in ids]
+    return replace(dataset, records=dataset.records.take(keep))
 
 
 def read_all(source: SourceConfig, role: Role, problems: Problems) -> Dataset:

@@ -59,6 +59,20 @@ class Records(Sequence):
             raise ValueError("ids and sizes must be whole numbers below 2^63, and texts valid Unicode, got one that is "
                              f"not ({error}). Correct the annotations.") from None
 
+    @classmethod
+    def joined(cls, parts: Sequence[Records]) -> Records:
+        """One after another."""
+        images, rows, rest = [], 0, 0
+        for part in parts:
+            own = part.images.copy()
+            for names, shift in ((("first", "last"), rows), (("rest", "rest_end"), rest)):
+                for name in names:
+                    own[name] += shift
+            images.append(own)
+            rows, rest = rows + len(part.annotations), rest + len(part.rest)
+        return cls(np.concatenate(images), np.concatenate([part.annotations for part in parts]),
+                   np.concatenate([part.rest for part in parts]), parts[0].root)
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -135,7 +149,7 @@ class Records(Sequence):
         return f"{len(bare)} without, such as annotation {self.table()['id'][bare[0]]} of {path}"
 
     def _decoded(self, start: int, end: int) -> list[Any]:
-        return _decode(self.rest[start:end].data)
+        return decode(self.rest[start:end].data)
 
 
 # Packing
@@ -150,7 +164,7 @@ def _rows(records: Iterable[Any], images: list[tuple[int, ...]], rest: bytearray
         text = isinstance(record.id, str)
         start, first, count = len(rest), count, count + len(record.annotations)
         others = [_trimmed(item, _ANNOTATION_REST) for item in record.annotations]
-        rest += _encode([_plain(record.id) if text else None, record.path,
+        rest += encode([plain(record.id) if text else None, record.path,
                          _trimmed(record, _IMAGE_REST), others])
         images.append((_TEXT if text else record.id, record.height, record.width, first, count, start, len(rest)))
         for item in record.annotations:
@@ -163,22 +177,22 @@ def _trimmed(item: Any, defaults: dict[str, Any]) -> list[Any]:
     values = [(getattr(item, name), default) for name, default in defaults.items()]
     while values and values[-1][0] is values[-1][1]:
         values.pop()
-    return [_plain(value) for value, _ in values]
+    return [plain(value) for value, _ in values]
 
 
 # What MessagePack does not know itself. A code of a class is _CLASSES + its place.
 _ARRAY, _PATH, _TUPLE, _STRING, _CLASSES = range(1, 6)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As something that can be encoded: tuples and dataclasses would come back as lists and dicts."""
     kind = type(value)
     if kind is tuple:
-        return msgspec.msgpack.Ext(_TUPLE, _encode([_plain(item) for item in value]))
+        return msgspec.msgpack.Ext(_TUPLE, encode([plain(item) for item in value]))
     if kind is str and not value.isascii():  # of file names, some are no Unicode
         return msgspec.msgpack.Ext(_STRING, value.encode("utf-8", "surrogatepass"))
     if kind in _CODES:
-        return msgspec.msgpack.Ext(_CODES[kind], _encode([_plain(getattr(value, field.name))
+        return msgspec.msgpack.Ext(_CODES[kind], encode([plain(getattr(value, field.name))
                                                           for field in fields(value)]))
     return value
 
@@ -202,11 +216,11 @@ def _retract(code: int, data: memoryview) -> Any:
         return Path(os.fsdecode(bytes(data)))
     if code == _STRING:
         return str(data, "utf-8", "surrogatepass")
-    content = _decode(data)
+    content = decode(data)
     return tuple(content) if code == _TUPLE else _KINDS[code - _CLASSES](*content)
 
 
 _KINDS = (PNGSegment, LabelImage, InstanceMasks, SegmentImage)
 _CODES = {kind: _CLASSES + place for place, kind in enumerate(_KINDS)}
-_encode = msgspec.msgpack.Encoder(enc_hook=_extend).encode
-_decode = msgspec.msgpack.Decoder(ext_hook=_retract).decode
+encode = msgspec.msgpack.Encoder(enc_hook=_extend).encode
+decode = msgspec.msgpack.Decoder(ext_hook=_retract).decode

@@ -11,6 +11,7 @@ from detres.config import SourceConfig
 from detres.data import coco, panoptic, voc
 from detres.data.dataset import Dataset, ImageRecord, Role, load_dataset
 from detres.data.images import ImageError, read_size
+from detres.data.index import ImageFiles
 from detres.data.label_maps import MAX_CLASSES, InstanceMasks, LabelImage
 from detres.data.problems import OnInvalid, Problems
 
@@ -101,7 +102,7 @@ def _records(root: Path, image_set: Path, images: str | None, table: tuple[int, 
     folder = Path(images).expanduser() if images else root / "JPEGImages"
     maps = root / ("SegmentationClassAug" if "aug" in image_set.stem else "SegmentationClass")
     files = {path.stem: path for path in voc.image_files(folder, image_set).values()}
-    exists = coco.existence()
+    exists = ImageFiles()
     for image_id in voc.image_ids(image_set):
         label_map = maps / f"{image_id}.png"
         if image_id in seen:

@@ -77,6 +77,12 @@ def test_no_images():
     assert not packed and packed == () and packed.ids() == [] and len(packed.table()) == 0
 
 
+def test_joined():
+    parts = some(7), some(5, start=7), ()
+    joined = Records.joined([Records.of(part).take(slice(1, None)) for part in parts])
+    assert joined == parts[0][1:] + parts[1][1:]
+
+
 def test_which_have_no_mask():
     records = some(5)
     bare = replace(records[3].annotations[1], segmentation=None)
