@@ -8,9 +8,7 @@ import os
 import threading
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from detres.config import SourceConfig
 from detres.data import coco, index, panoptic
@@ -166,20 +164,12 @@ def test_room(data, tmp_path, monkeypatch):
     assert len(kept(tmp_path)) == 1 and first not in kept(tmp_path)
 
 
-def test_panoptic(data, reads, tmp_path):
-    png = data.with_name("panoptic_train") / "a.png"
-    png.parent.mkdir()
-    Image.fromarray(np.full((64, 96, 3), (7, 0, 0), np.uint8)).save(png)
-    image = json.loads(data.read_text())["images"][0]
-    segment = {"id": 7, "category_id": 1, "iscrowd": 0, "area": 64 * 96, "bbox": [0, 0, 96, 64]}
+def test_panoptic(data, reads):
     file = data.with_name("panoptic_train.json")
-    file.write_text(json.dumps({
-        "images": [image], "categories": [{"id": 1, "name": "thing", "isthing": 1}],
-        "annotations": [{"image_id": image["id"], "file_name": "a.png", "segments_info": [segment]}]}))
     settle(file)
     source = SourceConfig(path=str(file))
     first, second = (panoptic.load_panoptic(source, "train") for _ in range(2))
-    assert len(reads) == 1 and vars(first) == vars(second) and len(first.records) == 1
-    png.unlink()
+    assert reads == [file] and vars(first) == vars(second) and len(first.records) == 6
+    first.records[0].label_map.path.unlink()
     with pytest.raises(InvalidDataError, match="must be a PNG file"):
         panoptic.load_panoptic(source, "train")

@@ -129,10 +129,10 @@ def private_growth(records, epochs: int = 2) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="asks Linux")
 def test_workers_share_the_records():
-    records = some(20_000)
+    records = some(40_000)
     packed = Records.of(records)
     tuples = private_growth(records)
     del records
     flat = private_growth(packed)
-    assert tuples[0] > 15e6, "else the test shows nothing"
+    assert tuples[0] > 30e6, "else the test shows nothing"
     assert max(flat) < tuples[0] / 3 and flat[1] - flat[0] < 1e6  # the interpreter writes some pages of its own
