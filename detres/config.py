@@ -439,6 +439,10 @@ class SourceConfig(Section):
     keypoint_offset: float = Field(
         0.0, description="added to x and y of keypoints, in pixels: 0.5 where a file names the pixel that a keypoint "
                          "is in, counted from 0, as COCO's do for Detectron2; results are as the file's")
+    shard_cache: str | None = Field(
+        None, description="local folder for copies of shards that are far away; null: images are read where they are")
+    shard_cache_gb: Positive = Field(100.0, description="size of that folder, in 10^9 bytes: what was not read for "
+                                                        "longest is deleted beyond it")
 
 
 Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]

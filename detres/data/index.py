@@ -33,6 +33,7 @@ import numpy as np
 from detres.data.dataset import Annotation, Dataset
 from detres.data.problems import Problem, Problems
 from detres.data.records import ANNOTATION, IMAGE, Records, decode, encode, plain
+from detres.data.shard_files import ShardStore
 
 log = logging.getLogger("detres")
 
@@ -113,25 +114,30 @@ def cached(file: Path, images: str | None, find: Callable[[Sequence[str]], Path 
 
 
 def _store(file: Path, images: str | None) -> Path | None:
+    return cache_file("index", str(file.absolute()), images)
+
+
+def cache_file(kind: str, *names: Any) -> Path | None:
+    """Of the cache, for what goes by these names; None if there is no cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     cache = os.environ.get("DETRES_CACHE", f"{home}/detres")
-    name = hashlib.blake2b(repr((str(file.absolute()), images)).encode(), digest_size=16).hexdigest()
-    return Path(cache).expanduser() / "index" / name if cache else None
+    name = hashlib.blake2b(repr(names).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+    return Path(cache).expanduser() / kind / name if cache else None
 
 
 def _state(file: Path, images: str | None) -> dict[str, Any]:
     """What a file of the cache is for: other content of the annotation file has another state."""
     stat = os.stat(file)
     return {"file": os.fsencode(file.absolute()), "images": images, "size": stat.st_size, "mtime": stat.st_mtime_ns,
-            "ctime": stat.st_ctime_ns, "inode": stat.st_ino, "code": _code()}
+            "ctime": stat.st_ctime_ns, "inode": stat.st_ino, "code": code()}
 
 
 @cache
-def _code() -> str:
+def code() -> str:
     """Of the modules that say what is read, and how it is kept: others may read the same file differently."""
     folder = Path(__file__).parent
     content = [(folder / f"{name}.py").read_bytes() for name in (
-        "coco", "dataset", "index", "kinds", "label_maps", "masks", "panoptic", "problems", "records")]
+        "coco", "dataset", "index", "kinds", "label_maps", "masks", "panoptic", "problems", "records", "shards")]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
@@ -145,15 +151,13 @@ def _digest(names: Iterable[str]) -> bytes:
     return hashlib.blake2b(b"\0".join(sorted(map(os.fsencode, names))), digest_size=16).digest()
 
 
-_DATASET = [field.name for field in fields(Dataset) if field.name != "records"]
-
 
 def _kept(store: Path, state: dict[str, Any], files: ImageFiles, dataset: Dataset, problems: Problems
           ) -> tuple[Dataset, Problems]:
     """The same, mapped from the file of the cache; as it is if that cannot be written."""
     header = {"state": state, "sample": files.sample, "folder": os.fsencode(files.folder), "folders": [
         (os.fsencode(folder), _digest(names)) for folder, names in files.listed.items()]}
-    header["dataset"] = {name: plain(getattr(dataset, name)) for name in _DATASET}
+    header["dataset"] = described(dataset)
     header["problems"] = [problems.name, *([plain(value) for value in vars(problem).values()]
                                            for problem in problems.found)]
     try:
@@ -184,6 +188,12 @@ def _make_room(folder: Path) -> None:
 
 # Files of records
 
+def described(dataset: Dataset) -> dict[str, Any]:
+    """All but the records, as the header of a file has it."""
+    return {item.name: plain(getattr(dataset, item.name)) for item in fields(Dataset) if item.name != "records"}
+
+
+_LAYOUT = repr((IMAGE.descr, ANNOTATION.descr))
 _MAGIC = b"detres\n\x01"
 _HEAD = struct.Struct("<8sQI")  # magic, bytes of the header, its CRC
 
@@ -191,7 +201,7 @@ _HEAD = struct.Struct("<8sQI")  # magic, bytes of the header, its CRC
 def save_records(file: Path, header: dict[str, Any], records: Records) -> None:
     """Write records, and what else there is to say as plain values, so that a reader sees all of it or nothing."""
     arrays = {"images": records.images, "annotations": records.annotations, "rest": records.rest}
-    content = encode({**header, "arrays": {name: array.nbytes for name, array in arrays.items()}})
+    content = encode({**header, "layout": _LAYOUT, "arrays": {name: array.nbytes for name, array in arrays.items()}})
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as out:
         try:
             out.write(_HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content)
@@ -207,7 +217,7 @@ def save_records(file: Path, header: dict[str, Any], records: Records) -> None:
             raise
 
 
-def map_records(file: Path, root: str = "") -> tuple[dict[str, Any], Records]:
+def map_records(file: Path, store: ShardStore | None = None) -> tuple[dict[str, Any], Records]:
     """The header and the records of a file. Raises OSError, and ValueError for anything but a whole file."""
     size = os.stat(file).st_size
     with open(file, "rb") as stream:
@@ -217,6 +227,8 @@ def map_records(file: Path, root: str = "") -> tuple[dict[str, Any], Records]:
     if not content or zlib.crc32(content) != crc:
         raise ValueError(f"index must be a file of detres, of this version, got {file}. Delete it.")
     header = decode(content)
+    if header["layout"] != _LAYOUT:
+        raise ValueError(f"index must be of this version of detres, got another's ({file}). Delete it.")
     offset, arrays = _HEAD.size + length, []
     for (name, count), kind in zip(header["arrays"].items(), (IMAGE, ANNOTATION, np.dtype("u1"))):
         offset += -offset % 64
@@ -224,4 +236,4 @@ def map_records(file: Path, root: str = "") -> tuple[dict[str, Any], Records]:
             raise ValueError(f"index must be whole, got {size} bytes ({file}). Delete it.")
         arrays.append(np.memmap(file, kind, "r", offset, count // kind.itemsize) if count else np.zeros(0, kind))
         offset += count
-    return header, Records(*map(np.asarray, arrays), root=root)
+    return header, Records(*map(np.asarray, arrays), store)

@@ -127,7 +127,7 @@ def test_damaged_and_foreign_files_are_made_anew(data, reads, tmp_path):
 
 def test_other_code_reads_anew(data, reads, monkeypatch):
     load(data)
-    monkeypatch.setattr(index, "_code", lambda: "other")
+    monkeypatch.setattr(index, "code", lambda: "other")
     load(data), load(data)
     assert len(reads) == 2
 
