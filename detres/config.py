@@ -638,6 +638,8 @@ class DataConfig(Section):
     skip_empty: bool = Field(False, description="train without the images that have no box, or, for keypoints, none "
                                                 "that is labelled, as the COCO baselines do")
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
+    shard_window: Count = Field(16, description="shards whose images are shuffled together: those that are read at a "
+                                                "time")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
     sampling: SamplingConfig = SamplingConfig()
     augment: AugmentConfig = AugmentConfig()

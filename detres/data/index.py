@@ -158,8 +158,7 @@ def _kept(store: Path, state: dict[str, Any], files: ImageFiles, dataset: Datase
     header = {"state": state, "sample": files.sample, "folder": os.fsencode(files.folder), "folders": [
         (os.fsencode(folder), _digest(names)) for folder, names in files.listed.items()]}
     header["dataset"] = described(dataset)
-    header["problems"] = [problems.name, *([plain(value) for value in vars(problem).values()]
-                                           for problem in problems.found)]
+    header |= {"name": problems.name, "problems": [as_plain(problem) for problem in problems.found]}
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         save_records(store, header, dataset.records)
@@ -171,9 +170,8 @@ def _kept(store: Path, state: dict[str, Any], files: ImageFiles, dataset: Datase
 
 
 def _restored(header: dict[str, Any], records: Records) -> tuple[Dataset, Problems]:
-    name, *found = header["problems"]
-    problems = Problems(name)
-    problems.found = [Problem(*values) for values in found]
+    problems = Problems(header["name"])
+    problems.found = [Problem(*values) for values in header["problems"]]
     return Dataset(**header["dataset"], records=records), problems
 
 
@@ -187,6 +185,10 @@ def _make_room(folder: Path) -> None:
 
 
 # Files of records
+
+def as_plain(problem: Problem) -> list[Any]:
+    return [plain(value) for value in vars(problem).values()]
+
 
 def described(dataset: Dataset) -> dict[str, Any]:
     """All but the records, as the header of a file has it."""

@@ -28,7 +28,7 @@ from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import ImageError, read_image
 from detres.data.label_maps import IGNORED, SegmentImage
 from detres.data.masks import rasterize
-from detres.data.sampling import Key, Order, TrainingBatches, build_order, in_order, sample_seed
+from detres.data.sampling import InBlocks, Key, Order, TrainingBatches, build_order, in_order, sample_seed
 from detres.data.transforms import ResizeShortSide, Sample, Transform, build_train_transforms, resize_for_eval
 from detres.structures import Batch, ImageBatch, PixelTruths, SemanticTargets, Targets
 
@@ -69,7 +69,7 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
                      mixes=build_mixes(augment, model_input, with_masks=with_masks, with_semantic=with_semantic))
     images = dataset.records.images
     wide = images["width"] > images["height"] if data.aspect_ratio_grouping else None
-    batches = TrainingBatches(_order(dataset, data.sampling, numbers), batch_size, seed, rank, world_size, start_step,
+    batches = TrainingBatches(_order(dataset, data.sampling, data.shard_window, numbers), batch_size, seed, rank, world_size, start_step,
                               wide, None if steps is None else math.ceil(augment.mix_until * steps))
     return Loader(reader, batches, data.workers, device_type == "cuda", seed)
 
@@ -83,9 +83,11 @@ def _check_augment(augment: AugmentConfig, with_boxes: bool) -> None:
         raise ValueError("data.augment.iou_crop must be null for a model without boxes, got iou_crop. Say crop_size.")
 
 
-def _order(dataset: Dataset, sampling: SamplingConfig, numbers: Sequence[int]) -> Order:
+def _order(dataset: Dataset, sampling: SamplingConfig, shard_window: int, numbers: Sequence[int]) -> Order:
     records, trains = dataset.records, dataset.records.trainable()
-    return build_order(sampling, numbers, records.image_of()[trains], records.table()["label"][trains])
+    order = build_order(sampling, numbers, records.image_of()[trains], records.table()["label"][trains])
+    block = records.images["block"]
+    return InBlocks(order, block, shard_window) if len(np.unique(block)) > shard_window else order
 
 
 class Loader:

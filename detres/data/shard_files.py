@@ -106,7 +106,8 @@ class ShardImage:
             header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise self._error(f"must follow its tar header, got {error}") from None
-        if header.size != self.size or not self.name.startswith(header.name):  # of long names, it has the beginning
+        named = self.name.startswith(header.name) or not self.name.isascii()  # in PAX, long ones are cut, others mangled
+        if header.size != self.size or not named:
             raise self._error(f"must be where the index says, got {header.name} of {header.size} bytes")
         return data[BLOCK:]
 

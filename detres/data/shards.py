@@ -19,7 +19,7 @@ import os
 import re
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,7 +33,7 @@ from detres.data import coco, index
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES, open_image, read_file
 from detres.data.masks import PNGSegment, compressed
-from detres.data.problems import Problems
+from detres.data.problems import Problem, Problems
 from detres.data.records import Records
 from detres.data.shard_files import BLOCK, ShardImage, ShardStore, is_remote, local, system_of
 from detres.progress import track
@@ -63,6 +63,19 @@ def write_shards(dataset: Dataset, out: Path, name: str, shard_size: int, seed: 
     return shards
 
 
+def write_splits(data: str, out: Path, images: str | None, shard_size: int, seed: int = 0
+                 ) -> Iterator[tuple[str, int, list[Path]]]:
+    """Write all splits of a data set; yields name, number of images and shards of each as it is done."""
+    from detres.data.splits import find_splits  # it imports this module
+
+    splits = find_splits(data, images)
+    roles = [split.role for split in splits]
+    for split in splits:
+        dataset = split.load()
+        name = split.role if roles.count(split.role) == 1 else re.sub(r"\W+", "_", split.name)
+        yield name, len(dataset.records), write_shards(dataset, out, name, shard_size, seed)
+
+
 class _Writer:
     """Fills one shard after another; each gets its name when it is whole."""
 
@@ -78,7 +91,8 @@ class _Writer:
                       if isinstance(item.segmentation, PNGSegment) else item for item in record.annotations)
         record = replace(record, annotations=items, label_map=None)
         text = json.dumps(_entry(record, dataset), separators=(",", ":"), default=list).encode()
-        if self.tar and self.tar.offset + len(data) + len(text) + 6 * BLOCK > self.shard_size:
+        if self.tar and _padded(self.tar.offset + sum(BLOCK + _padded(len(part), BLOCK) for part in (data, text))
+                                + 2 * BLOCK) > self.shard_size:
             self.close()
         if not self.tar:
             self.shards.append(self.out / f"{self.name}-{len(self.shards):06}.tar")
@@ -99,6 +113,11 @@ class _Writer:
             os.replace(_part(self.shards[-1]), self.shards[-1])
         self.tar = None
         return self.shards
+
+
+def _padded(size: int, to: int = tarfile.RECORDSIZE) -> int:
+    """A member is padded to blocks, an archive, with two empty blocks at its end, to records."""
+    return size + -size % to
 
 
 def _part(shard: Path) -> Path:
@@ -167,6 +186,20 @@ def read_shards(source: SourceConfig, role: str, problems: Problems) -> Dataset:
     return Dataset(**header["dataset"], records=records)
 
 
+def split_names(path: str) -> list[str]:
+    """Of all splits at a path."""
+    path = path.rstrip("/")
+    if path.endswith((".index", ".tar")):
+        return [_find(path, "train", None)[1]]
+    return _splits(_listed(path))
+
+
+def _splits(names: Sequence[str]) -> list[str]:
+    """Of a folder with these files."""
+    indices = {name.removesuffix(".index") for name in names if name.endswith(".index")}
+    return sorted(indices | {_prefix(name) for name in names if _SHARD.fullmatch(name)})
+
+
 def _find(path: str, role: str, split: str | None) -> tuple[str, str, list[str]]:
     """Folder, name of the split, and names of shards; none: those of the index."""
     path = path if is_remote(path) else str(Path(local(path)).expanduser())
@@ -177,14 +210,14 @@ def _find(path: str, role: str, split: str | None) -> tuple[str, str, list[str]]
         names = _expanded(last)
         return root, _prefix(names[0]), names
     names = _listed(path)
-    indices = [name.removesuffix(".index") for name in names if name.endswith(".index")]
-    shards = [name for name in names if _SHARD.fullmatch(name)]
-    splits = indices or sorted({_prefix(name) for name in shards})
-    chosen = [name for name in splits if coco.names_split(Path(name), role, split)] or splits * (len(splits) == 1)
+    splits = _splits(names)
+    chosen = [name for name in splits if coco.names_split(Path(name), role, split)]
+    chosen = chosen or splits * (len(splits) == 1 and split is None)
     if len(chosen) != 1:
         raise FileNotFoundError(f"shards must have one split for '{split or role}', got {splits} ({path}). Give its "
                                 "name as split, or its index as path.")
-    return path, chosen[0], [] if indices else [name for name in shards if _prefix(name) == chosen[0]]
+    shards = [name for name in names if _SHARD.fullmatch(name) and _prefix(name) == chosen[0]]
+    return path, chosen[0], [] if f"{chosen[0]}.index" in names else shards
 
 
 def _prefix(shard: str) -> str:
@@ -265,13 +298,15 @@ def _scanned(store: ShardStore, name: str, shards: Sequence[str], problems: Prob
     kept = index.cache_file("shards", store.root, name, list(shards), stamps, index.code())
     with suppress(OSError, ValueError, KeyError, TypeError, msgspec.DecodeError):
         header, records = index.map_records(kept, store)
+        problems.found += [Problem(*values) for values in header["problems"]]
         return Dataset(**header["dataset"], records=records)
     before = len(problems.found)
     dataset = _Scan(store, name, problems).read(shards)
-    if kept and len(problems.found) == before:
-        with suppress(OSError):
+    if kept:
+        with suppress(OSError, OverflowError, UnicodeEncodeError):
             kept.parent.mkdir(parents=True, exist_ok=True)
-            index.save_records(kept, {"dataset": index.described(dataset)}, dataset.records)
+            told = [index.as_plain(problem) for problem in problems.found[before:]]
+            index.save_records(kept, {"dataset": index.described(dataset), "problems": told}, dataset.records)
     return dataset
 
 
