@@ -137,7 +137,8 @@ def code() -> str:
     """Of the modules that say what is read, and how it is kept: others may read the same file differently."""
     folder = Path(__file__).parent
     content = [(folder / f"{name}.py").read_bytes() for name in (
-        "coco", "dataset", "index", "kinds", "label_maps", "masks", "panoptic", "problems", "records", "shards")]
+        "coco", "coco_json", "dataset", "index", "kinds", "label_maps", "masks", "panoptic", "problems", "records",
+        "shards")]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
@@ -151,7 +152,6 @@ def _digest(names: Iterable[str]) -> bytes:
     return hashlib.blake2b(b"\0".join(sorted(map(os.fsencode, names))), digest_size=16).digest()
 
 
-
 def _kept(store: Path, state: dict[str, Any], files: ImageFiles, dataset: Dataset, problems: Problems
           ) -> tuple[Dataset, Problems]:
     """The same, mapped from the file of the cache; as it is if that cannot be written."""
@@ -159,11 +159,12 @@ def _kept(store: Path, state: dict[str, Any], files: ImageFiles, dataset: Datase
         (os.fsencode(folder), _digest(names)) for folder, names in files.listed.items()]}
     header["dataset"] = described(dataset)
     header |= {"name": problems.name, "problems": [as_plain(problem) for problem in problems.found]}
+    header["places"] = [places.at(dataset.records.annotations["id"]).tobytes() for _, places in problems.located]
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         save_records(store, header, dataset.records)
         _make_room(store.parent)
-        return replace(dataset, records=map_records(store)[1]), problems
+        return _restored(*map_records(store))
     except (OSError, OverflowError, UnicodeEncodeError) as error:  # a full or read-only disk; values beyond 64 bits
         log.info("%s: annotations cannot be kept for the next start (%s)", dataset.name, error)
         return dataset, problems
@@ -172,7 +173,10 @@ def _kept(store: Path, state: dict[str, Any], files: ImageFiles, dataset: Datase
 def _restored(header: dict[str, Any], records: Records) -> tuple[Dataset, Problems]:
     problems = Problems(header["name"])
     problems.found = [Problem(*values) for values in header["problems"]]
-    return Dataset(**header["dataset"], records=records), problems
+    dataset, file = Dataset(**header["dataset"], records=records), Path(os.fsdecode(header["state"]["file"]))
+    problems.located = [(dataset, Places(file, records.annotations["id"], np.frombuffer(numbers, np.int64)))
+                        for numbers in header["places"]]
+    return dataset, problems
 
 
 def _make_room(folder: Path) -> None:
@@ -185,6 +189,7 @@ def _make_room(folder: Path) -> None:
 
 
 # Files of records
+
 
 def as_plain(problem: Problem) -> list[Any]:
     return [plain(value) for value in vars(problem).values()]

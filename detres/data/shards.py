@@ -29,7 +29,7 @@ import msgspec
 import numpy as np
 
 from detres.config import SourceConfig
-from detres.data import coco, index
+from detres.data import coco, coco_json, index
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES, open_image, read_file
 from detres.data.masks import PNGSegment, compressed
@@ -172,6 +172,12 @@ def read_shards(source: SourceConfig, role: str, problems: Problems) -> Dataset:
     """The data set of a role or split in a folder of shards, or of the shards that a pattern names; what is wrong with
     its annotations is added to `problems`. Raises FileNotFoundError, and ValueError for damaged files."""
     root, name, shards = _find(source.path, role, source.split)
+    dataset = _read(source, root, name, shards, problems)
+    problems.located.append((dataset, lambda item: (f"{root}/{name}", item.id, "")))
+    return dataset
+
+
+def _read(source: SourceConfig, root: str, name: str, shards: Sequence[str], problems: Problems) -> Dataset:
     store = ShardStore(root, source.shard_cache, int(source.shard_cache_gb * 1e9))
     try:
         file = _local_copy(store, f"{name}.index")
@@ -397,7 +403,7 @@ class _Scan:
         for entry in content["annotations"]:
             entry = dict(entry) if isinstance(entry, dict) else {}
             entry.setdefault("id", len(self.annotations) + 1)
-            self.annotations.append(coco._pack(entry | {"image_id": image_id}))
+            self.annotations.append(coco_json.pack(entry | {"image_id": image_id}))
 
     def _categories(self) -> list[dict[str, Any]]:
         """Of the JSON file beside the shards; else those that annotations name, whose ids go by their names where
