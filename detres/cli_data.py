@@ -122,7 +122,7 @@ def _add_shard(commands: argparse._SubParsersAction, name: str) -> None:
 
 
 def _shard(args: argparse.Namespace) -> None:
-    from detres.data.shards import write_splits
+    from detres.data.shard_writer import write_splits
 
     for name, images, shards in write_splits(args.data, args.out, args.images, args.shard_size, args.seed):
         print(f"{name}: {images} images in {len(shards)} shard{'s'[:len(shards) != 1]}, "

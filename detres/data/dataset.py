@@ -62,8 +62,8 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Dataset:
-    """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1. Records given as a tuple are
-    packed (`data.records`)."""
+    """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1. Records given as a tuple
+    are packed (`data.records`)."""
 
     name: str
     format: Literal["coco", "voc", "yolo", "ilsvrc", "table", "panoptic"]

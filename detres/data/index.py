@@ -4,16 +4,13 @@ A file of the cache is used only if nothing changed that reading depends on: the
 the options, the list of files in each folder of images, which folder that is, and detres' own code. What was found to
 be wrong is kept, too, and told again. Small files are not kept: they are read at once.
 
-    $DETRES_CACHE/index/<hash of the path>, by default ~/.cache/detres ($XDG_CACHE_HOME); DETRES_CACHE= turns it off
-
-It may be deleted at any time, and is kept below LIMIT by deleting what was not used for longest. Nothing in it is
-executable: a header in MessagePack, and arrays of fixed types (`save_records`).
+The files are in the folder `index` of the cache (`data.cache`), which is kept below LIMIT by deleting what was not used
+for longest. Nothing in them is executable: a header in MessagePack, and arrays of fixed types (`save_records`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import os
 import struct
@@ -22,7 +19,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -30,6 +27,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from detres.data.cache import cache_file, make_room
 from detres.data.dataset import Annotation, Dataset
 from detres.data.problems import Problem, Problems
 from detres.data.records import ANNOTATION, IMAGE, Records, decode, encode, plain
@@ -117,14 +115,6 @@ def _store(file: Path, images: str | None) -> Path | None:
     return cache_file("index", str(file.absolute()), images)
 
 
-def cache_file(kind: str, *names: Any) -> Path | None:
-    """Of the cache, for what goes by these names; None if there is no cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    cache = os.environ.get("DETRES_CACHE", f"{home}/detres")
-    name = hashlib.blake2b(repr(names).encode(errors="surrogateescape"), digest_size=16).hexdigest()
-    return Path(cache).expanduser() / kind / name if cache else None
-
-
 def _state(file: Path, images: str | None) -> dict[str, Any]:
     """What a file of the cache is for: other content of the annotation file has another state."""
     stat = os.stat(file)
@@ -163,7 +153,7 @@ def _kept(store: Path, state: dict[str, Any], files: ImageFiles, dataset: Datase
     try:
         store.parent.mkdir(parents=True, exist_ok=True)
         save_records(store, header, dataset.records)
-        _make_room(store.parent)
+        make_room(store.parent.iterdir(), LIMIT, store)
         return _restored(*map_records(store))
     except (OSError, OverflowError, UnicodeEncodeError) as error:  # a full or read-only disk; values beyond 64 bits
         log.info("%s: annotations cannot be kept for the next start (%s)", dataset.name, error)
@@ -177,15 +167,6 @@ def _restored(header: dict[str, Any], records: Records) -> tuple[Dataset, Proble
     problems.located = [(dataset, Places(file, records.annotations["id"], np.frombuffer(numbers, np.int64)))
                         for numbers in header["places"]]
     return dataset, problems
-
-
-def _make_room(folder: Path) -> None:
-    """Delete what was not used for longest, beyond LIMIT."""
-    files = sorted(((file.stat(), file) for file in folder.iterdir()), key=lambda pair: -pair[0].st_mtime_ns)
-    sizes = itertools.accumulate(stat.st_size for stat, _ in files)
-    for (_, file), size in zip(files, sizes):
-        if size > LIMIT:
-            file.unlink(missing_ok=True)
 
 
 # Files of records

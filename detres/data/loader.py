@@ -69,8 +69,8 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
                      mixes=build_mixes(augment, model_input, with_masks=with_masks, with_semantic=with_semantic))
     images = dataset.records.images
     wide = images["width"] > images["height"] if data.aspect_ratio_grouping else None
-    batches = TrainingBatches(_order(dataset, data.sampling, data.shard_window, numbers), batch_size, seed, rank, world_size, start_step,
-                              wide, None if steps is None else math.ceil(augment.mix_until * steps))
+    order = _order(dataset, data.sampling, data.shard_window, numbers)
+    batches = TrainingBatches(order, batch_size, seed, rank, world_size, start_step, wide, None if steps is None else math.ceil(augment.mix_until * steps))
     return Loader(reader, batches, data.workers, device_type == "cuda", seed)
 
 
@@ -151,8 +151,8 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool, with_s
     if with_masks:
         if bare := dataset.records.without_masks(dataset.records.trainable()):
             raise ValueError(f"annotations must have a segmentation for a model with masks, got {bare} "
-                             f"({dataset.name}, {dataset.format}). Add polygons, or train without masks, from weights with them too: "
-                             "model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
+                             f"({dataset.name}, {dataset.format}). Add polygons, or train without masks, from weights with "
+                             "them too: model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
 
 
 def trainable(record: ImageRecord) -> list[Annotation]:

@@ -1,4 +1,4 @@
-"""The records of a data set, packed into three arrays: a table of images, a table of annotations, and bytes of all else.
+"""The records of a data set, packed into three arrays: tables of images and of annotations, and bytes of all else.
 
 A million Python objects are a gigabyte, and each worker process that only looks at them gets a copy of its own: looking
 counts references, which writes to the memory that they share. Of arrays nothing is written. They can be kept in a file

@@ -7,19 +7,23 @@ whole shards on a local disk, the last used up to a number of bytes: worth it wh
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 import tarfile
+import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
+from detres.data.cache import cache_file, make_room
 from detres.data.images import ImageError
 
 BLOCK = tarfile.BLOCKSIZE  # bytes of a header
+COPIES = 20 * 2**30  # bytes of indices of remote shards that are kept
 
 
 @dataclass(frozen=True)
@@ -57,20 +61,9 @@ class ShardStore:
                     system, path = system_of(url)
                     system.get_file(path, str(part))
                     os.replace(part, copy)
-                    _make_room(Path(self.cache).expanduser(), self.limit, copy)
+                    make_room(Path(self.cache).expanduser().glob("*/*.tar"), self.limit, copy)
         os.utime(copy)  # when it was read last
         return copy
-
-
-def _make_room(folder: Path, limit: int, keep: Path) -> None:
-    """Delete the copies that were read longest ago, beyond the limit; who has one open reads on."""
-    copies = sorted(((copy.stat().st_mtime_ns, copy.stat().st_size, copy) for copy in folder.glob("*/*.tar")),
-                    key=lambda item: (item[2] != keep, -item[0]))
-    total = 0
-    for _, size, copy in copies:
-        total += size
-        if total > limit and copy != keep:
-            copy.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +99,14 @@ class ShardImage:
             header = tarfile.TarInfo.frombuf(data[:BLOCK], "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
             raise self._error(f"must follow its tar header, got {error}") from None
-        named = self.name.startswith(header.name) or not self.name.isascii()  # in PAX, long ones are cut, others mangled
+        named = self.name.startswith(header.name) or not self.name.isascii()  # in PAX, some are cut or mangled
         if header.size != self.size or not named:
             raise self._error(f"must be where the index says, got {header.name} of {header.size} bytes")
         return data[BLOCK:]
 
     def _error(self, text: str) -> ImageError:
-        return ImageError(f"member of a shard {text} ({self.store.url(self.shard)}, {self.name}, at byte {self.offset}). "
-                          "Restore the shard, or write shards and index anew.")
+        return ImageError(f"member of a shard {text} ({self.store.url(self.shard)}, {self.name}, at byte "
+                          f"{self.offset}). Restore the shard, or write shards and index anew.")
 
 
 def is_remote(path: str) -> bool:
@@ -125,10 +118,55 @@ def local(path: str) -> str:
 
 
 def system_of(url: str) -> tuple[Any, str]:
-    """File system and path in it. Raises ImportError where a package is missing, and ValueError for unknown kinds."""
+    """File system and path in it. Raises ValueError for URLs that fsspec cannot read, or lacks a package for."""
     import fsspec  # takes a moment
 
-    return fsspec.core.url_to_fs(url)
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"URL of shards must be of a kind that fsspec reads, got {url} ({error}). Install what it "
+                         "needs: pip install 'detres[remote]'.") from None
+
+
+def stamp(url: str) -> str:
+    """Of a file: changes with it, as far as its host says. Raises FileNotFoundError, and ValueError if the host cannot
+    be asked."""
+    system, path = system_of(url)
+    try:
+        info = system.info(path)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"file must exist, got none at {url}. Check the path.") from None
+    except Exception as error:  # each of fsspec's file systems has its own
+        raise ValueError(f"file must be in reach, got {type(error).__name__}: {error} ({url}). Check the network, and "
+                         "the rights to read.") from None
+    return repr(sorted(info.items(), key=str))
+
+
+def local_copy(store: ShardStore, name: str) -> Path:
+    """A file beside the shards, as one that can be mapped. Raises FileNotFoundError if there is none."""
+    url = store.url(name)
+    if not is_remote(url):
+        if not (file := Path(local(url))).is_file():
+            raise FileNotFoundError(f"file must exist, got none at {file}. Check the path.")
+        return file
+    mark = stamp(url)
+    file = cache_file("shards", url, mark) or _temporary() / hashlib.blake2b(f"{url} {mark}".encode()).hexdigest()
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        system, path = system_of(url)
+        part = file.with_name(f"{file.name}.{os.getpid()}.part")
+        system.get_file(path, str(part))
+        os.replace(part, file)
+        make_room(file.parent.iterdir(), COPIES, file)
+    return file
+
+
+@cache
+def _temporary() -> Path:
+    """Deleted when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="detres-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 class _Open:

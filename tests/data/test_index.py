@@ -118,7 +118,8 @@ def test_damaged_and_foreign_files_are_made_anew(data, reads, tmp_path):
     good = load(data)
     file, = kept(tmp_path)
     content = file.read_bytes()
-    for number, bad in enumerate((b"", b"PK" * 50, content[:-1], content[:20], content[:100] + b"x" + content[101:]), 2):
+    damaged = content[:100] + b"x" + content[101:]
+    for number, bad in enumerate((b"", b"PK" * 50, content[:-1], content[:20], damaged), 2):
         file.unlink()  # what is mapped stays
         file.write_bytes(bad)
         assert load(data) == good and len(reads) == number

@@ -19,14 +19,14 @@ from PIL import Image
 
 from detres.cli import main
 from detres.config import DataConfig, InputConfig, SourceConfig
-from detres.data import shards as shards_module
 from detres.data.dataset import Dataset, InvalidDataError, load_dataset, read_all
 from detres.data.images import ImageError, read_image
 from detres.data.loader import build_loader
 from detres.data.problems import Problems
 from detres.data.sampling import InBlocks, Shuffle
 from detres.data.shapes import ShapesOptions, write_shapes
-from detres.data.shards import write_shards
+from detres.data.shard_scan import Scan
+from detres.data.shard_writer import write_shards
 from detres.data.splits import find_splits
 
 
@@ -107,8 +107,8 @@ def test_every_tar_reads_them(written, original):
 
 def test_shards_without_an_index(copy, original, tmp_path, monkeypatch):
     monkeypatch.setenv("DETRES_CACHE", str(tmp_path / "cache"))
-    scans, scan = [], shards_module._Scan.read
-    monkeypatch.setattr(shards_module._Scan, "read", lambda self, names: scans.append(names) or scan(self, names))
+    scans, scan = [], Scan.read
+    monkeypatch.setattr(Scan, "read", lambda self, names: scans.append(names) or scan(self, names))
     (copy / "train.index").unlink()
     problems = []
     for _ in range(2):
@@ -170,9 +170,9 @@ def test_shards_of_others(tmp_path):
 
 
 def test_problems_of_others_are_told(tmp_path):
+    entries = [{"category": "dog", "bbox": [1, 2, width, 4]} for width in (-3, 3)]
     of_others(tmp_path, ("1.png", png()), ("2.png", png()), ("2.json", b"{"), ("3.png", png()),
-              ("3.json", json.dumps([{"category": "dog", "bbox": [1, 2, -3, 4]}, {"category": "dog", "bbox": [1, 2, 3, 4]}]
-                                    ).encode()))
+              ("3.json", json.dumps(entries).encode()))
     with pytest.raises(InvalidDataError) as error:
         load(tmp_path)
     assert [problem.image for problem in error.value.problems] == ["1", "2", "3"]
