@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from detres.cli_parser import Parser, command, count, positive
+from detres.cli_parser import Parser, command, count, positive, size
 
 EXAMPLES = {
     "data": """
@@ -25,6 +25,10 @@ EXAMPLES = {
   detres data check datasets/coco
   detres data check train.json --images photos --fix clean
   detres data check datasets/yolo/data.yaml --no-images --json > problems.json""",
+    "data shard": """
+  detres data shard datasets/coco /mnt/coco_shards --shard-size 500MB
+  detres data shard datasets/shapes shards --shard-size 2MB --seed 1
+  detres train configs/demo.yaml data.train=shards data.val=shards output=runs/sharded""",
     "data stats": """
   detres data stats datasets/coco
   detres data stats train.json --images photos --out stats.png
@@ -105,6 +109,26 @@ def _check(args: argparse.Namespace) -> int:
     return after.exit_status
 
 
+def _add_shard(commands: argparse._SubParsersAction, name: str) -> None:
+    parser = command(commands, name, EXAMPLES, _shard, "write a data set as tar shards",
+                     "Images and annotations of each split in shuffled order, as WebDataset has them, with an index. "
+                     "Train on them by data.train=OUT, from wherever OUT is copied to.")
+    parser.add_argument("data", metavar="DATA", help="data set: a folder, a YAML file or an annotation file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
+    parser.add_argument("--images", metavar="DIR", help="folder of images, if it is not found by itself")
+    parser.add_argument("--shard-size", type=size, default="500MB", metavar="BYTES",
+                        help="at most, such as 500MB or 2GB (default: 500MB)")
+    parser.add_argument("--seed", type=count, default=0, metavar="S", help="of the order of images (default: 0)")
+
+
+def _shard(args: argparse.Namespace) -> None:
+    from detres.data.shard_writer import write_splits
+
+    for name, images, shards in write_splits(args.data, args.out, args.images, args.shard_size, args.seed):
+        print(f"{name}: {images} images in {len(shards)} shard{'s'[:len(shards) != 1]}, "
+              f"{sum(shard.stat().st_size for shard in shards) / 1e6:.1f} MB ({args.out})")
+
+
 def _add_stats(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _stats, "count what is in a data set",
                      "Images, annotations and classes of each split; sizes and shapes of boxes; objects an image; and "
@@ -183,4 +207,4 @@ def _stats(args: argparse.Namespace) -> None:
     show_stats(args.data, args.images, args.out, as_json=args.json, all_classes=args.all)
 
 
-COMMANDS = {"shapes": _add_shapes, "check": _add_check, "stats": _add_stats, "view": _add_view}
+COMMANDS = {"shapes": _add_shapes, "check": _add_check, "shard": _add_shard, "stats": _add_stats, "view": _add_view}

@@ -60,6 +60,14 @@ def number(kind: type, low: float, high: float, words: str) -> Callable[[str], f
     return parse
 
 
+def size(text: str) -> int:
+    """Bytes: 500MB is 500 * 10^6."""
+    match = re.fullmatch(r"(\d+)\s*([kMGT]?)B?", text)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 500MB, got '{text}'")
+    return int(match[1]) * 1000 ** " kMGT".index(match[2] or " ")
+
+
 count = number(int, 0, float("inf"), "an integer >= 0")
 positive = number(int, 1, float("inf"), "an integer >= 1")
 probability = number(float, 0, 1, "a number from 0 to 1")

@@ -439,6 +439,10 @@ class SourceConfig(Section):
     keypoint_offset: float = Field(
         0.0, description="added to x and y of keypoints, in pixels: 0.5 where a file names the pixel that a keypoint "
                          "is in, counted from 0, as COCO's do for Detectron2; results are as the file's")
+    shard_cache: str | None = Field(
+        None, description="local folder for copies of shards that are far away; null: images are read where they are")
+    shard_cache_gb: Positive = Field(100.0, description="size of that folder, in 10^9 bytes: what was not read for "
+                                                        "longest is deleted beyond it")
 
 
 Source = Annotated[SourceConfig, BeforeValidator(lambda v: {"path": v} if isinstance(v, str) else v)]
@@ -637,6 +641,8 @@ class DataConfig(Section):
     skip_empty: bool = Field(False, description="train without the images that have no box, or, for keypoints, none "
                                                 "that is labelled, as the COCO baselines do")
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")
+    shard_window: Count = Field(16, description="shards whose images are shuffled together: those that are read at a "
+                                                "time")
     workers: Annotated[int, Field(ge=0)] = Field(2, description="loader processes; 0: in the training process")
     sampling: SamplingConfig = SamplingConfig()
     reduced_decode: bool = Field(False, description="training decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the "

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+os.environ["DETRES_CACHE"] = ""  # no index is kept but where a test asks for it
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before any import: no network from the tests
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of two that share two cores; before torch reads it
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -11,7 +11,7 @@ import os
 import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any
 
 from detres.data.coco_json import parse
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
+from detres.data.index import ImageFiles, Places, cached
 from detres.data.kinds import severity
 from detres.data.masks import mask_area
 from detres.data.problems import (FARTHEST, OnInvalid, Problems, is_number, numbers, segmentation_problem,
                                   unsound_polygons)
+from detres.data.records import Records
 
 # Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json, and
 # `detres data check --fix` changes.json.
@@ -36,7 +38,10 @@ def read_coco(file: Path, images: str | None = None, *, on_invalid: OnInvalid = 
     Labels 0..K-1 are in the order of the category ids. Raises as `load_dataset`.
     """
     with no_garbage_collection():
-        return _read(file, images, on_invalid)
+        dataset, problems = cached(file, images, lambda names: image_folder(file, images, names, Problems("")),
+                                   lambda files: _read(file, images, files))
+    problems.close(on_invalid)
+    return dataset
 
 
 def read_folder(folder: Path, role: str, split: str | None = None, images: str | None = None, *,
@@ -57,8 +62,8 @@ def _union(parts: Sequence[Dataset]) -> Dataset:
                 first.classes, first.category_ids, first.keypoint_names):
             raise ValueError(f"joined splits must have the same categories and keypoints, got others in {part.name} "
                              f"than in {first.name}. Give both files the same list of categories.")
-    records = tuple(record for part in parts for record in part.records)
-    if twice := [image for image, count in Counter(record.id for record in records).items() if count > 1]:
+    records = Records.joined([part.records for part in parts])
+    if twice := [image for image, count in Counter(records.ids()).items() if count > 1]:
         raise ValueError(f"joined splits must have no image in common, got {len(twice)}, such as id {twice[0]!r} "
                          f"({name}). Join splits that do not overlap.")
     return replace(first, name=name, records=records)
@@ -76,11 +81,11 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
+def _read(file: Path, images: str | None, files: ImageFiles) -> tuple[Dataset, Problems]:
     content = parse(file)
     problems = Problems(file.stem)
     categories = parse_categories(content["categories"], file, problems)
-    images_by_id = parse_images(content["images"], file, images, problems)
+    images_by_id = parse_images(content["images"], file, images, problems, files)
     label_of = {category["id"]: label for label, category in enumerate(categories)}
     names, pairs, skeleton = _keypoints(categories, file, problems)
     reader = _Reader(file, problems, images_by_id, label_of, _left_out(content["categories"], label_of), len(names))
@@ -90,9 +95,8 @@ def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
     dataset = Dataset(file.stem, "coco", tuple(category["name"] for category in categories),
                       tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
                       keypoint_classes=tuple(category["name"] for category in categories if category.get("keypoints")))
-    problems.located.append((dataset, reader.locate))
-    problems.close(on_invalid)
-    return dataset
+    problems.located.append((dataset, Places.of(file, reader.seen)))
+    return dataset, problems
 
 
 # Finding the files
@@ -138,7 +142,7 @@ def names_split(file: Path, role: str, split: str | None) -> bool:
 
 
 def image_folder(file: Path, images: str | None, names: Sequence[str], problems: Problems) -> Path | None:
-    """The folder that has the most of a sample of the images; the nearest such. None, told to `problems`: no folder."""
+    """The folder that has the most images of these names; the nearest such. None, told to `problems`: no folder."""
     if images is not None:
         folder = Path(images).expanduser()
         if not folder.is_dir():
@@ -150,11 +154,10 @@ def image_folder(file: Path, images: str | None, names: Sequence[str], problems:
     subfolders = [f"{above}{sub}" for sub in [*subfolders, ""] for above in ("", "images/")]
     folders = [root / sub for root in (file.parent, file.parent.parent) for sub in subfolders]
     folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
-    sample = names[:: max(1, len(names) // 20)]
-    count = {folder: sum(os.path.isfile(folder / name) for name in sample) for folder in folders}
+    count = {folder: sum(os.path.isfile(folder / name) for name in names) for folder in folders}
     best = max(folders, key=lambda folder: count[folder])  # the first of equals
-    if sample and not count[best]:
-        problems.add(file, None, None, "images", sample[0], "must be in a folder beside the file (such as "
+    if names and not count[best]:
+        problems.add(file, None, None, "images", names[0], "must be in a folder beside the file (such as "
                      f"{', '.join(map(str, folders))}: give the folder as data.*.images)", "images_nowhere")
         return None
     return best
@@ -218,14 +221,15 @@ def _keypoints(categories: list[dict[str, Any]], file: Path, problems: Problems
     return names, pairs, tuple((a - 1, b - 1) for a, b in bones if a in places and b in places)
 
 
-def parse_images(entries: list[Any], file: Path, images: str | None,
-                 problems: Problems) -> dict[Any, ImageRecord | None]:
+def parse_images(entries: list[Any], file: Path, images: str | None, problems: Problems,
+                 exists: ImageFiles) -> dict[Any, ImageRecord | None]:
     """Images by id, without annotations; None for one whose size is not known. Those without a file are there, so that
     their annotations are checked, too: `load_dataset` takes them out."""
     found: dict[Any, ImageRecord | None] = {}
-    usable = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
-    folder = image_folder(file, images, [entry["file_name"] for entry in usable], problems)
-    exists = existence()
+    names = [entry["file_name"] for entry in entries
+             if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
+    exists.sample = names[:: max(1, len(names) // 20)]
+    exists.folder = folder = image_folder(file, images, exists.sample, problems)
     for number, entry in enumerate(entries):
         place = f"images[{number}]"
         entry = entry if isinstance(entry, dict) else {}
@@ -250,18 +254,6 @@ def parse_images(entries: list[Any], file: Path, images: str | None,
             problems.add(file, image_id, None, "file_name", name,
                          f"must be an image file (in {folder}: add it, or delete the entry)", "image_missing", place)
     return found
-
-
-def existence() -> Callable[[Path], bool]:
-    """Whether a file exists, by listing each folder once: quick for many files on slow disks."""
-    listed: dict[Path, set[str]] = {}
-
-    def exists(path: Path) -> bool:
-        if path.parent not in listed:
-            listed[path.parent] = set(os.listdir(path.parent)) if os.path.isdir(path.parent) else set()
-        return path.name in listed[path.parent]
-
-    return exists
 
 
 _Row = tuple[int, dict[str, Any], ImageRecord | None, list[float] | None]  # place, entry, its image, x y w h
@@ -321,10 +313,6 @@ class _Reader:
         elif value == 0:
             self._add(number, entry, "id", value, "must be above zero (number annotations from 1)", "id_zero")
         self.seen.setdefault(value, number)
-
-    def locate(self, annotation: Annotation) -> tuple[str, int, str]:
-        """File, id and place there."""
-        return str(self.file), annotation.id, f"annotations[{self.seen[annotation.id]}]"
 
     def _check_boxes(self, rows: list[_Row]) -> None:
         boxes = [(x, y, x + w, y + h) for _, _, _, (x, y, w, h) in rows]

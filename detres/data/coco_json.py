@@ -42,18 +42,18 @@ def _parse_fast(data: bytes) -> dict[str, Any]:
     parts = decode(data, type=dict[str, msgspec.Raw])
     annotations = decode(parts.pop("annotations", b"[]"), type=list[msgspec.Raw])
     content = {key: decode(part) for key, part in parts.items()}
-    return content | {"annotations": [_pack(decode(entry)) for entry in annotations]}
+    return content | {"annotations": [pack(decode(entry)) for entry in annotations]}
 
 
 def _parse_any(data: bytes, file: Path) -> Any:
     """As Python reads JSON, which takes NaN and Infinity, too; each annotation is packed as it comes by."""
     try:
-        return json.loads(data, object_hook=_pack)
+        return json.loads(data, object_hook=pack)
     except (ValueError, RecursionError) as error:  # ValueError: also a whole number of thousands of digits
         raise ValueError(f"annotation file must be JSON, got {error} ({file}). Is it complete?") from error
 
 
-def _pack(entry: Any) -> Any:
+def pack(entry: Any) -> Any:
     polygons = entry.get("segmentation") if isinstance(entry, dict) else None
     if type(polygons) is list:
         try:

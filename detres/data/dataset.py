@@ -62,8 +62,8 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Dataset:
-    """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1. Records given as a tuple are
-    packed (`data.records`)."""
+    """`classes[label]` and `category_ids[label]` are name and original id of a label 0..K-1. Records given as a tuple
+    are packed (`data.records`)."""
 
     name: str
     format: Literal["coco", "voc", "yolo", "ilsvrc", "table", "panoptic"]
@@ -115,6 +115,7 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
     - YOLO: a YAML file, or a folder with `data.yaml`.
     - ILSVRC DET: a folder with `Data/DET/` and `ImageSets/DET/`.
     - ILSVRC CLS-LOC: `ImageSets/CLS-LOC/`; where DET is there, too, give its `Data/CLS-LOC`.
+    - Shards: a folder of them, a pattern such as train-{000000..000146}.tar, or a URL (`data.shards`).
     - A table: a folder with `boxes.csv`, `classes.txt` and `images/` (`data.localization`).
 
     `source.split` names the image set; without it, the role does. 'a+b' is the union of two (not in YOLO).
@@ -142,8 +143,11 @@ def without_images(dataset: Dataset, ids: set[int | str | None]) -> Dataset:
 def read_all(source: SourceConfig, role: Role, problems: Problems) -> Dataset:
     """What can be used of a data set, and besides it the images without a file, for the checks; what is wrong with it
     is added to `problems`. Raises FileNotFoundError and ValueError as `load_dataset`."""
-    from detres.data import coco, ilsvrc_det, localization, voc, yolo  # they import this module
+    from detres.data import coco, ilsvrc_det, localization, shards, voc, yolo  # they import this module
 
+    if shards.is_source(source.path):
+        _unused(source, "images")
+        return shards.read_shards(source, role, problems).moved_keypoints(source.keypoint_offset)
     path = Path(source.path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"data set must exist, got {source.path} (seen from {Path.cwd()}). Check the path.")

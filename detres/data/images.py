@@ -50,6 +50,8 @@ def decode_image(data: bytes, name: str) -> np.ndarray:
 
 def read_file(path: str | Path) -> bytes:
     """Raises ImageError."""
+    if not isinstance(path, (str, Path)):  # in a shard
+        return path.read_bytes()
     try:
         return Path(path).read_bytes()
     except FileNotFoundError:

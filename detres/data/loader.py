@@ -30,7 +30,7 @@ from detres.data.frame import Frame
 from detres.data.images import EncodedImage, ImageError, open_image, read_file
 from detres.data.label_maps import IGNORED, SegmentImage
 from detres.data.masks import MaskViews, whole_masks
-from detres.data.sampling import Key, Order, TrainingBatches, build_order, in_order, sample_seed
+from detres.data.sampling import InBlocks, Key, Order, TrainingBatches, build_order, in_order, sample_seed
 from detres.data.transforms import MOVES, Pipeline, ResizeShortSide, Sample, build_train_transforms, resize_for_eval
 from detres.structures import Batch, ImageBatch, PixelTruths, SemanticTargets, Targets
 
@@ -74,8 +74,9 @@ def build_loader(dataset: Dataset, model_input: InputConfig, data: DataConfig, *
         _check_device(reader)
     images = dataset.records.images
     wide = images["width"] > images["height"] if data.aspect_ratio_grouping else None
-    batches = TrainingBatches(_order(dataset, data.sampling, numbers), batch_size, seed, rank, world_size, start_step,
-                              wide, None if steps is None else math.ceil(augment.mix_until * steps))
+    order = _order(dataset, data.sampling, data.shard_window, numbers)
+    last = None if steps is None else math.ceil(augment.mix_until * steps)
+    batches = TrainingBatches(order, batch_size, seed, rank, world_size, start_step, wide, last)
     return Loader(reader, batches, data.workers, device_type == "cuda", seed)
 
 
@@ -89,9 +90,11 @@ def _check_augment(augment: AugmentConfig, with_boxes: bool) -> None:
         raise ValueError("data.augment.iou_crop must be null for a model without boxes, got iou_crop. Say crop_size.")
 
 
-def _order(dataset: Dataset, sampling: SamplingConfig, numbers: Sequence[int]) -> Order:
+def _order(dataset: Dataset, sampling: SamplingConfig, shard_window: int, numbers: Sequence[int]) -> Order:
     records, trains = dataset.records, dataset.records.trainable()
-    return build_order(sampling, numbers, records.image_of()[trains], records.table()["label"][trains])
+    order = build_order(sampling, numbers, records.image_of()[trains], records.table()["label"][trains])
+    block = records.images["block"]
+    return InBlocks(order, block, shard_window) if len(np.unique(block)) > shard_window else order
 
 
 class Loader:
@@ -156,8 +159,8 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool, with_s
     if with_masks:
         if bare := dataset.records.without_masks(dataset.records.trainable()):
             raise ValueError(f"annotations must have a segmentation for a model with masks, got {bare} "
-                             f"({dataset.name}, {dataset.format}). Add polygons, or train without masks, from weights with them too: "
-                             "model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
+                             f"({dataset.name}, {dataset.format}). Add polygons, or train without masks, from weights with "
+                             "them too: model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
 
 
 def _check_device(reader: _Reader) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from detres.config import SourceConfig
 from detres.data import coco
 from detres.data.dataset import Annotation, Dataset, ImageRecord, Role
+from detres.data.index import ImageFiles, cached
 from detres.data.label_maps import MAX_CLASSES, SegmentImage
 from detres.data.masks import PNGSegment
 from detres.data.problems import OnInvalid, Problems, numbers
@@ -48,7 +49,11 @@ def load_panoptic(source: SourceConfig, role: Role, on_invalid: OnInvalid = "err
         raise FileNotFoundError(f"data set must exist, got {source.path} (seen from {Path.cwd()}). Check the path.")
     file = path if path.is_file() else _find(path, role, source.split)
     with coco.no_garbage_collection():
-        return _read(file, source.images, on_invalid)
+        dataset, problems = cached(
+            file, source.images, lambda names: coco.image_folder(file, source.images, names, Problems("")),
+            lambda files: _read(file, source.images, files))
+    problems.close(on_invalid)
+    return dataset
 
 
 def _find(folder: Path, role: str, split: str | None) -> Path:
@@ -61,7 +66,7 @@ def _find(folder: Path, role: str, split: str | None) -> Path:
     return matches[0]
 
 
-def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
+def _read(file: Path, images: str | None, files: ImageFiles) -> tuple[Dataset, Problems]:
     content = coco.parse(file)
     problems = Problems(file.stem)
     categories = coco.parse_categories(content["categories"], file, problems)
@@ -72,17 +77,16 @@ def _read(file: Path, images: str | None, on_invalid: OnInvalid) -> Dataset:
     if not things or len(things) + len(stuff) > MAX_CLASSES:
         raise ValueError(f"categories must be at most {MAX_CLASSES}, one or more of them things, got {len(things)} "
                          f"things and {len(stuff)} of stuff ({file}).")
-    records = coco.parse_images(content["images"], file, images, problems)
+    records = coco.parse_images(content["images"], file, images, problems, files)
     missing = problems.images("image_missing")
     records = {image_id: record if image_id not in missing else None for image_id, record in records.items()}
     table = (0,) * len(things) + tuple(range(1, len(stuff) + 1))
     label_of = {category["id"]: k for k, category in enumerate([*things, *stuff])}
-    found = _Reader(file, problems, records, label_of, table).read(content["annotations"])
-    problems.close(on_invalid)
+    found = _Reader(file, problems, records, label_of, table).read(content["annotations"], files)
     return Dataset(file.stem, "panoptic", tuple(category["name"] for category in things),
                    tuple(category["id"] for category in things), found,
                    semantic_classes=(THINGS, *(category["name"] for category in stuff)),
-                   semantic_ids=(0, *(category["id"] for category in stuff)))
+                   semantic_ids=(0, *(category["id"] for category in stuff))), problems
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,9 @@ class _Reader:
     label_of: dict[int, int]  # things first
     table: tuple[int, ...]
 
-    def read(self, entries: list[Any]) -> tuple[ImageRecord, ...]:
+    def read(self, entries: list[Any], exists: ImageFiles) -> tuple[ImageRecord, ...]:
         """The images that can be used."""
-        folder, exists = self.file.with_suffix(""), coco.existence()
+        folder = self.file.with_suffix("")
         files: dict[Any, str] = {}
         segments: list[_Segment] = []
         for number, entry in enumerate(entries):

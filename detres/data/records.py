@@ -1,4 +1,4 @@
-"""The records of a data set, packed into three arrays: a table of images, a table of annotations, and bytes of all else.
+"""The records of a data set, packed into three arrays: tables of images and of annotations, and bytes of all else.
 
 A million Python objects are a gigabyte, and each worker process that only looks at them gets a copy of its own: looking
 counts references, which writes to the memory that they share. Of arrays nothing is written. They can be kept in a file
@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ import numpy as np
 from detres.data.dataset import Annotation, ImageRecord
 from detres.data.label_maps import InstanceMasks, LabelImage, SegmentImage
 from detres.data.masks import PNGSegment
+from detres.data.shard_files import ShardImage, ShardStore
 
 # `rest` is where the image's other values are in the bytes, `first` and `last` where its annotations are.
-IMAGE = np.dtype([(name, "i8") for name in ("id", "height", "width", "first", "last", "rest", "rest_end")])
+# `block` numbers what lies together where images are read, a shard.
+IMAGE = np.dtype([(name, "i8") for name in ("id", "height", "width", "first", "last", "rest", "rest_end", "block")])
 _FLAGS = [(name, "?") for name in ("crowd", "difficult", "sized", "masked", "posed", "_1", "_2", "_3")]
 # `masked`: has a segmentation; `posed`: has a keypoint that is labelled; `sized`: has the file's width and height.
 ANNOTATION = np.dtype([("id", "i8"), ("label", "i8"), ("area", "f8"), ("box", "f8", 4), ("size", "f8", 2), *_FLAGS])
@@ -41,23 +43,39 @@ class Records(Sequence):
     """A sequence of `ImageRecord`, made when asked for; equal to the tuple of them.
 
     `images` (N,) of dtype IMAGE and `annotations` of dtype ANNOTATION are for use by columns; an image's annotations
-    are the rows from its `first` to its `last`. `table()` has them in the order of the images. `root` is put before the
-    names of shards.
+    are the rows from its `first` to its `last`. `table()` has them in the order of the images. `store` is where shards
+    are.
     """
 
-    def __init__(self, images: np.ndarray, annotations: np.ndarray, rest: np.ndarray, root: str = ""):
-        self.images, self.annotations, self.rest, self.root = images, annotations, rest, root
+    def __init__(self, images: np.ndarray, annotations: np.ndarray, rest: np.ndarray,
+                 store: ShardStore | None = None):
+        self.images, self.annotations, self.rest, self.store = images, annotations, rest, store
 
     @classmethod
     def of(cls, records: Iterable[Any]) -> Records:
         """Raises ValueError for numbers or texts that do not fit."""
-        images, rest = [], bytearray()
+        images, rest, shards = [], bytearray(), {}
         try:
-            annotations = np.fromiter(_rows(records, images, rest), _SCALARS).view(ANNOTATION)
-            return cls(np.array(images, IMAGE), annotations, np.frombuffer(rest, np.uint8))
+            annotations = np.fromiter(_rows(records, images, rest, shards), _SCALARS).view(ANNOTATION)
+            store = next(iter(shards)).store if shards else None
+            return cls(np.array(images, IMAGE), annotations, np.frombuffer(rest, np.uint8), store)
         except (OverflowError, UnicodeEncodeError) as error:
             raise ValueError("ids and sizes must be whole numbers below 2^63, and texts valid Unicode, got one that is "
                              f"not ({error}). Correct the annotations.") from None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Records]) -> Records:
+        """One after another."""
+        images, rows, rest = [], 0, 0
+        for part in parts:
+            own = part.images.copy()
+            for names, shift in ((("first", "last"), rows), (("rest", "rest_end"), rest)):
+                for name in names:
+                    own[name] += shift
+            images.append(own)
+            rows, rest = rows + len(part.annotations), rest + len(part.rest)
+        return cls(np.concatenate(images), np.concatenate([part.annotations for part in parts]),
+                   np.concatenate([part.rest for part in parts]), parts[0].store)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -65,8 +83,10 @@ class Records(Sequence):
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.take(index)
-        image_id, height, width, first, last, start, end = self.images[index].tolist()
+        image_id, height, width, first, last, start, end, _ = self.images[index].tolist()
         text, path, values, others = self._decoded(start, end)
+        if isinstance(path, ShardImage):
+            path = replace(path, store=self.store)
         items = [Annotation(number, label, (x1, y1, x2, y2), area=area, crowd=crowd, difficult=difficult,
                              size=(w, h) if sized else None, **dict(zip(_ANNOTATION_REST, other)))
                  for (number, label, area, x1, y1, x2, y2, w, h, crowd, difficult, sized, *_), other in zip(
@@ -89,7 +109,7 @@ class Records(Sequence):
 
     def take(self, index: Any) -> Records:
         """Those at `index`, a slice or numbers, in its order; they share all but the table of images."""
-        return Records(self.images[index], self.annotations, self.rest, self.root)
+        return Records(self.images[index], self.annotations, self.rest, self.store)
 
     def mapped(self, function: Callable[[Any], Any]) -> Records:
         """Those that `function` makes of each."""
@@ -135,7 +155,7 @@ class Records(Sequence):
         return f"{len(bare)} without, such as annotation {self.table()['id'][bare[0]]} of {path}"
 
     def _decoded(self, start: int, end: int) -> list[Any]:
-        return _decode(self.rest[start:end].data)
+        return decode(self.rest[start:end].data)
 
 
 # Packing
@@ -143,16 +163,26 @@ class Records(Sequence):
 _TEXT = -2**63  # stands for an id that is a text
 
 
-def _rows(records: Iterable[Any], images: list[tuple[int, ...]], rest: bytearray) -> Iterator[tuple[Any, ...]]:
-    """The annotations, as tuples for the table; fills `images` and `rest` on the way."""
-    count = 0
+@dataclass(frozen=True)
+class _Shard:
+    store: ShardStore
+    name: str
+
+
+def _rows(records: Iterable[Any], images: list[tuple[int, ...]], rest: bytearray, shards: dict[_Shard, int]
+          ) -> Iterator[tuple[Any, ...]]:
+    """The annotations, as tuples for the table; fills the other arguments on the way. `shards` numbers them."""
+    count = block = 0
     for record in records:
         text = isinstance(record.id, str)
         start, first, count = len(rest), count, count + len(record.annotations)
         others = [_trimmed(item, _ANNOTATION_REST) for item in record.annotations]
-        rest += _encode([_plain(record.id) if text else None, record.path,
+        rest += encode([plain(record.id) if text else None, plain(record.path),
                          _trimmed(record, _IMAGE_REST), others])
-        images.append((_TEXT if text else record.id, record.height, record.width, first, count, start, len(rest)))
+        if isinstance(record.path, ShardImage):
+            block = shards.setdefault(_Shard(record.path.store, record.path.shard), len(shards))
+        images.append((_TEXT if text else record.id, record.height, record.width, first, count, start, len(rest),
+                       block))
         for item in record.annotations:
             yield (item.id, item.label, item.area, *item.box, *(item.size or (0.0, 0.0)), item.crowd, item.difficult,
                    item.size is not None, bool(item.segmentation), any((item.keypoints or ())[2::3]), 0, 0, 0)
@@ -163,23 +193,23 @@ def _trimmed(item: Any, defaults: dict[str, Any]) -> list[Any]:
     values = [(getattr(item, name), default) for name, default in defaults.items()]
     while values and values[-1][0] is values[-1][1]:
         values.pop()
-    return [_plain(value) for value, _ in values]
+    return [plain(value) for value, _ in values]
 
 
 # What MessagePack does not know itself. A code of a class is _CLASSES + its place.
 _ARRAY, _PATH, _TUPLE, _STRING, _CLASSES = range(1, 6)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As something that can be encoded: tuples and dataclasses would come back as lists and dicts."""
     kind = type(value)
     if kind is tuple:
-        return msgspec.msgpack.Ext(_TUPLE, _encode([_plain(item) for item in value]))
+        return msgspec.msgpack.Ext(_TUPLE, encode([plain(item) for item in value]))
     if kind is str and not value.isascii():  # of file names, some are no Unicode
         return msgspec.msgpack.Ext(_STRING, value.encode("utf-8", "surrogatepass"))
     if kind in _CODES:
-        return msgspec.msgpack.Ext(_CODES[kind], _encode([_plain(getattr(value, field.name))
-                                                          for field in fields(value)]))
+        return msgspec.msgpack.Ext(_CODES[kind], encode([
+            plain(getattr(value, field.name)) for field in fields(value) if field.name != "store"]))
     return value
 
 
@@ -202,11 +232,11 @@ def _retract(code: int, data: memoryview) -> Any:
         return Path(os.fsdecode(bytes(data)))
     if code == _STRING:
         return str(data, "utf-8", "surrogatepass")
-    content = _decode(data)
+    content = decode(data)
     return tuple(content) if code == _TUPLE else _KINDS[code - _CLASSES](*content)
 
 
-_KINDS = (PNGSegment, LabelImage, InstanceMasks, SegmentImage)
+_KINDS = (PNGSegment, LabelImage, InstanceMasks, SegmentImage, ShardImage)
 _CODES = {kind: _CLASSES + place for place, kind in enumerate(_KINDS)}
-_encode = msgspec.msgpack.Encoder(enc_hook=_extend).encode
-_decode = msgspec.msgpack.Decoder(ext_hook=_retract).decode
+encode = msgspec.msgpack.Encoder(enc_hook=_extend).encode
+decode = msgspec.msgpack.Decoder(ext_hook=_retract).decode

@@ -87,6 +87,26 @@ class ClassBalanced:
         return len(self.numbers)
 
 
+@dataclass(frozen=True)
+class InBlocks:
+    """`order` with the images of `window` shards before those of the next, so that shards are read one after another.
+
+    `block` (N,) numbers each image's shard. Shards are drawn anew each epoch; their images come as mixed as they were.
+    """
+
+    order: Order
+    block: np.ndarray
+    window: int
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        numbers = self.order.epoch(seed, epoch)
+        places = np.random.default_rng([seed, epoch, 1]).permutation(self.block.max() + 1)
+        return numbers[np.argsort(places[self.block[numbers]] // self.window, kind="stable")]
+
+    def length(self, seed: int, epoch: int) -> int:
+        return self.order.length(seed, epoch)
+
+
 def build_order(options: SamplingConfig, numbers: Sequence[int], images: np.ndarray, labels: np.ndarray) -> Order:
     """Of the records `numbers`, in ascending order. `images` and `labels` (A,): record and class of each object; those
     of other records do not count. Raises ValueError if there is no class to go by."""

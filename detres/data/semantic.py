@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from detres.config import SourceConfig
-from detres.data import coco, panoptic, voc
+from detres.data import panoptic, voc
 from detres.data.dataset import Dataset, ImageRecord, Role, load_dataset
 from detres.data.images import ImageError, read_size
+from detres.data.index import ImageFiles
 from detres.data.label_maps import MAX_CLASSES, InstanceMasks, LabelImage
 from detres.data.problems import OnInvalid, Problems
 
@@ -48,8 +49,8 @@ def load_semantic(source: SourceConfig, role: Role, on_invalid: OnInvalid = "err
 
 def _of_instances(dataset: Dataset) -> Dataset:
     if bare := dataset.records.without_masks():
-        raise ValueError(f"annotations must have a segmentation for semantic segmentation, got {bare} ({dataset.name}, "
-                         f"{dataset.format}). Give data with polygons, RLE or label maps; boxes alone train a detector.")
+        raise ValueError(f"annotations must have a segmentation for semantic segmentation, got {bare} "
+                         f"({dataset.name}, {dataset.format}). Give data with polygons, RLE or label maps; boxes alone train a detector.")
     if BACKGROUND in dataset.classes:
         raise ValueError(f"classes of objects must not be called {BACKGROUND}, which is the class of pixels of no "
                          f"object, got {', '.join(dataset.classes)} ({dataset.name}). Rename it.")
@@ -101,7 +102,7 @@ def _records(root: Path, image_set: Path, images: str | None, table: tuple[int, 
     folder = Path(images).expanduser() if images else root / "JPEGImages"
     maps = root / ("SegmentationClassAug" if "aug" in image_set.stem else "SegmentationClass")
     files = {path.stem: path for path in voc.image_files(folder, image_set).values()}
-    exists = coco.existence()
+    exists = ImageFiles()
     for image_id in voc.image_ids(image_set):
         label_map = maps / f"{image_id}.png"
         if image_id in seen:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from detres.config import SourceConfig
-from detres.data import coco, voc, yolo
+from detres.data import coco, shards, voc, yolo
 from detres.data.dataset import SPLITS, Dataset, Role, load_dataset
 from detres.data.problems import OnInvalid
 
@@ -29,6 +29,8 @@ def find_splits(path: str | Path, images: str | None = None) -> tuple[Split, ...
 
     `images` is the folder of images, where it is not found by itself. Raises FileNotFoundError if there is nothing.
     """
+    if shards.is_source(str(path)):
+        return tuple(_split(name, str(path), None, name) for name in shards.split_names(str(path)))
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"data set must exist, got {path} (seen from {Path.cwd()}). Check the path.")
@@ -61,6 +63,6 @@ def _voc(path: Path, images: str | None) -> tuple[Split, ...]:
     return tuple(found)
 
 
-def _split(name: str, path: Path, images: str | None, split: str | None) -> Split:
+def _split(name: str, path: str | Path, images: str | None, split: str | None) -> Split:
     roles = [role for role in ("val", "test") if coco.names_split(Path(name), role, None)]
     return Split(name, roles[0] if roles else "train", SourceConfig(path=str(path), images=images, split=split))
