@@ -9,7 +9,7 @@ import numpy as np
 from detres.data.stats import MEDIUM, SMALL, Columns, SplitStats
 
 COLORS = ("#1F77D0", "#F07F23", "#00A08A", "#A347A8", "#D0331A", "#8E9A1F")  # of splits, in turn
-BINS = 40
+BINS = 32
 FEW = 8  # classes; bars of fewer would be too broad
 TOP, BOTTOM = 12, 6  # classes shown where there are more than fit
 MAPS = 3  # splits whose box centres are shown
@@ -82,7 +82,7 @@ def _box_sides(axes, columns: Sequence[Columns]) -> None:
     sides = [_sides(c) for c in columns if len(c.object_sides)]
     low, high = (min(map(np.min, sides)), max(map(np.max, sides))) if sides else (1, 1000)
     edges = np.geomspace(max(low, 1), max(high, 2 * max(low, 1)), BINS + 1)
-    _curves(axes, columns, _sides, edges, "box side, px (small, medium, large as of COCO)",
+    _curves(axes, columns, _sides, edges, "box side, px (dashed: COCO's small, medium, large)",
             "objects", log=True)
     for border in (SMALL**0.5, MEDIUM**0.5):
         axes.axvline(border, color="0.45", linewidth=0.8, linestyle="--")
@@ -136,6 +136,7 @@ def _image_sizes(axes, columns: Sequence[Columns]) -> None:
         color = COLORS[i % len(COLORS)]
         axes.scatter(sizes[:, 1], sizes[:, 0], s=discs, color=color, alpha=0.35, linewidths=0)
         axes.scatter([], [], s=50, color=color, label=_short(split.name, 30))
+    axes.margins(0.1)  # for the larger discs
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.set_ylabel("height", fontsize=8)

@@ -39,7 +39,7 @@ def write_sheets(selection: Selection, out: Path) -> list[Path]:
 
 def save(sheet: Image.Image, file: Path) -> None:
     with atomic_write(file) as temporary:
-        sheet.save(temporary, format="PNG", optimize=True)
+        sheet.save(temporary, format="PNG", compress_level=4)  # a tenth of the time of the best, 6% larger
 
 
 def draw_entry(entry: Entry, classes: Sequence[str]) -> Tile:
@@ -82,13 +82,13 @@ def objects_of(dataset: Dataset, record: ImageRecord, classes: Sequence[str], si
         absent = (0.0,) * 3 * len(dataset.keypoint_names)
         points = np.array([item.keypoints or absent for item in items], float).reshape(len(items), -1, 3)
     return Objects(np.array([item.box for item in items], float).reshape(-1, 4),
-                   [label_of(item, name) for item, name in zip(items, names)],
+                   [label_text(name, item.crowd, item.difficult) for item, name in zip(items, names)],
                    [color_of(classes.index(name)) for name in names], masks, points, dataset.skeleton,
                    np.array([item.crowd for item in items], bool), np.array([item.difficult for item in items], bool))
 
 
-def label_of(item: Annotation, name: str) -> str:
-    return name + ", crowd" * item.crowd + ", difficult" * item.difficult
+def label_text(name: str, crowd: bool, difficult: bool) -> str:
+    return name + ", crowd" * crowd + ", difficult" * difficult
 
 
 def _mask(item: Annotation, record: ImageRecord, size: tuple[int, int]) -> np.ndarray:

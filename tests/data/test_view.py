@@ -20,9 +20,8 @@ from detres.data import view_sheet
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.loader import build_loader
 from detres.data.problems import Problem
-from detres.data.sampling import Key
 from detres.data.splits import find_splits
-from detres.data.view import Choice, problem_box, problem_text, select
+from detres.data.view import Choice, Entry, problem_box, problem_text, select
 from detres.data.view_augment import write_augmented
 from detres.data.view_html import script_json, svg_path, write_page
 from detres.data.view_sheet import ALERT, GAP, TILE, draw_entry, draw_record, wrapped, write_sheets
@@ -157,15 +156,14 @@ def test_images_that_cannot_be_read_have_a_tile_that_says_why(root):
 def test_files_of_another_size_are_told(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     record = ImageRecord(1, tmp_path / "a.png", 30, 20, (Annotation(1, 0, (0, 0, 9, 9), [[0, 0, 9, 0, 9, 9]]),))
-    from detres.data.view import Entry
-
     dataset = Dataset("mine", "coco", ("cat",), (1,), (record,))
     _, lines = draw_entry(Entry("train", dataset, 0, record), ("cat",))
     assert lines[1] == "the file has 30 x 20 px, its annotations state 20 x 30"
 
 
 def test_what_is_annotated_is_drawn_where_it_is():
-    items = (Annotation(1, 1, (10, 20, 60, 70)), Annotation(2, 0, (100, 20, 160, 70), [[100, 20, 160, 20, 160, 70, 100, 70]]))
+    square = [100, 20, 160, 20, 160, 70, 100, 70]
+    items = (Annotation(1, 1, (10, 20, 60, 70)), Annotation(2, 0, (100, 20, 160, 70), [square]))
     dataset = Dataset("mine", "coco", ("cat", "dog"), (1, 2), (ImageRecord(1, Path("a"), 100, 200, items),))
     grey = np.full((100, 200, 3), 128, np.uint8)
     drawn = np.array(draw_record(grey, dataset, dataset.records[0], ("cat", "x", "dog"), 2.0))
@@ -326,24 +324,40 @@ def test_draws_are_those_of_training(root, tmp_path):
     assert np.abs(content(flipped, 1) - content(plain, 1)).mean() > 20
 
 
-def test_draws_have_the_boxes_and_seeds_of_the_loader(root):
-    from detres.data.view_augment import _draws, _reader
+def test_draws_are_samples_of_the_loader(root):
+    from detres.data.view_augment import draw_epochs, training_loader
 
     dataset = find_splits(root)[0].load("drop")
     config = config_of(flip=0.5)
-    reader = _reader(dataset, config, {})
-    batch = reader.__getitems__([Key(0, 0)])
+    loader = training_loader(dataset, config)
+    alone = replace(dataset, records=dataset.records.take([0]))
     data = config.data.model_copy(update={"workers": 0})
-    loader = build_loader(replace(dataset, records=dataset.records.take([0])), config.model.input, data, batch_size=1,
-                          training=True, with_masks=False, seed=5)
-    trained = next(iter(loader))
-    assert (trained.images.pixels == batch.images.pixels).all() and (trained.targets.boxes == batch.targets.boxes).all()
+    batch = next(iter(build_loader(alone, config.model.input, data, batch_size=1, training=True, with_masks=False,
+                                   seed=5)))
+    sample = loader.sample(Key(0, 0))
+    assert (batch.images.pixels[0, :, :40, :60].permute(1, 2, 0).numpy() == sample.image).all()
+    assert (batch.targets.boxes[0].numpy() == sample.boxes).all()
     entry = select(root, None, Choice(images=["1"], splits=["train"])).entries[0]
-    tiles = _draws(reader, entry, dataset.classes, 3)
+    tiles = draw_epochs(loader, entry, dataset.classes, 3)
     assert [lines for _, lines in tiles] == [[f"epoch {i}: 60 x 40, padded to 64 x 64"] for i in range(3)]
     assert all(np.array(picture)[-40:, :, 0].min() > 160 for picture, _ in tiles)  # the stripes below
     unreadable = select(root, None, Choice(images=["4"], splits=["train"])).entries[0]
-    assert len(_draws(reader, unreadable, dataset.classes, 3)) == 3
+    assert len(draw_epochs(loader, unreadable, dataset.classes, 3)) == 3
+
+
+def test_draws_show_crowds_and_difficult_objects(root):
+    from detres.data.view_augment import draw_epochs, training_loader
+
+    dataset = find_splits(root)[0].load("drop")
+    record = dataset.records[0]
+    first, second, third = record.annotations
+    marked = replace(record, annotations=(replace(first, crowd=True), replace(second, difficult=True), third))
+    plain, crowd = (replace(dataset, records=(one,)) for one in (record, marked))
+    pictures = []
+    for data in (plain, crowd):
+        entry = Entry("train", data, 0, data.records[0])
+        pictures.append(np.array(draw_epochs(training_loader(data, config_of()), entry, data.classes, 1)[0][0]))
+    assert (pictures[0] != pictures[1]).any()
 
 
 # ---- the command
