@@ -20,6 +20,7 @@ from detres.data import view_sheet
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.loader import build_loader
 from detres.data.problems import Problem
+from detres.data.sampling import Key
 from detres.data.splits import find_splits
 from detres.data.view import Choice, Entry, problem_box, problem_text, select
 from detres.data.view_augment import write_augmented
@@ -260,7 +261,8 @@ def test_what_the_page_knows(page):
     one, two, _, truncated, *_, missing = data["images"]
     assert [item["box"] for item in one["objects"]] == [[5, 5, 25, 25], [30, 10, 40, 20], [1, 2, 4, 6]]
     assert one["split"] == "instances_train" and one["id"] == "1" and one["size"] == [60, 40]
-    assert [(problem["kind"], problem["box"]) for problem in two["problems"]] == [("box_empty", [9, 9, 9, 18])]
+    assert [(problem["kind"], problem["box"]) for problem in two["problems"]] == [
+        ("box_empty", [9, 9, 9, 18]), ("box_speck", [1, 1, 5, 5])]
     assert data["kinds"]["box_empty"]["title"] == "boxes without area"
     assert "truncated.jpg" in truncated["error"] and missing["error"] and missing["name"] == "image 5"
 
