@@ -6,14 +6,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from detres.cli_parser import nearest
 from detres.data.dataset import SPLITS, Dataset, ImageRecord
 from detres.data.kinds import KINDS
-from detres.data.problems import Problem, numbers
+from detres.data.problems import Problem
 from detres.data.splits import Split, find_splits
 
 Order = Literal["random", "most", "smallest", "file"]
@@ -207,11 +207,22 @@ def problem_text(problem: Problem) -> str:
 
 
 def problem_box(problem: Problem, record: ImageRecord | None) -> tuple[float, float, float, float] | None:
-    """The box that a problem is about, xyxy: as the file gives it, where its value is four finite numbers; else that
-    of the annotation."""
-    four = numbers(list(problem.value), 4) if isinstance(problem.value, (list, tuple)) else None
-    if four and np.isfinite(four).all() and problem.field in ("bbox", "bndbox"):
-        x, y, a, b = four
-        return (x, y, x + a, y + b) if problem.field == "bbox" else (x, y, a, b)
-    items = record.annotations if record else ()
-    return next((item.box for item in items if item.id == problem.annotation_id), None)
+    """The box that a problem is about, xyxy in pixels: that of the annotation; where the reader left it out, the value,
+    if it is four numbers."""
+    in_json = problem.file.endswith(".json")  # elsewhere annotations have no ids, and boxes are corners
+    items = record.annotations if record and in_json else ()
+    if box := next((item.box for item in items if item.id == problem.annotation_id), None):
+        return box
+    if problem.kind in ("boxes_normalised", "boxes_in_pixels") or not (four := _four(problem.value)):
+        return None
+    x, y, a, b = four
+    return (x, y, x + a, y + b) if in_json and problem.field == "bbox" else (x, y, a, b)
+
+
+def _four(value: Any) -> list[float] | None:
+    """Of numbers, or of texts of numbers."""
+    try:
+        found = [float(item) for item in value] if isinstance(value, (list, tuple)) else []
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return found if len(found) == 4 and np.isfinite(found).all() else None

@@ -45,6 +45,12 @@ def test_counts(three):
     assert stats.classes == (("cat", 2, 1, 0.5), ("dog", 2, 2, 0.5), ("cow", 0, 0, 0.0))
 
 
+def test_small_and_large_begin_where_coco_has_them():
+    items = tuple(Annotation(i, 0, (0, 0, 9, 9), area=area) for i, area in enumerate((1023.9, 1024, 9215.9, 9216, 9216)))
+    stats = split_stats(columns_of("", made([ImageRecord(1, Path("a"), 99, 99, items)])))
+    assert (stats.small, stats.medium, stats.large) == (1, 2, 2)
+
+
 def test_sizes_shapes_and_places_are_of_objects_clipped_to_their_image(three):
     columns = columns_of("train", three)
     assert columns.object_sides.tolist() == [[20, 20], [40, 50], [300, 100]]

@@ -120,10 +120,15 @@ def test_what_a_problem_is_about():
         return Problem("f.json", 1, number, field, value, "must be so (do it)", "box_empty")
 
     assert problem_box(problem("bbox", [5, 6, 7, 8]), None) == (5, 6, 12, 14)
-    assert problem_box(problem("bndbox", (5, 6, 7, 8)), None) == (5, 6, 7, 8)
+    assert problem_box(problem("bndbox", ("5", "6", "7.5", "8")), None) == (5, 6, 7.5, 8)
+    corners = replace(problem("bbox", [5, 6, 7, 8]), file="a.jpg")  # as checks of what was read have them
+    assert problem_box(corners, record) == problem_box(problem("box", [5, 6, 7, 8]), None) == (5, 6, 7, 8)
+    assert problem_box(problem("bbox", [5, 6, 7, 8], 4), record) == (1, 2, 3, 4)
+    assert problem_box(problem("bbox", [5, 6, None, 8]), None) is problem_box(problem("bbox", ["a"] * 4), None) is None
     assert problem_box(problem("bbox", [5, 6, float("nan"), 8]), None) is None
     assert problem_box(problem("bbox", "box"), record) is None and problem_box(problem("area", 7, 9), record) is None
     assert problem_box(problem("area", 7, 4), record) == (1, 2, 3, 4)
+    assert problem_box(replace(problem("row", "1 2", 4), file="a.txt"), record) is None  # the fourth line, not the id
     assert problem_text(problem("bbox", [5], 4)) == "annotation 4: bbox must be so; got [5]"
     assert problem_text(problem("file_name", "x" * 99)) == f"file_name must be so; got {'x' * 60}..."
 
@@ -355,11 +360,12 @@ def test_draws_show_crowds_and_difficult_objects(root):
     first, second, third = record.annotations
     marked = replace(record, annotations=(replace(first, crowd=True), replace(second, difficult=True), third))
     plain, crowd = (replace(dataset, records=(one,)) for one in (record, marked))
+    third_alone = replace(dataset, records=(replace(record, annotations=(third,)),))
     pictures = []
-    for data in (plain, crowd):
+    for data in (plain, crowd, third_alone):
         entry = Entry("train", data, 0, data.records[0])
         pictures.append(np.array(draw_epochs(training_loader(data, config_of()), entry, data.classes, 1)[0][0]))
-    assert (pictures[0] != pictures[1]).any()
+    assert (pictures[0] != pictures[1]).any() and (pictures[1] != pictures[2]).any()
 
 
 # ---- the command
