@@ -174,8 +174,11 @@ def _view(args: argparse.Namespace) -> None:
         args.parser.error(f"key=value goes with --augment, got {args.overrides[0]}")
     if args.problem and args.augment:
         args.parser.error("--problem cannot go with --augment: what has errors does not train")
-    from detres.data.view import Choice, select
+    from detres.data.view import Choice, check_suffix, select
 
+    check_suffix("--out", args.out, ".png")
+    if args.html:
+        check_suffix("--html", args.html, ".html")
     num = args.num or (500 if args.html else 4 if args.augment else 12)
     choice = Choice(args.split, args.classes, args.problem, args.image, num, args.seed, args.sort)
     if args.augment:

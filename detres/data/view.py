@@ -77,6 +77,11 @@ def select_from(datasets: Sequence[tuple[str, Dataset]], choice: Choice,
                      classes)
 
 
+def check_suffix(option: str, file: Path, suffix: str) -> None:
+    if file.suffix != suffix:
+        raise ValueError(f"{option} must end in {suffix}, got {file}. Give a file of that kind.")
+
+
 def choose_splits(splits: Sequence[Split], names: Sequence[str]) -> list[Split]:
     """Those of these names or roles (train, val, test), training first; all, if no names are given."""
     _check_known(names, [name for split in splits for name in (split.name, split.role)],

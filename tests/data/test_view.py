@@ -380,6 +380,10 @@ def test_command(root, tmp_path, monkeypatch, capsys):
     assert cli.main(["data", "view", ".", "--augment", "c.yaml", "data.augment.flip=1", "--draws", "2", "--image", "1",
                      "--out", "seen.png"]) == 0
     assert "Wrote seen.png" in capsys.readouterr().out and Image.open("seen.png").width == 3 * (TILE + GAP) + GAP
+    capsys.readouterr()
+    for options, expected in ((["--out", "a.jpg"], "--out must end in .png, got a.jpg"),
+                              (["--html", "page"], "--html must end in .html, got page")):
+        assert cli.main(["data", "view", ".", *options]) == 1 and expected in capsys.readouterr().err
     for options, expected in ((["--html", "a.html", "--augment", "c.yaml"], "--html cannot go with --augment"),
                               (["data.augment.flip=1"], "key=value goes with --augment"),
                               (["--problem", "any", "--augment", "c.yaml"], "--problem cannot go with --augment")):
