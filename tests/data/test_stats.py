@@ -46,7 +46,8 @@ def test_counts(three):
 
 
 def test_small_and_large_begin_where_coco_has_them():
-    items = tuple(Annotation(i, 0, (0, 0, 9, 9), area=area) for i, area in enumerate((1023.9, 1024, 9215.9, 9216, 9216)))
+    areas = (1023.9, 1024, 9215.9, 9216, 9216)
+    items = tuple(Annotation(i, 0, (0, 0, 9, 9), area=area) for i, area in enumerate(areas))
     stats = split_stats(columns_of("", made([ImageRecord(1, Path("a"), 99, 99, items)])))
     assert (stats.small, stats.medium, stats.large) == (1, 2, 2)
 

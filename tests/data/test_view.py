@@ -267,7 +267,7 @@ def test_what_the_page_knows(page):
     assert [item["box"] for item in one["objects"]] == [[5, 5, 25, 25], [30, 10, 40, 20], [1, 2, 4, 6]]
     assert one["split"] == "instances_train" and one["id"] == "1" and one["size"] == [60, 40]
     assert [(problem["kind"], problem["box"]) for problem in two["problems"]] == [
-        ("box_empty", [9, 9, 9, 18]), ("box_speck", [1, 1, 5, 5])]
+        ("box_empty", [9, 9, 9, 18]), ("box_speck", [1, 1, 4, 4])]
     assert data["kinds"]["box_empty"]["title"] == "boxes without area"
     assert "truncated.jpg" in truncated["error"] and missing["error"] and missing["name"] == "image 5"
 
