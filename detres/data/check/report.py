@@ -111,7 +111,8 @@ def print_fix(after: Report, changes: Changes) -> None:
     """What was changed in a copy, and what the check says of it."""
     console = Console(file=sys.stdout, highlight=False)
     console.print()
-    _print(console, f"{len(changes.made):,} changes in {changes.root}, listed in changes.json and changes.csv", 0, "bold")
+    _print(console, f"{len(changes.made):,} change{'s'[:len(changes.made) != 1]} in {changes.root}, listed in changes.json "
+           "and changes.csv", 0, "bold")
     for line in summary(changes):
         _print(console, line, 2, hang=2)
     if after.problems:
