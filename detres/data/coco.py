@@ -330,7 +330,7 @@ class _Reader:
         polygons, owners, suspects = [], [], []
         for i, (_, entry, _, _) in enumerate(rows):
             segmentation = entry.get("segmentation") or ()
-            if type(segmentation) in (list, tuple) and all(type(polygon) is array for polygon in segmentation):
+            if type(segmentation) in (list, tuple) and {*map(type, segmentation)} <= {array}:
                 polygons += segmentation
                 owners += [i] * len(segmentation)
             else:
