@@ -60,18 +60,23 @@ def shared_data() -> Path:
 @pytest.fixture
 def run_guide(tmp_path, monkeypatch) -> Callable[..., list[str]]:
     """Runs the `detres` commands of a page's sh blocks in an empty folder with the configs, one after another, and
-    returns them. `train` gets the overrides `short`; `status` has the exit statuses that are not 0, by command."""
+    returns them. `train` gets the overrides `short`; `status` has the exit statuses that are not 0, by command. With
+    `python`, its Python runs, too, between them."""
     from detres.cli import main
 
-    def run(page: str, short: Sequence[str] = (), status: dict[str, int] = {}) -> list[str]:
+    def run(page: str, short: Sequence[str] = (), status: dict[str, int] = {}, python: bool = False) -> list[str]:
         shutil.copytree(ROOT / "configs", tmp_path / "configs")
         monkeypatch.chdir(tmp_path)
-        blocks = re.findall(r"```sh\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
-        lines = "".join(blocks).replace("\\\n", " ").splitlines()
-        commands = [shlex.split(line, comments=True) for line in lines if line.startswith("detres ")]
-        for _, *words in commands:
-            command = " ".join(["detres", *words])
-            assert main([*words, *(short if words[0] == "train" else ())]) == status.get(command, 0), command
-        return [" ".join(words) for words in commands]
+        commands = []
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for language, block in re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL):
+            if language == "python" and python:
+                exec(block, {})
+            lines = block.replace("\\\n", " ").splitlines() if language == "sh" else []
+            for _, *words in (shlex.split(line, comments=True) for line in lines if line.startswith("detres ")):
+                command = " ".join(["detres", *words])
+                assert main([*words, *(short if words[0] == "train" else ())]) == status.get(command, 0), command
+                commands.append(command)
+        return commands
 
     return run

@@ -26,9 +26,8 @@ from detres.data.problems import (FARTHEST, OnInvalid, Problems, is_number, numb
                                   unsound_polygons)
 from detres.data.records import Records
 
-# Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json, and
-# `detres data check --fix` changes.json.
-_OTHER_TASKS = ("changes", "captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources",
+# Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json.
+_OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources",
                 "shapes")
 
 
@@ -103,9 +102,10 @@ def _read(file: Path, images: str | None, files: ImageFiles) -> tuple[Dataset, P
 
 
 def json_files(folder: Path) -> list[Path]:
-    """Files that may be COCO annotations: in annotations/, else in the folder, else Roboflow's, one in each split."""
+    """Files that may be COCO annotations: in annotations/, else in the folder, else Roboflow's, one in each split.
+    changes.json is what `detres data check --fix` changed."""
     for pattern in ("annotations/*.json", "*.json", "*/_annotations.coco.json"):
-        if files := sorted(folder.glob(pattern)):
+        if files := sorted(file for file in folder.glob(pattern) if file.name != "changes.json"):
             return files
     return []
 
@@ -330,7 +330,7 @@ class _Reader:
         polygons, owners, suspects = [], [], []
         for i, (_, entry, _, _) in enumerate(rows):
             segmentation = entry.get("segmentation") or ()
-            if type(segmentation) in (list, tuple) and all(type(polygon) is array for polygon in segmentation):
+            if type(segmentation) in (list, tuple) and {*map(type, segmentation)} <= {array}:
                 polygons += segmentation
                 owners += [i] * len(segmentation)
             else:

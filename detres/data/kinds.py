@@ -202,3 +202,11 @@ KINDS: dict[str, Kind] = {
 
 def severity(kind: str) -> Severity:
     return KINDS[kind].severity
+
+
+def table() -> str:
+    """All kinds in Markdown, as in docs/data.md."""
+    rows = [f"| {severity} | `{slug}` | {title} | {effect} | {fix} |"
+            for severity in ("error", "warning", "note")
+            for slug, (own, title, effect, fix) in KINDS.items() if own == severity]
+    return "\n".join(["| | kind | what | what it does | what mends it |", "|---|---|---|---|---|", *rows])

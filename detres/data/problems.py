@@ -159,7 +159,7 @@ def is_number(value: Any) -> bool:
 
 def numbers(values: Any, count: int) -> list[float] | None:
     """`values` as a list of `count` floats; None if it is anything else. NaN passes."""
-    if not isinstance(values, list) or len(values) != count or not all(type(v) in (int, float) for v in values):
+    if not isinstance(values, list) or len(values) != count or not {*map(type, values)} <= {int, float}:
         return None
     try:
         return [float(value) for value in values]
@@ -215,7 +215,7 @@ def segmentation_problem(segmentation: Any, height: int | None, width: int | Non
                 "rle_size")
     counts = segmentation.get("counts")
     runs = run_lengths(counts) if isinstance(counts, str) else counts
-    if not isinstance(runs, list) or not all(type(run) is int and run >= 0 for run in runs):
+    if not isinstance(runs, list) or not {*map(type, runs)} <= {int} or min(runs, default=0) < 0:
         return counts, "must have counts (a list of whole numbers, or COCO's compressed string)", "bad_rle"
     if sum(runs) != height * width:
         return sum(runs), f"must have counts that cover its image (in all {height * width} pixels)", "bad_rle"

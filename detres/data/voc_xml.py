@@ -47,7 +47,7 @@ def parse(file: Path) -> Tree | str:
 
 def size_of(tree: Tree, path: Path | None, image_id: str, problems: Problems) -> tuple[int, int] | None:
     """Height and width: as stated, or of the image file where that is absent."""
-    height, width = (int(side) if side.isdecimal() else 0 for side in tree.size)
+    height, width = (int(side) if side.isdecimal() and len(side) < 7 else 0 for side in tree.size)
     if height and width:
         return height, width
     if path is None:

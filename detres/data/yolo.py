@@ -6,6 +6,7 @@ A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon. An imag
 from __future__ import annotations
 
 import itertools
+import os
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -39,7 +40,7 @@ def read_yolo(file: Path, role: str, split: str | None = None, on_invalid: OnInv
     name = next((name for name in ([split] if split else SPLITS[role]) if content.get(name)), None)
     if name is None:
         raise FileNotFoundError(f"data set must have the split '{split or role}', got "
-                                f"{sorted(set(content) - {'names', 'nc'})} ({file}). Add it to the file.")
+                                f"{sorted(map(str, set(content) - {'names', 'nc'}))} ({file}). Add it to the file.")
     listed = [image for entry in as_list(content[name]) for image in images_of(entry, root, file)]
     images = list(dict.fromkeys(listed))  # folders may overlap
     if images and not any(labels_of(image).is_file() for image in images):
@@ -83,9 +84,9 @@ def _names(content: dict[str, Any], file: Path) -> tuple[str, ...]:
 
 def root_of(content: dict[str, Any], file: Path) -> Path:
     """`path` is seen from the file, else from the working folder."""
-    given = Path(content.get("path") or ".").expanduser()
+    given = Path(str(content.get("path") or ".")).expanduser()
     for root in (file.parent / given, given):
-        if root.is_dir():
+        if os.path.isdir(root):
             return root
     raise FileNotFoundError(f"path must be a folder, got {given} (in {file}, seen from there and from {Path.cwd()}). "
                             "Correct it.")
@@ -100,10 +101,10 @@ def images_of(entry: Any, root: Path, file: Path) -> list[Path]:
     entry = str(entry)
     # Exporters write ../train/images for what lies beside the file.
     for path in (root / entry, root / entry.removeprefix("../")):
-        if path.is_dir():
+        if os.path.isdir(path):
             return sorted(image for image in path.rglob("*") if image.suffix.lower() in IMAGE_SUFFIXES)
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines()
+        if os.path.isfile(path):
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
             return [path.parent / line.strip() for line in lines if line.strip()]
     raise FileNotFoundError(f"images must be in a folder, or listed in a text file, got {entry} ({root / entry} does "
                             f"not exist; {file}). Correct it, or 'path'.")
@@ -174,7 +175,7 @@ class _Reader:
     def _rows(self, record: ImageRecord) -> Iterator[_Row]:
         """The rows of an image's text file that can be read."""
         labels = labels_of(record.path)
-        lines = labels.read_text(encoding="utf-8").splitlines() if labels.is_file() else []
+        lines = labels.read_text(encoding="utf-8", errors="replace").splitlines() if labels.is_file() else []
         for line, text in enumerate(lines, 1):
             if text.strip() and (row := self._row(record, line, text)) is not None:
                 yield row

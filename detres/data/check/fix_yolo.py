@@ -65,7 +65,7 @@ def _take_out(problem: Problem, changes: Changes) -> None:
     """The image, of all lists."""
     for name in ENTRIES:
         file = changes.root / f"{name}.txt"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
         own = [i for i, line in enumerate(lines) if line == f"./{problem.image}"]
         for i in own:
             changes.add(problem, f"line {i + 1}", lines[i], None, file)
@@ -74,7 +74,7 @@ def _take_out(problem: Problem, changes: Changes) -> None:
 
 
 def _mend_rows(file: Path, problems: Sequence[Problem], changes: Changes) -> None:
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     dropped = set()
     for problem in problems:
         i = problem.annotation_id - 1
@@ -122,7 +122,7 @@ def _convert(problem: Problem, changes: Changes) -> None:
         file = yolo.labels_of(image)
         if not file.is_file():
             continue
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
         new = [_converted(line, image, problem.kind) for line in lines]
         for i, (old, row) in enumerate(zip(lines, new), 1):
             if row != old:
@@ -133,7 +133,7 @@ def _convert(problem: Problem, changes: Changes) -> None:
 
 def _all_images(root: Path) -> list[Path]:
     lists = [root / f"{name}.txt" for name in ENTRIES if (root / f"{name}.txt").is_file()]
-    return [root / line for file in lists for line in file.read_text(encoding="utf-8").splitlines()]
+    return [root / line for file in lists for line in file.read_text(encoding="utf-8", errors="replace").splitlines()]
 
 
 def _converted(line: str, image: Path, kind: str) -> str:

@@ -83,7 +83,7 @@ def _check(records: Sequence[ImageRecord], start: int) -> list[Finding]:
              for j, item in enumerate(record.annotations)]
     boxes = [row for row in items if row[3].segmentation is None and not row[3].crowd]
     drawn = [row for row in items if isinstance(row[3].segmentation, list)]
-    coded = [row for row in items if isinstance(row[3].segmentation, dict)]
+    coded = [row for row in items if isinstance(row[3].segmentation, dict) and not row[3].crowd]  # COCO's are loose
     return [*(_check_areas_of_boxes(boxes) if boxes else ()), *(_check_polygons(drawn) if drawn else ()),
             *(_check_codes(coded) if coded else ())]
 
@@ -132,7 +132,7 @@ def _compare(items: list[Item], areas: np.ndarray, extents: np.ndarray, exact) -
     extents = np.clip(extents, 0, limits)
     sides = np.tile(boxes[:, 2:] - boxes[:, :2], 2)
     off = (np.abs(boxes - extents) > BOX_SHARE * sides + BOX_PIXELS).any(1)
-    apart = _differ(stated, areas) & ~np.array([row[3].crowd for row in items])  # a crowd's area is not looked at
+    apart = _differ(stated, areas)
     for k in np.flatnonzero(off | apart | (areas < 1)).tolist():
         pixels = exact(k)
         x1, y1, x2, y2 = extents[k].round(2).tolist()

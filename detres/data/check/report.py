@@ -111,7 +111,8 @@ def print_fix(after: Report, changes: Changes) -> None:
     """What was changed in a copy, and what the check says of it."""
     console = Console(file=sys.stdout, highlight=False)
     console.print()
-    _print(console, f"{len(changes.made):,} changes in {changes.root}, listed in changes.json and changes.csv", 0, "bold")
+    _print(console, f"{len(changes.made):,} change{'s'[:len(changes.made) != 1]} in {changes.root}, listed in changes.json "
+           "and changes.csv", 0, "bold")
     for line in summary(changes):
         _print(console, line, 2, hang=2)
     if after.problems:
@@ -156,11 +157,20 @@ def print_json(content: Any, file: TextIO | None = None) -> None:
 
 
 def plain(value: Any) -> Any:
-    """As strict JSON holds it: NaN and infinity as texts."""
+    """As strict JSON holds it: NaN and infinity as texts, and what is nested too deep or too long shortened."""
+    try:
+        return _plain(value)
+    except RecursionError:
+        return shortened(value)
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, (array, list, tuple)):
-        return [plain(item) for item in value]
+        return [_plain(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
+    if isinstance(value, int) and value.bit_length() > 64:
+        return shortened(value)
     return value if isinstance(value, (str, int, float, type(None))) else str(value)

@@ -61,6 +61,8 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
     """
     report, datasets = check_annotations(path, images, images_needed=read_images, workers=workers)
     found = [*(check_images(datasets, workers) if read_images else ()), *check_labels(datasets)]
+    broken = {(problem.split, problem.image) for problem in report.problems if severity(problem.kind) == "error"}
+    found = [problem for problem in found if problem.kind != "image_empty" or (problem.split, problem.image) not in broken]
     return replace(report, problems=report.problems + found)
 
 
@@ -92,7 +94,8 @@ def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Probl
     try:
         dataset = read_all(split.source, split.role, problems)
         check_geometry(problems, workers)
-        if not dataset.records.counts().any():
+        told = any(severity(problem.kind) == "error" for problem in problems.found)  # that would be why
+        if not told and not dataset.records.counts().any():
             problems.add(split.source.path, None, None, "annotations", 0, "must be one or more", "no_annotations")
         return dataset, problems.found
     except InvalidDataError as error:
