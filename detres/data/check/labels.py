@@ -126,7 +126,7 @@ def overlapping(image: np.ndarray, boxes: np.ndarray, least: float) -> tuple[np.
         step += 1
         active = active[active + step < len(boxes)]
         active = active[(image[active + step] == image[active]) & (boxes[active + step, 0] <= reach[active])]
-        iou = _iou(boxes[active], boxes[active + step])
+        iou = paired_overlap(boxes[active], boxes[active + step])
         hit = iou >= least
         found.append((order[active[hit]], order[active[hit] + step], iou[hit]))
     first, second, iou = (np.concatenate(parts) for parts in zip(*found)) if found else (np.zeros(0, int),) * 3
@@ -135,11 +135,12 @@ def overlapping(image: np.ndarray, boxes: np.ndarray, least: float) -> tuple[np.
     return first[by_row], second[by_row], iou[by_row]
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of boxes (P, 4) and (P, 4), one by one."""
+def paired_overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | bool = False) -> np.ndarray:
+    """IoU of boxes (P, 4) and (P, 4), one by one; where `a` is a crowd the share of `b` inside."""
     sides = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0)
-    shared = sides.prod(1)
-    return shared / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - shared)
+    shared, area = sides.prod(1), (b[:, 2:] - b[:, :2]).prod(1)
+    union = np.where(crowd, area, area + (a[:, 2:] - a[:, :2]).prod(1) - shared)
+    return shared / np.maximum(union, 1e-12)
 
 
 def _specks(objects: Objects) -> Iterator[Problem]:
