@@ -178,7 +178,7 @@ KINDS: dict[str, Kind] = {
     # Notes
     "category_gap": Kind("note", "category ids with gaps", "no harm: labels are numbered 0 to K-1 in their order", ""),
     "image_empty": Kind("note", "images without annotations",
-                        "they train as background (data.skip_empty leaves them out); what is found there counts as false",
+                        "they train as background (data.skip_empty leaves them out); what is found there is false",
                         "annotate them, if they show objects"),
     "box_speck": Kind("note", "boxes of less than 4 pixels",
                       "smaller than a cell of the finest features: hardly ever found",

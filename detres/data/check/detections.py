@@ -38,8 +38,8 @@ def check_against(detections: str | Path | ResultsFile, splits: Sequence[tuple[s
     results = detections if isinstance(detections, ResultsFile) else read_results(detections)
     compared = [_Compared.of(name, dataset, results) for name, dataset in splits]
     if not any(len(found.score) for found in compared):
-        raise ValueError(f"detections must be on images and of classes of the data set, got none ({results.path}). Give "
-                         "the results of this data set.")
+        raise ValueError(f"detections must be on images and of classes of the data set, got none ({results.path}). "
+                         "Give the results of this data set.")
     return [problem for found in compared for problem in (*found.contradicted(), *found.missing())]
 
 

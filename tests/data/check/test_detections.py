@@ -17,9 +17,9 @@ ANT, BEE = 5, 3  # category ids
 def dataset(*images, form="coco") -> Dataset:
     """Each image: its id, then (label, box, crowd)."""
     number = iter(range(1, 100))
-    return Dataset("set", form, ("bee", "ant"), (BEE, ANT), tuple(
-        ImageRecord(image, Path(f"{image}.jpg"), 100, 100, tuple(
-            Annotation(next(number), label, box, crowd=crowd) for label, box, crowd in items)) for image, *items in images))
+    records = [ImageRecord(image, Path(f"{image}.jpg"), 100, 100, tuple(
+        Annotation(next(number), label, box, crowd=crowd) for label, box, crowd in items)) for image, *items in images]
+    return Dataset("set", form, ("bee", "ant"), (BEE, ANT), tuple(records))
 
 
 def found(data: Dataset, *detections) -> list[tuple]:
