@@ -1,7 +1,7 @@
 """Classes whose names seem to be exchanged between two splits, told from the sizes and shapes of their boxes.
 
-A class of each split is a Gaussian of log size and log aspect ratio. Two classes are exchanged if the objects of either,
-in one split, fit the other class of the other split better than their own. It finds only what boxes can show (cells of
+A class of the one split is a Gaussian of log size and log aspect ratio. Two classes are exchanged if in the other split
+the objects of either fit the other's Gaussian better than their own. This finds only what boxes can show (cells of
 unlike size, persons and cars), and is silent about dogs and cats.
 """
 

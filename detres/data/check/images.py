@@ -69,7 +69,7 @@ class _Listed:
 
     @property
     def name(self) -> str:
-        return f"{self.record.path} ({self.split}, image {self.record.id!r})"
+        return f"as image {self.record.id!r} of {self.split}"
 
     def problem(self, kind: str, field: str, value: Any, reason: str) -> Problem:
         return Problem(str(self.record.path), self.record.id, None, field, value, reason, kind, self.split)
@@ -161,8 +161,8 @@ _BEGUN = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"II*\0", b"MM\0*", b"BM", b"RIF
 
 def _unidentified(data: bytes) -> Remark:
     if data.startswith(_BEGUN):
-        return Remark("image_truncated", "file", f"{len(data)} bytes", "must be complete (only the beginning of an image "
-                      "is there: download or copy it again)")
+        return Remark("image_truncated", "file", f"{len(data)} bytes", "must be complete (only the beginning of an "
+                      "image is there: download or copy it again)")
     found = next((what for start, what in _CONTENTS if data.lstrip()[:30].startswith(start)), None)
     if data[4:8] == b"ftyp":
         found = f"a {data[8:12].decode('latin1').strip()} file: HEIC, AVIF or a film"
@@ -261,16 +261,17 @@ def _copies(listed: Sequence[_Listed], facts: Sequence[_Facts]) -> list[Problem]
 
 
 def _copy(entry: _Listed, other: _Listed) -> Iterator[Problem]:
+    where = f"the other is {other.record.path}"
     if entry.split != other.split:
-        kind, reason = "image_leak", "must be in one split only (take it out of one)"
+        kind, reason = "image_leak", f"must be in one split only (take it out of one; {where})"
     elif entry.file == other.file:
         kind, reason = "image_listed_twice", "must be listed once (merge the objects of both entries)"
     else:
-        kind, reason = "image_copy", "must be there once (delete one, with its objects)"
+        kind, reason = "image_copy", f"must be there once (delete one, with its objects; {where})"
     yield entry.problem(kind, "content", other.name, reason)
     own, others = entry.labels(), other.labels()
     if own != others:
-        yield entry.problem("copy_labels_differ", "objects", f"{_count(own)}; {_count(others)} in {other.name}",
+        yield entry.problem("copy_labels_differ", "objects", f"{_count(own)}; {_count(others)} {other.name}",
                             "must be those of the same picture elsewhere (correct one of them)")
 
 
@@ -284,8 +285,8 @@ def _near_copies(listed: Sequence[_Listed], facts: Sequence[_Facts]) -> list[Pro
     numbers = {split: number for number, split in enumerate(dict.fromkeys(entry.split for entry in listed))}
     inside, across = find_lookalikes(np.stack([facts[entry.file].thumbnail for entry in listed]),
                                      np.array([numbers[entry.split] for entry in listed]))
-    return [listed[place].problem(kind, "content", listed[others[place]].name, reason)
-            for kind, others, reason in (
-                ("image_near_leak", across, "must not be almost that of another split (keep both in one)"),
-                ("image_near_copy", inside, "must not be almost that of another image (keep one, unless it is meant)"))
+    return [listed[place].problem(kind, "content", listed[others[place]].name,
+                                  f"{reason} (keep one; the other is {listed[others[place]].record.path})")
+            for kind, others, reason in (("image_near_leak", across, "must not be almost that of another split"),
+                                         ("image_near_copy", inside, "must not be almost that of another image"))
             for place in np.flatnonzero(others >= 0).tolist()]

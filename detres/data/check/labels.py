@@ -71,10 +71,10 @@ class Objects:
         pairs = np.unique(self.image * len(classes) + self.table["label"])
         return dict(zip(classes, np.bincount(pairs % max(1, len(classes)), minlength=len(classes)).tolist()))
 
-    def of_object(self, row: int, kind: str, field: str, reason: str) -> Problem:
+    def of_object(self, row: int, kind: str, field: str, value: Any, reason: str) -> Problem:
         record, item = self.dataset.records[int(self.image[row])], self.table[row]
         number = int(item["id"]) if self.dataset.format not in ("voc", "yolo") else None  # theirs are not in the files
-        return Problem(str(record.path), record.id, number, field, item["box"].round(2).tolist(), reason, kind, self.name)
+        return Problem(str(record.path), record.id, number, field, value, reason, kind, self.name)
 
     def of_class(self, kind: str, name: str, value: Any, reason: str) -> Problem:
         return Problem(self.dataset.name, None, None, f"class {name!r}", value, reason, kind, self.name)
@@ -95,16 +95,20 @@ def check_labels(splits: Sequence[tuple[str, Dataset]]) -> list[Problem]:
 
 
 def _pairs(objects: Objects) -> Iterator[Problem]:
-    """Each object with the first before it that it is drawn over."""
+    """Each object once, with the first before it that it is drawn over."""
+    label, boxes = objects.table["label"], objects.table["box"].round(2)
     first, second, iou = overlapping(objects.image, objects.table["box"], TWICE)
-    same = objects.table["label"][first] == objects.table["label"][second]
+    same = label[first] == label[second]
     for kind, chosen in (("object_twice", same), ("object_two_classes", ~same & (iou >= CONFUSED))):
         rows, places = np.unique(second[chosen], return_index=True)
         for row, other, value in zip(rows, first[chosen][places], iou[chosen][places]):
-            names = objects.class_name(row), objects.class_name(other)
-            told = "be of another object than" if kind == "object_twice" else f"not be {names[0]} and {names[1]} at once:"
-            fix = "delete one" if kind == "object_twice" else "delete the wrong one"
-            yield objects.of_object(row, kind, "bbox", f"must {told} {_named(objects, other)} (IoU {value:.2f}: {fix})")
+            box, twin = boxes[row].tolist(), f"{_named(objects, other)} (IoU {value:.2f}"
+            if kind == "object_twice":
+                yield objects.of_object(row, kind, "bbox", box, f"must be of another object than {twin}: delete one)")
+            else:
+                names = [objects.class_name(row), objects.class_name(other)]
+                yield objects.of_object(row, kind, "classes", [*names, box],
+                                        f"must be one: see {twin}: delete the wrong one)")
 
 
 def _named(objects: Objects, row: int) -> str:
@@ -126,7 +130,7 @@ def overlapping(image: np.ndarray, boxes: np.ndarray, least: float) -> tuple[np.
         step += 1
         active = active[active + step < len(boxes)]
         active = active[(image[active + step] == image[active]) & (boxes[active + step, 0] <= reach[active])]
-        iou = _iou(boxes[active], boxes[active + step])
+        iou = paired_overlap(boxes[active], boxes[active + step])
         hit = iou >= least
         found.append((order[active[hit]], order[active[hit] + step], iou[hit]))
     first, second, iou = (np.concatenate(parts) for parts in zip(*found)) if found else (np.zeros(0, int),) * 3
@@ -135,20 +139,23 @@ def overlapping(image: np.ndarray, boxes: np.ndarray, least: float) -> tuple[np.
     return first[by_row], second[by_row], iou[by_row]
 
 
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Of boxes (P, 4) and (P, 4), one by one."""
+def paired_overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | bool = False) -> np.ndarray:
+    """IoU of boxes (P, 4) and (P, 4), one by one; where `a` is a crowd the share of `b` inside."""
     sides = (np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])).clip(0)
-    shared = sides.prod(1)
-    return shared / ((a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - shared)
+    shared, area = sides.prod(1), (b[:, 2:] - b[:, :2]).prod(1)
+    union = np.where(crowd, area, area + (a[:, 2:] - a[:, :2]).prod(1) - shared)
+    return shared / np.maximum(union, 1e-12)
 
 
 def _specks(objects: Objects) -> Iterator[Problem]:
-    sides = objects.sides
+    sides, boxes = objects.sides, objects.table["box"]
     thin = sides.min(1, initial=np.inf) < 1
     for row in np.flatnonzero(thin).tolist():
-        yield objects.of_object(row, "box_under_pixel", "bbox", "must be a pixel wide and high (redraw or delete it)")
+        yield objects.of_object(row, "box_under_pixel", "bbox", boxes[row].round(2).tolist(),
+                                "must be a pixel wide and high (redraw or delete it)")
     for row in np.flatnonzero(~thin & (sides.max(1, initial=0) < SPECK)).tolist():
-        yield objects.of_object(row, "box_speck", "bbox", f"must have a side of {SPECK} pixels to be found")
+        yield objects.of_object(row, "box_speck", "bbox", boxes[row].round(2).tolist(),
+                                f"must have a side of {SPECK} pixels to be found")
 
 
 def _fillers(objects: Objects) -> Iterator[Problem]:
@@ -209,8 +216,8 @@ def _coverage(splits: Sequence[Objects]) -> Iterator[Problem]:
             yield train[0].of_class("class_not_trained", name, 0, "must have objects to train on (other splits have "
                                     f"{sum(has.values())} images with some)")
         elif 0 < trained <= RARE:
-            yield train[0].of_class("class_rare", name, f"{trained} images", f"must be in more than {RARE} images to be "
-                                    "learned well")
+            yield train[0].of_class("class_rare", name, f"{trained} images", f"must be in more than {RARE} images "
+                                    "to be learned well")
         for objects in annotated:
             if trained and not objects.trains and not has[id(objects)]:
                 yield objects.of_class("class_not_measured", name, 0, "must have objects here to be measured")
@@ -225,11 +232,11 @@ def _tables(splits: Sequence[Objects]) -> Iterator[Problem]:
     for objects in splits:
         for name, number in zip(objects.dataset.classes, objects.dataset.category_ids):
             if name not in ids:
-                yield objects.of_class("class_unknown", name, number, f"must be a class of {first.name} (add it there, or "
-                                       "rename it)")
+                yield objects.of_class("class_unknown", name, number, f"must be a class of {first.name} (add it there, "
+                                       "or rename it)")
             elif ids[name] != number:
-                yield objects.of_class("class_id_differs", name, number, f"must be {ids[name]}, as in {first.name} (use "
-                                       "one list of classes)")
+                yield objects.of_class("class_id_differs", name, number, f"must be {ids[name]}, as in {first.name} "
+                                       "(use one list of classes)")
 
 
 def _exchanges(splits: Sequence[Objects]) -> Iterator[Problem]:
@@ -238,8 +245,8 @@ def _exchanges(splits: Sequence[Objects]) -> Iterator[Problem]:
         names = [name for name in first.dataset.classes if name in second.dataset.classes]
         sides = [{name: _shapes(objects, name) for name in names} for objects in (first, second)]
         for a, b in exchanged_classes(*sides):
-            yield second.of_class("class_exchanged", a, [a, b], f"must be that of {first.name}: its boxes are as those of "
-                                  f"{b!r} there, and the reverse (are the names in another order?)")
+            yield second.of_class("class_exchanged", a, [a, b], f"must be that of {first.name}: its boxes are as those "
+                                  f"of {b!r} there, and the reverse (are the names in another order?)")
 
 
 def _shapes(objects: Objects, name: str) -> tuple[np.ndarray, np.ndarray]:

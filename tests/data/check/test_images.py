@@ -223,4 +223,5 @@ def test_real_data(shared_data):
         assert check_images([(split.name, split.load("drop")) for split in find_splits(shared_data / folder)]) == []
     problem, = check_images([(split.name, split.load("drop")) for split in find_splits(shared_data / "bccd" / "BCCD")])
     assert (problem.kind, problem.split, problem.image) == ("image_near_leak", "val", "BloodImage_00037")
-    assert "BloodImage_00038" in problem.value, "the same smear in another focus"
+    assert problem.value == "as image 'BloodImage_00038' of train", "the same smear in another focus"
+    assert "BloodImage_00038.jpg" in problem.reason

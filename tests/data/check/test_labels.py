@@ -41,7 +41,8 @@ def test_objects_drawn_twice():
     near = (10.5, 10, 51, 40.5)
     data = dataset([(0, (0, 0, 5, 5)), (0, BOX), (0, near)], [(0, BOX)], [(1, BOX)])
     problem, = [problem for problem in check_labels([("train", data)]) if problem.kind == "object_twice"]
-    assert (problem.image, problem.annotation_id, problem.value) == (0, 3, list(near)) and "annotation 2" in problem.reason
+    assert (problem.image, problem.annotation_id, problem.value) == (0, 3, list(near))
+    assert "annotation 2" in problem.reason
     assert kinds(dataset([(0, BOX)] * 4)) == ["object_twice"] * 3, "each with the first"
     assert kinds(dataset([(0, BOX), (0, BOX, "crowd")])) == []
     assert kinds(dataset([(0, BOX), (1, near)])) == ["object_two_classes"]
@@ -156,4 +157,5 @@ def test_exchanged_cells_are_found(shared_data):
         mixed = replace(splits["val"], classes=tuple(names[place] for place in order))
         told = [problem.value for problem in check_labels([("train", splits["train"]), ("val", mixed)])
                 if problem.kind == "class_exchanged"]
-        assert [sorted(pair) for pair in told] == [sorted(name for place, name in enumerate(names) if order[place] != place)]
+        moved = [name for place, name in enumerate(names) if order[place] != place]
+        assert [sorted(pair) for pair in told] == [sorted(moved)]
