@@ -3,13 +3,13 @@
     python benchmarks/loading.py COCO                # a folder of COCO's layout; under three minutes
     python benchmarks/loading.py COCO --only detres torchvision --runs 5
 
-All load the same images in the same order, two a batch, with a torch DataLoader, mirror half of them, and aim at a short
-side of 800 pixels. "ms" is the CPU time an image takes without worker processes, on one core. Then images a second
-with one and with two worker processes, by the clock, in the middle of an endless pass. Runs of different loaders
-alternate, and the table has medians.
+All load the same images in the same order, two a batch, with a torch DataLoader, mirror half of them, and aim at a
+short side of 800 pixels. "ms" is the CPU time an image takes without worker processes, on one core, "images/s" what
+that makes. Then images a second with one and with two worker processes, by the clock, in the middle of an endless
+pass. Runs of different loaders alternate, and the table has medians.
 
-Loaders end at different points. Ours gives bytes at the size of training, padded to a batch, and normalises in the model;
-torchvision's gives floats at the size of the file, and resizes, normalises and pads in the model; the plain one resizes
+Loaders end at different points. Ours gives bytes at the size of training, padded to a batch, and normalises in the
+model; torchvision's gives floats at the size of the file, and resizes, normalises and pads in the model; the plain one resizes
 by OpenCV (not antialiased), pads, and knows no objects. So there are two tables: as far as each loader goes; and to
 floats that go into the backbone, with `GeneralizedRCNNTransform` or our normalisation in the loader's processes.
 

@@ -562,8 +562,8 @@ class AugmentConfig(Section):
     scales: tuple[Positive, Positive] = Field(
         (1.0, 1.0), description="range of those factors: [0.8, 1.0] is Detectron2's 640 to 800 pixels at any min_size")
     resize: Literal["pillow", "torch"] = Field(
-        "pillow", description="who resizes where model.input.antialias: Pillow, as Detectron2; or torch, three times as "
-                              "fast, whose values differ by one of 255 in less than 1 of 200")
+        "pillow", description="who resizes where model.input.antialias is true: Pillow, as in Detectron2; or torch, "
+                              "three times as fast, of whose values fewer than 1 in 200 differ, by 1 or 2 of 255")
     flip: Probability = Field(0.5, description="chance of a horizontal flip")
     jitter: tuple[Positive, Positive] | None = Field(
         None, description="large-scale jitter: range of scales, (0.1, 2.0) in arXiv 2012.07177; replaces min_sizes")
@@ -647,8 +647,8 @@ class DataConfig(Section):
     sampling: SamplingConfig = SamplingConfig()
     reduced_decode: bool = Field(False, description="training decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the "
                                                     "resize makes it that small anyway: faster, slightly sharper")
-    on_device: bool = Field(False, description="training resizes, crops, mirrors and draws masks on `device`; loader "
-                                               "processes only decode. For GPUs that wait for data")
+    on_device: bool = Field(False, description="training resizes, crops, mirrors, recolours and draws masks on the "
+                                               "device; loader processes only decode: for GPUs that wait for data")
     augment: AugmentConfig = AugmentConfig()
     classification: ClassAugmentConfig = ClassAugmentConfig()
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import cv2
 import numpy as np
 
+from detres.data.frame import Framed
 from detres.data.transforms import Sample
 
 LEVELS = np.arange(256, dtype=np.float32)
@@ -29,19 +30,39 @@ class Photometric:
     channel_order: float
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        colours = self.draw(rng)
+        if isinstance(sample.image, Framed):
+            return replace(sample, image=replace(sample.image, colours=colours))
+        return replace(sample, image=colours.apply(sample.image))
+
+    def draw(self, rng: np.random.Generator) -> Colours:
         brightness, contrast, saturation, hue = rng.random(4) < self.probability
         shift = rng.uniform(-1, 1) * self.brightness if brightness else 0.0
         factor = rng.uniform(*self.contrast) if contrast else 1.0
         stretch = rng.uniform(*self.saturation) if saturation else 1.0
         turn = rng.uniform(-1, 1) * self.hue / 360 * 256 if hue else 0.0
-        early = rng.random() < 0.5
-        table = to_bytes(to_bytes(LEVELS + shift) * np.float32(factor if early else 1))
-        image = apply_table(sample.image, table)
-        image = turn_colours(image, stretch, turn)
-        image = apply_table(image, to_bytes(LEVELS * np.float32(1 if early else factor)))
-        if rng.random() < self.channel_order:
-            image = np.ascontiguousarray(image[..., rng.permutation(3)])
-        return replace(sample, image=image)
+        early, late = (factor, 1.0) if rng.random() < 0.5 else (1.0, factor)
+        order = tuple(rng.permutation(3).tolist()) if rng.random() < self.channel_order else (0, 1, 2)
+        return Colours(shift, early, stretch, turn, late, order)
+
+
+@dataclass(frozen=True)
+class Colours:
+    """What one image gets, in this order."""
+
+    shift: float
+    early: float  # contrast
+    stretch: float
+    turn: float
+    late: float  # contrast
+    order: tuple[int, int, int]  # of the channels
+
+    def apply(self, image: np.ndarray) -> np.ndarray:
+        """(H, W, 3) uint8; `device.recolour` is the same on a device."""
+        image = apply_table(image, to_bytes(to_bytes(LEVELS + self.shift) * np.float32(self.early)))
+        image = turn_colours(image, self.stretch, self.turn)
+        image = apply_table(image, to_bytes(LEVELS * np.float32(self.late)))
+        return image if self.order == (0, 1, 2) else np.ascontiguousarray(image[..., list(self.order)])
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:

@@ -12,13 +12,14 @@ K objects with run lengths, R ends of runs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from detres.data.augment_colour import Colours
 from detres.data.frame import Frame, Framed, Size
 from detres.data.images import EncodedImage
 from detres.data.masks import MaskViews, compressed, run_lengths
@@ -32,6 +33,7 @@ class ImageView(Framed):
     encoded: EncodedImage
     frame: Frame
     reduced: bool  # may be decoded at a reduced size
+    colours: Colours | None = None  # before it is resized
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -104,6 +106,7 @@ class StoredBatch(Movable):
     batch: Batch  # without pixels and masks
     pixels: Tensor  # (N, S, T, 3) uint8
     frames: Frames
+    colours: Tensor | None  # (N, 8) the numbers of `Colours`
     canvas: Size
     outlines: Outlines | None
     source_canvas: Size  # largest height and width of a source
@@ -119,7 +122,9 @@ def store(batch: Batch, images: Sequence[ImageView], masks: Sequence[MaskViews] 
     for padded, array in zip(pixels, arrays):
         padded[:array.shape[0], :array.shape[1]] = array
     frames = [image.frame for image in images]
-    return StoredBatch(batch, torch.from_numpy(pixels), Frames.of(frames, sizes), canvas,
+    colours = [image.colours and (*astuple(image.colours)[:5], *image.colours.order) for image in images]
+    return StoredBatch(batch, torch.from_numpy(pixels), Frames.of(frames, sizes),
+                       None if None in colours else torch.tensor(colours), canvas,
                        None if masks is None else Outlines.of(masks),
                        tuple(map(max, zip(*(frame.source for frame in frames)))), antialias)
 
@@ -133,7 +138,9 @@ def prepared(batches: Iterable[StoredBatch], device: torch.device) -> Iterator[B
 @torch.no_grad()
 def prepare(stored: StoredBatch) -> Batch:
     """The batch that the CPU would have made, on the device of its tensors."""
-    images = ImageBatch(resize(stored.pixels, stored.frames, stored.canvas, stored.antialias), stored.frames.size)
+    pixels = stored.pixels.permute(0, 3, 1, 2).float()
+    pixels = pixels if stored.colours is None else recolour(pixels, stored.colours)
+    images = ImageBatch(resize(pixels, stored.frames, stored.canvas, stored.antialias), stored.frames.size)
     masks = stored.outlines and draw(stored.outlines, stored.frames, stored.canvas, stored.source_canvas)
     return replace(stored.batch, images=images, targets=replace(stored.batch.targets, masks=masks))
 
@@ -141,10 +148,28 @@ def prepare(stored: StoredBatch) -> Batch:
 # Pixels
 
 
-def resize(pixels: Tensor, frames: Frames, canvas: Size, antialias: bool) -> Tensor:
-    """(N, S, T, 3) uint8 to (N, 3, H, W): uint8, rounded after each direction as Pillow does, or float32."""
-    down, across = (_weights(frames, axis, pixels.shape[axis + 1], canvas[axis], antialias) for axis in (0, 1))
-    images = pixels.permute(0, 3, 1, 2).float()  # (N, 3, S, T)
+def recolour(images: Tensor, colours: Tensor) -> Tensor:
+    """`Colours.apply` of (N, 3, S, T) floats: whole numbers in 0-255, but for those between saturation and hue."""
+    shift, early, stretch, turn, late = colours[:, :5, None, None, None].unbind(1)  # (N, 1, 1, 1) each
+    images = _bytes(_bytes(images + shift) * early)
+    value, range_ = images.amax(1, keepdim=True), images.amax(1, keepdim=True) - images.amin(1, keepdim=True)
+    red, green, blue = images.split(1, 1)
+    safe = range_.clamp(min=1)
+    hue = torch.where(value == red, (green - blue) / safe,
+                      torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)) + turn * 6 / 256
+    place = (torch.tensor([5, 3, 1], device=images.device)[:, None, None] + hue) % 6  # of each channel on the wheel
+    images = _bytes(value - (range_ * stretch).minimum(value) * place.minimum(4 - place).clamp(0, 1))
+    order = colours[:, 5:, None, None].long().expand_as(images)
+    return _bytes(images * late).gather(1, order)
+
+
+def _bytes(values: Tensor) -> Tensor:
+    return values.round().clamp(0, 255)
+
+
+def resize(images: Tensor, frames: Frames, canvas: Size, antialias: bool) -> Tensor:
+    """(N, 3, S, T) floats to (N, 3, H, W): uint8, rounded after each direction as Pillow does, or float32."""
+    down, across = (_weights(frames, axis, images.shape[axis + 2], canvas[axis], antialias) for axis in (0, 1))
     finish = (lambda x: (x + 0.5).floor()) if antialias else (lambda x: x)
     images = finish(images.flatten(1, 2) @ across.mT).unflatten(1, images.shape[1:3])  # (N, 3, S, W)
     images = finish(down[:, None] @ images)

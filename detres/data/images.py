@@ -177,7 +177,8 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _reduction(shape: Sequence[int], needed: Sequence[int]) -> int:
-    return next((factor for factor in (8, 4, 2) if all(side >= factor * least for side, least in zip(shape, needed))), 1)
+    ratio = min(side / least for side, least in zip(shape, needed))
+    return next((factor for factor in (8, 4, 2) if ratio >= factor), 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from detres.config import AugmentConfig, DataConfig, InputConfig, SamplingConfig
+from detres.data.augment_colour import Photometric
 from detres.data.augment_mix import Mix, build_mixes
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.device import ImageView, StoredBatch, store
@@ -164,11 +165,13 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool, with_s
 
 
 def _check_device(reader: _Reader) -> None:
-    others = [type(step).__name__ for step in (*reader.transform.steps, *reader.mixes) if not isinstance(step, MOVES)]
+    known = (*MOVES, Photometric)
+    others = [type(step).__name__ for step in (*reader.transform.steps, *reader.mixes) if not isinstance(step, known)]
     others += ["label maps"] if reader.with_semantic or not reader.with_boxes else []
     if others:
-        raise ValueError("data.on_device must be false but for detectors whose images are resized, cropped and "
-                         f"mirrored only, got true with {', '.join(others)}. Say data.on_device=false.")
+        raise ValueError("data.on_device must be false but for detectors whose images are resized, cropped, "
+                         f"mirrored and recoloured (photometric) only, got true with {', '.join(others)}. "
+                         "Say data.on_device=false.")
 
 
 def trainable(record: ImageRecord) -> list[Annotation]:
@@ -250,7 +253,7 @@ class _Reader:
         elif not self.reduced_decode:
             image = image.pixels()
         sample = make_sample(record, image, self.with_masks, self.keypoints, self.with_boxes, self.with_semantic,
-                             self.with_ignored, views=self.transform.views_masks and not self.mixes)
+                             self.with_ignored, views=self.on_device or self.transform.views_masks and not self.mixes)
         try:
             return sample, self.transform(sample, rng)
         except ImageError as error:

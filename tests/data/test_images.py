@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from detres.data.images import ImageError, read_image, read_size, to_rgb_array
+from detres.data.images import ImageError, decode_image, open_image, read_image, read_size, to_rgb_array
 
 GREY = np.arange(12 * 20, dtype=np.uint8).reshape(12, 20)
 RGB = np.random.default_rng(0).integers(0, 256, (12, 20, 3), np.uint8)
@@ -128,3 +130,80 @@ def test_to_rgb_array(tmp_path):
 def test_real_images_have_their_stated_sizes(shared_data):
     for path in sorted((shared_data / "coco_mini" / "val2017").iterdir())[:10]:
         assert read_image(path).shape[:2] == read_size(path)
+
+
+# JPEG
+
+
+SCENE = np.array(Image.fromarray(RGB).resize((101, 67), Image.Resampling.BICUBIC))  # odd sides, edges
+
+
+def jpeg(image=SCENE, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "jpeg", **options)
+    return file.getvalue()
+
+
+def by_pillow(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data)) as image:
+        return np.array(image.convert("RGB"))
+
+
+@pytest.mark.parametrize("options", [
+    {"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"quality": 100}, {"quality": 5},
+    {"restart_marker_blocks": 3}, {"keep_rgb": True}, {"image": SCENE[..., 0]}, {"image": SCENE[:1]},
+    {"image": SCENE[:, :1]}, {"image": SCENE[:17, :16], "subsampling": 2}], ids=str)
+def test_jpeg_has_the_bits_of_pillow(options):
+    data = jpeg(**options)
+    assert open_image(data, "x").plain
+    found = decode_image(data, "x")
+    np.testing.assert_array_equal(found, by_pillow(data))
+    assert found.flags.writeable and found.flags.c_contiguous
+    np.testing.assert_array_equal(decode_image(data + b"more", "x"), found)  # by Pillow, for what follows the end
+
+
+@pytest.mark.data
+def test_real_jpeg_has_the_bits_of_pillow(shared_data):
+    for path in sorted((shared_data / "coco_mini" / "val2017").iterdir())[:12]:
+        np.testing.assert_array_equal(read_image(path), by_pillow(path.read_bytes()))
+
+
+@pytest.mark.parametrize("cut", [2, 3, 20, 0.5, 0.9])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_a_truncated_jpeg_is_refused_wherever_it_ends(cut, progressive):
+    data = jpeg(progressive=progressive)
+    with pytest.raises(ImageError, match="shard.tar: 7.jpg must be readable"):
+        decode_image(data[:-cut] if isinstance(cut, int) else data[:int(cut * len(data))], "shard.tar: 7.jpg")
+
+
+def test_which_files_are_plain():
+    cmyk = io.BytesIO()
+    Image.new("CMYK", (8, 8)).save(cmyk, "jpeg")
+    png = io.BytesIO()
+    Image.fromarray(SCENE).save(png, "png")
+    assert [open_image(data, "x").plain for data in (jpeg(), cmyk.getvalue(), png.getvalue())] == [True, False, False]
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_reduced_decoding(orientation):
+    """The decoder's own scaling, never below what is needed."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    data = jpeg(np.kron(SCENE, np.ones((4, 4, 1), np.uint8)), exif=exif)  # 268 x 404
+    image = open_image(data, "x")
+    height, width = image.shape[:2]
+    assert (height, width) == ((268, 404) if orientation < 5 else (404, 268))
+    for needed, factor in (((height, width), 1), ((height // 2 + 1, 10), 1), ((height // 2, width // 2), 2),
+                           ((height // 4, width // 4), 4), ((3, width // 4 + 1), 2), ((3, 3), 8)):
+        found = image.pixels(needed)
+        assert found.shape == (-(-height // factor), -(-width // factor), 3)
+        with Image.open(io.BytesIO(data)) as reference:
+            reference.draft("RGB", (404 // factor, 268 // factor))
+            np.testing.assert_array_equal(found, np.asarray(ImageOps.exif_transpose(reference)))
+    np.testing.assert_array_equal(np.asarray(image), image.pixels())
+
+
+def test_other_files_are_not_reduced():
+    file = io.BytesIO()
+    Image.fromarray(SCENE).save(file, "png")
+    assert open_image(file.getvalue(), "x").pixels((2, 2)).shape == SCENE.shape

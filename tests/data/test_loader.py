@@ -385,3 +385,42 @@ def test_real_data(shared_data, name, role, masks):
     if masks:  # almost all of a mask lies in its box
         for mask, (x1, y1, x2, y2) in zip(batch.targets.masks, boxes.round().int().tolist()):
             assert mask[max(0, y1 - 1):y2 + 1, max(0, x1 - 1):x2 + 1].sum() >= 0.95 * mask.sum()
+
+
+# Faster ways
+
+
+def jpeg_set(folder: Path, size: tuple[int, int] = (160, 240)) -> Dataset:
+    image = np.random.default_rng(0).integers(0, 256, (size[0] // 8, size[1] // 8, 3), np.uint8)
+    Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC).save(folder / "x.jpg")
+    item = Annotation(1, 0, (20, 20, 100, 90), [[20, 20, 100, 20, 100, 90, 20, 90]])
+    return Dataset("one", "coco", ("a",), (1,), (ImageRecord(1, folder / "x.jpg", *size, (item,)),))
+
+
+def test_reduced_decoding_trains_on_nearly_the_same_pixels(tmp_path):
+    dataset, small = jpeg_set(tmp_path), InputConfig(min_size=48, max_size=200)
+    options = {"batch_size": 1, "model_input": small, "with_keypoints": False, "count": 1}
+    (full,), (reduced,) = (batches(dataset, reduced_decode=flag, **options) for flag in (False, True))
+    difference = (full.images.pixels.float() - reduced.images.pixels.float()).abs()
+    assert 0 < difference.mean() < 2 and torch.equal(full.targets.masks, reduced.targets.masks)
+    # A size that is more than half of the file's, evaluation, and a step that looks at pixels first: all of the image.
+    blur = AugmentConfig(albumentations=({"HorizontalFlip": {"p": 1.0}},))
+    for change in ({"model_input": InputConfig(min_size=81, max_size=200)}, {"training": False}, {"augment": blur}):
+        (full,), (reduced,) = (batches(dataset, reduced_decode=flag, **options | change) for flag in (False, True))
+        assert_equal(full, reduced)
+
+
+def test_the_size_of_a_file_is_checked_before_it_is_decoded(tmp_path):
+    dataset = jpeg_set(tmp_path)
+    wrong = replace(dataset, records=(replace(dataset.records[0], width=241),))
+    with pytest.raises(ImageError, match="241 x 160 px .* got 240 x 160"):
+        batches(wrong, reduced_decode=True, batch_size=1, count=1, with_keypoints=False)
+
+
+@pytest.mark.parametrize("augment", [{}, {"jitter": (0.5, 2.0), "crop_size": 96}])
+def test_torch_resizes_nearly_as_pillow(dataset, augment):
+    pillow, torch_ = (batches(dataset, 2, augment=AugmentConfig(resize=name, **augment)) for name in ("pillow", "torch"))
+    for a, b in zip(pillow, torch_):
+        difference = (a.images.pixels.int() - b.images.pixels.int()).abs()
+        assert difference.max() <= 2 and difference.float().mean() < 0.05 and b.images.pixels.dtype == torch.uint8
+        assert_equal(a, replace(b, images=a.images))
