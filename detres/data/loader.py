@@ -239,9 +239,15 @@ class _Reader:
         """The sample, its image at the scales of the pyramid, and its label map at the original size."""
         rng = np.random.default_rng(sample_seed(self.seed, key))
         raw, out = self._transformed(key.number, rng)
+        partners = self._partners(key.number) if self.mixes and key.mixes else ()
         for mix in self.mixes if key.mixes else ():
-            out = mix(out, rng, lambda: self._transformed(int(rng.choice(self.partners)), rng)[1])
+            out = mix(out, rng, lambda: self._transformed(int(rng.choice(partners)), rng)[1])
         return out, [resize_for_eval(raw.image, scale) for scale in self.pyramid], raw.semantic
+
+    def _partners(self, number: int) -> np.ndarray:
+        """Of shards only those in the image's own, which is being read."""
+        block = self.records.images["block"]
+        return self.partners if self.records.store is None else self.partners[block[self.partners] == block[number]]
 
     def _transformed(self, number: int, rng: np.random.Generator) -> tuple[Sample, Sample]:
         """A record as it is on disk, and after the transforms of single images."""

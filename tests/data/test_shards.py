@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from detres.cli import main
-from detres.config import DataConfig, InputConfig, SourceConfig
+from detres.config import AugmentConfig, DataConfig, InputConfig, SourceConfig
 from detres.data.dataset import Dataset, InvalidDataError, load_dataset, read_all
 from detres.data.images import ImageError, read_image
 from detres.data.loader import build_loader
 from detres.data.problems import Problems
-from detres.data.sampling import InBlocks, Shuffle
+from detres.data.sampling import InBlocks, Key, Shuffle
 from detres.data.shapes import ShapesOptions, write_shapes
 from detres.data.shard_scan import Scan
 from detres.data.shard_writer import write_shards
@@ -291,6 +291,20 @@ def test_workers_ranks_and_resuming_change_nothing(written):
     halves = [ids(loader(written, rank=rank, world_size=2), 12) for rank in range(2)]
     assert [a + b for a, b in zip(*halves)] == steps
     assert ids(loader(written, seed=1), 12) != steps
+
+
+def test_images_are_combined_with_those_of_their_shard(written):
+    dataset = load(written)
+    data = DataConfig(workers=0, augment=AugmentConfig(mosaic={"probability": 1.0}))
+    reader = build_loader(dataset, InputConfig(min_size=64, max_size=96), data, batch_size=4, training=True,
+                          with_masks=False).reader
+    seen = []
+    object.__setattr__(reader, "_transformed", lambda number, rng: seen.append(number) or type(reader)._transformed(
+        reader, number, rng))
+    for number in range(len(dataset.records)):
+        seen.clear()
+        reader.sample(Key(0, number))
+        assert len(seen) == 4 and len(set(dataset.records.images["block"][seen])) == 1
 
 
 def test_a_few_shards_at_a_time():
