@@ -228,8 +228,12 @@ def parse_images(entries: list[Any], file: Path, images: str | None, problems: P
     found: dict[Any, ImageRecord | None] = {}
     names = [entry["file_name"] for entry in entries
              if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
-    exists.sample = names[:: max(1, len(names) // 20)]
-    exists.folder = folder = image_folder(file, images, exists.sample, problems)
+    for size in (20, 2000):  # more, if just those are missing
+        exists.sample = names[:: max(1, len(names) // size)]
+        exists.folder = folder = image_folder(file, images, exists.sample, missing := Problems(file.stem))
+        if folder is not None:
+            break
+    problems.found += missing.found
     for number, entry in enumerate(entries):
         place = f"images[{number}]"
         entry = entry if isinstance(entry, dict) else {}

@@ -193,3 +193,13 @@ def test_every_kind_is_described():
     for slug, kind in KINDS.items():
         assert kind.severity in ("error", "warning", "note") and kind.title and kind.effect, slug
         assert not kind.effect.endswith(".") and not kind.fix.endswith("."), slug
+
+
+def test_a_folder_of_which_many_images_are_gone_is_found(coco):
+    """Also if the few that are looked at first are among them."""
+    coco.content["images"] = [coco.content["images"][0] | {"id": number, "file_name": "a.png" if number % 5 else "gone.png"}
+                              for number in range(1000)]
+    coco.content["annotations"] = []
+    save(coco)
+    found = [problem.kind for problem in check_data(coco.root, workers=1).problems]
+    assert found.count("image_missing") == 200 and "images_nowhere" not in found
