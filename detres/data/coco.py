@@ -296,11 +296,11 @@ class _Reader:
         self._check_id(number, entry)
         known = type(image_id) in (int, str) and image_id in self.images
         if not known:
-            self._add(number, entry, "image_id", image_id, "must be the id of an image (in this file: add it, or delete "
-                      "the annotation)", "unknown_image")
+            self._add(number, entry, "image_id", image_id,
+                      "must be the id of an image (in this file: add it, or delete the annotation)", "unknown_image")
         if type(category_id) is not int or category_id not in self.label_of and category_id not in self.left_out:
-            self._add(number, entry, "category_id", category_id, "must be the id of a category (in this file: add it, or "
-                      "correct this)", "unknown_category")
+            self._add(number, entry, "category_id", category_id,
+                      "must be the id of a category (in this file: add it, or correct this)", "unknown_category")
         box = numbers(entry.get("bbox"), 4)
         if box is None:
             self._add(number, entry, "bbox", entry.get("bbox"), "must be four numbers (x, y, width, height)", "bad_box")
@@ -358,8 +358,9 @@ class _Reader:
         if self.keypoints and entry.get("keypoints"):
             keypoints = numbers(entry["keypoints"], 3 * self.keypoints)
             if keypoints is None or not all(map(math.isfinite, keypoints)):
-                self._add(number, entry, "keypoints", entry["keypoints"], "must be finite: x, y and visibility for each "
-                          f"name ({3 * self.keypoints} numbers)", "bad_keypoints")
+                self._add(number, entry, "keypoints", entry["keypoints"],
+                          f"must be finite: x, y and visibility for each name ({3 * self.keypoints} numbers)",
+                          "bad_keypoints")
         label = self.label_of.get(entry.get("category_id")) if number not in self.bad else None
         if label is None or image is None:
             return None

@@ -126,7 +126,8 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
             and the log says how many of what.
         ValueError: an annotation file that is no annotation file.
     """
-    problems = Problems(source.path, source.path if source.images is None else f"{source.path} --images {source.images}")
+    images = "" if source.images is None else f" --images {source.images}"
+    problems = Problems(source.path, f"{source.path}{images}")
     dataset = read_all(source, role, problems)
     problems.name = dataset.name
     problems.close(on_invalid)

@@ -127,8 +127,8 @@ def code() -> str:
     """Of the modules that say what is read, and how it is kept: others may read the same file differently."""
     folder = Path(__file__).parent
     content = [(folder / f"{name}.py").read_bytes() for name in (
-        "check/layout", "coco", "coco_json", "dataset", "index", "kinds", "label_maps", "masks", "panoptic", "problems", "records",
-        "shards")]
+        "check/layout", "coco", "coco_json", "dataset", "index", "kinds", "label_maps", "masks", "panoptic", "problems",
+        "records", "shards")]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 

@@ -188,7 +188,8 @@ class _Reader:
                              "bad_row")
         if label not in range(self.classes):
             return self._add(record, line, "class", text.split()[0],
-                             f"must be the number of a name in the YAML file (0 to {self.classes - 1})", "unknown_category")
+                             f"must be the number of a name in the YAML file (0 to {self.classes - 1})",
+                             "unknown_category")
         if len(values) == 4:
             x, y, w, h = (value * side for value, side in zip(values, (record.width, record.height) * 2))
             return _Row(record, line, int(label), [x - w / 2, y - h / 2, x + w / 2, y + h / 2], values, None)

@@ -143,4 +143,5 @@ def summary(changes: Changes) -> list[str]:
     counts: dict[str, Counter[str]] = {}
     for change in changes.made:
         counts.setdefault(change.why, Counter())["deleted" if change.new is None else "corrected"] += 1
-    return [f"{why}: {', '.join(f'{count:,} {what}' for what, count in found.items())}" for why, found in counts.items()]
+    return [f"{why}: " + ", ".join(f"{count:,} {what}" for what, count in found.items())
+            for why, found in counts.items()]

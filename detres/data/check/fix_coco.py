@@ -34,12 +34,17 @@ def copy(path: Path, splits: Sequence[SplitSummary], images: Path | None, out: P
             target = out / file.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-            names = [entry["file_name"] for entry in parse(file)["images"]
-                     if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
-            folder = image_folder(file, images and str(images), names, Problems(""))
+            folder = _folder(file, parse(file)["images"], images)
             if folder is not None:
                 link(_place(folder.resolve(), root, target, out), folder)
     return out if path.is_dir() else out / path.name
+
+
+def _folder(file: Path, entries: Sequence[Any], images: Path | None = None) -> Path | None:
+    """Of the images."""
+    names = [entry["file_name"] for entry in entries
+             if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
+    return image_folder(file, images and str(images), names[:: max(1, len(names) // 2000)], Problems(""))
 
 
 def _place(folder: Path, root: Path, target: Path, out: Path) -> Path:
@@ -89,6 +94,10 @@ class _Fix:
         if match := re.fullmatch(r"(images|annotations|categories)\[(\d+)\]", problem.place):
             return match[1], int(match[2])
         return ("images", self.image_places[problem.image]) if problem.image in self.image_places else ("", 0)
+
+    @cached_property
+    def folder(self) -> Path | None:
+        return _folder(self.file, self.content["images"])
 
     @cached_property
     def image_places(self) -> dict[Any, int]:
@@ -225,11 +234,9 @@ def _is_sound(polygon: Any) -> bool:
 
 def _size(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> None:
     """That of the file."""
-    names = [entry["file_name"]] if isinstance(entry.get("file_name"), str) else []
-    folder = image_folder(fix.file, None, names, Problems("")) if names else None
     try:
-        height, width = read_size(folder / names[0])
-    except (ImageError, TypeError, ValueError, OSError):
+        height, width = read_size(fix.folder / entry["file_name"])
+    except (ImageError, KeyError, TypeError, ValueError, OSError):
         return fix.drop(problem, name, place)
     for key, value in (("height", height), ("width", width)):
         if entry.get(key) != value:
@@ -308,7 +315,8 @@ def _from_fractions(fix: _Fix, problem: Problem) -> None:
 
 def _scale_polygons(fix: _Fix, problem: Problem, entry: dict[str, Any], size: tuple[int, int]) -> None:
     given = entry.get("segmentation")
-    if isinstance(given, list) and all(isinstance(p, list) and all(is_number(v) and 0 <= v <= 1 for v in p) for p in given):
+    if isinstance(given, list) and all(isinstance(polygon, list) and all(is_number(value) and 0 <= value <= 1
+                                                                         for value in polygon) for polygon in given):
         scaled = [[value * size[i % 2] for i, value in enumerate(polygon)] for polygon in given]
         fix.set(problem, entry, "segmentation", scaled, image=entry.get("image_id"), annotation=entry.get("id"))
     fix.set(problem, entry, "area", None, image=entry.get("image_id"), annotation=entry.get("id"))

@@ -94,8 +94,8 @@ def _check_areas_of_boxes(items: list[Item]) -> Iterator[Finding]:
     areas = np.array([row[3].area for row in items], float)
     own = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     for k in np.flatnonzero((areas > own * (1 + AREA_SHARE) + AREA_PIXELS) | (areas <= 0)).tolist():
-        yield _finding(items[k], "area", items[k][3].area, f"must be at most that of the box, {own[k]:g} px", "area_differs",
-                       round(float(own[k]), 2))
+        yield _finding(items[k], "area", items[k][3].area, f"must be at most that of the box, {own[k]:g} px",
+                       "area_differs", round(float(own[k]), 2))
 
 
 def _check_codes(items: list[Item]) -> Iterator[Finding]:

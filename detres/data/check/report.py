@@ -111,8 +111,8 @@ def print_fix(after: Report, changes: Changes) -> None:
     """What was changed in a copy, and what the check says of it."""
     console = Console(file=sys.stdout, highlight=False)
     console.print()
-    _print(console, f"{len(changes.made):,} change{'s'[:len(changes.made) != 1]} in {changes.root}, listed in changes.json "
-           "and changes.csv", 0, "bold")
+    count = len(changes.made)
+    _print(console, f"{count:,} change{'s'[:count != 1]} in {changes.root}, listed in changes.json and changes.csv", 0, "bold")
     for line in summary(changes):
         _print(console, line, 2, hang=2)
     if after.problems:
@@ -121,8 +121,8 @@ def print_fix(after: Report, changes: Changes) -> None:
         _print(console, f"{KINDS[kind].title}: {len(problems):,} {KINDS[kind].severity}{'s'[:len(problems) > 1]}", 4,
                hang=2)
     status = after.exit_status
-    _print(console, ("✓ the copy is safe to train on", *["✗ the copy has errors that only you can mend"] * 2)[status], 0,
-           ("green", "red", "red")[status])
+    verdict = "✓ the copy is safe to train on" if status == 0 else "✗ the copy has errors that only you can mend"
+    _print(console, verdict, 0, ("green", "red", "red")[status])
 
 
 def _verdict(report: Report, fix: bool) -> str:

@@ -62,7 +62,8 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
     report, datasets = check_annotations(path, images, images_needed=read_images, workers=workers)
     found = [*(check_images(datasets, workers) if read_images else ()), *check_labels(datasets)]
     broken = {(problem.split, problem.image) for problem in report.problems if severity(problem.kind) == "error"}
-    found = [problem for problem in found if problem.kind != "image_empty" or (problem.split, problem.image) not in broken]
+    found = [problem for problem in found  # an image is not empty if it is that its objects cannot be read
+             if problem.kind != "image_empty" or (problem.split, problem.image) not in broken]
     return replace(report, problems=report.problems + found)
 
 

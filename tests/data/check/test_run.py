@@ -33,7 +33,8 @@ def save(coco) -> None:
     ("box_not_finite", {"bbox": [1, 2, NAN, 4]}), ("box_negative", {"bbox": [10, 10, -5, 5]}),
     ("box_empty", {"bbox": [10, 10, 0, 5]}), ("box_outside", {"bbox": [90, 10, 5, 5]}),
     ("box_past_edge", {"bbox": [70, 10, 20, 30], "segmentation": None}), ("bad_area", {"area": "1"}),
-    ("bad_area", {"area": 10**400}), ("area_differs", {"area": 900}), ("area_differs", {"area": 900, "segmentation": []}),
+    ("bad_area", {"area": 10**400}), ("area_differs", {"area": 900}),
+    ("area_differs", {"area": 900, "segmentation": []}),
     ("area_differs", {"segmentation": RLE | {"counts": [100, 600, 4100]}, "area": 400}),
     ("box_mask_differs", {"bbox": [10, 10, 28, 30]}), ("bad_iscrowd", {"iscrowd": 2}),
     ("bad_segmentation", {"segmentation": 5}), ("bad_segmentation", {"segmentation": [1, 2, 3, 4, 5, 6]}),
@@ -197,8 +198,8 @@ def test_every_kind_is_described():
 
 def test_a_folder_of_which_many_images_are_gone_is_found(coco):
     """Also if the few that are looked at first are among them."""
-    coco.content["images"] = [coco.content["images"][0] | {"id": number, "file_name": "a.png" if number % 5 else "gone.png"}
-                              for number in range(1000)]
+    coco.content["images"] = [coco.content["images"][0] | {
+        "id": number, "file_name": "a.png" if number % 5 else "gone.png"} for number in range(1000)]
     coco.content["annotations"] = []
     save(coco)
     found = [problem.kind for problem in check_data(coco.root, workers=1).problems]
