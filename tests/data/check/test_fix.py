@@ -53,7 +53,7 @@ def test_a_broken_file_is_mended(coco, out):
               14: {"bbox": [30, 40, -20, -30], "segmentation": None}, 15: {"area": 900}, 16: {"area": "x"},
               17: {"segmentation": [good["segmentation"][0], [1, 2, 3, 4]]},
               18: {"segmentation": good["segmentation"][0]},
-              19: {"bbox": [60, 50, 40, 40], "segmentation": None, "area": None}, 20: {"iscrowd": 3},
+              19: {"image_id": 3, "bbox": [40, 50, 40, 40], "segmentation": None, "area": None}, 20: {"iscrowd": 3},
               21: {"segmentation": {"size": [1, 2], "counts": [2]}}, 0: {}}
     content["annotations"] += [good | {"id": number} | change for number, change in broken.items()]
     content["annotations"] += [dict(good), good | {"bbox": [11, 10, 19, 30]}, "x"]
@@ -72,7 +72,7 @@ def test_a_broken_file_is_mended(coco, out):
     assert by_id[12]["bbox"] == by_id[14]["bbox"] == [10, 10, 20, 30]  # from the mask; turned
     assert by_id[15]["area"] == mask_area(good["segmentation"], 60, 80) and "area" not in by_id[16]
     assert by_id[17]["segmentation"] == by_id[18]["segmentation"] == good["segmentation"]
-    assert by_id[19]["bbox"] == [60, 50, 20, 10] and by_id[20]["iscrowd"] == 0
+    assert by_id[19]["bbox"] == [40, 50, 20, 30] and by_id[20]["iscrowd"] == 0
     assert by_id[30]["category_id"] == 4  # merged by name
     assert [entry["name"] for entry in mended["categories"]] == ["zebra", "ant", "category_92"]
     assert [(entry["id"], entry["height"]) for entry in mended["images"]] == [(7, 60), (3, 80), (9, 60)]
@@ -81,7 +81,7 @@ def test_a_broken_file_is_mended(coco, out):
     assert len(rows) == len(changes.made) == len(json.loads((out / "changes.json").read_text()))
     row = next(row for row in rows if row["annotation"] == "19")
     assert (row["file"], row["image"], row["field"], row["old"], row["new"]) == (
-        "annotations/instances_train2017.json", "7", "bbox", "[60, 50, 40, 40]", "[60, 50, 20, 10]")
+        "annotations/instances_train2017.json", "3", "bbox", "[40, 50, 40, 40]", "[40, 50, 20, 30]")
     again, more = fix(out, out.parent / "twice")
     assert more.made == [] and again.problems != [] and again.exit_status == 0
 

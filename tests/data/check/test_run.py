@@ -149,6 +149,8 @@ def test_kinds_of_voc_and_yolo(tmp_path, files):
                                         "image_missing", "box_empty"}
     crossed = next(p for p in check_data(tmp_path / "yolo", workers=1).problems if p.kind == "polygon_crosses")
     assert (crossed.annotation_id, crossed.place, crossed.file[-5:]) == (5, "line 5", "a.txt")
+    (tmp_path / "yolo/labels/train/b.txt").write_bytes(b"0 .5 .5 .1 .1\n\xff\xfe\n")  # hides no other file
+    assert kinds(tmp_path / "yolo") >= {"unknown_category", "bad_row", "polygon_odd", "image_missing"}
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty", "empty.json", "text.json", "list.json", "bad.yaml", "list.yaml"])
