@@ -69,7 +69,7 @@ def _hashes(thumbnails: np.ndarray) -> np.ndarray:
 
 def _alike(thumbnails: np.ndarray, hashes: np.ndarray, rows: np.ndarray, columns: np.ndarray
            ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Those of the rows (R,) and columns (C,) that may be in a pair, and which are, (R, C): pictures and earlier ones."""
+    """Those of the rows (R,) and columns (C,) that may be in a pair, and which are, (R, C)."""
     near = np.bitwise_count(hashes[0, rows, None] ^ hashes[0, columns]) <= BITS
     rows, columns = rows[near.any(1)], columns[near.any(0)]
     differ = np.bitwise_count(hashes[:, rows, None] ^ hashes[:, None, columns]).sum(0)
