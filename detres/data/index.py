@@ -93,7 +93,8 @@ def cached(file: Path, options: tuple, find: Callable[[Sequence[str]], Path | No
 
     `options` are the reader's; `find` gives the folder of images for the sample of their names.
     """
-    state, store = _state(file, options), cache_file("index", str(file.absolute()), options)
+    state = _state(file, options)
+    store = cache_file("index", str(file.absolute()), options)
     if store is None or state["size"] < LEAST:
         return read(ImageFiles())
     with suppress(OSError, ValueError, KeyError, TypeError, msgspec.DecodeError):
@@ -114,8 +115,8 @@ def cached(file: Path, options: tuple, find: Callable[[Sequence[str]], Path | No
 def _state(file: Path, options: tuple) -> dict[str, Any]:
     """What a file of the cache is for: other content of the annotation file has another state."""
     stat = os.stat(file)
-    return {"file": os.fsencode(file.absolute()), "options": repr(options), "size": stat.st_size, "mtime": stat.st_mtime_ns,
-            "ctime": stat.st_ctime_ns, "inode": stat.st_ino, "code": code()}
+    return {"file": os.fsencode(file.absolute()), "options": repr(options), "size": stat.st_size,
+            "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns, "inode": stat.st_ino, "code": code()}
 
 
 @cache
