@@ -17,7 +17,8 @@ PAGE = (Path(__file__).resolve().parents[1] / "docs/loading.md").read_text(encod
 
 
 def test_commands_run(run_guide, tmp_path):
-    short = ["train.steps=2", "train.batch_size=2", "train.reference_batch_size=2", "train.eval_every=2", "data.workers=1"]
+    short = ["train.steps=2", "train.batch_size=2", "train.reference_batch_size=2", "train.eval_every=2",
+             "data.workers=1"]
     assert len(run_guide("docs/loading.md", short)) >= 4
     assert (tmp_path / "runs/sharded/results.json").is_file()
     assert len(list((tmp_path / "shards").glob("train-*.tar"))) > 1

@@ -37,7 +37,7 @@ def read_coco(file: Path, images: str | None = None, *, on_invalid: OnInvalid = 
     Labels 0..K-1 are in the order of the category ids. Raises as `load_dataset`.
     """
     with no_garbage_collection():
-        dataset, problems = cached(file, images, lambda names: image_folder(file, images, names, Problems("")),
+        dataset, problems = cached(file, (images,), lambda names: image_folder(file, images, names, Problems("")),
                                    lambda files: _read(file, images, files))
     problems.close(on_invalid)
     return dataset

@@ -87,13 +87,14 @@ class Places:
 Read = Callable[[ImageFiles], tuple[Dataset, Problems]]
 
 
-def cached(file: Path, images: str | None, find: Callable[[Sequence[str]], Path | None], read: Read
+def cached(file: Path, options: tuple, find: Callable[[Sequence[str]], Path | None], read: Read
            ) -> tuple[Dataset, Problems]:
     """What `read` makes of an annotation file, and what it found to be wrong: from the cache if nothing changed.
 
-    `images` is the reader's option; `find` gives the folder of images for the sample of their names.
+    `options` are the reader's; `find` gives the folder of images for the sample of their names.
     """
-    state, store = _state(file, images), _store(file, images)
+    state = _state(file, options)
+    store = cache_file("index", str(file.absolute()), options)
     if store is None or state["size"] < LEAST:
         return read(ImageFiles())
     with suppress(OSError, ValueError, KeyError, TypeError, msgspec.DecodeError):
@@ -105,21 +106,17 @@ def cached(file: Path, images: str | None, find: Callable[[Sequence[str]], Path 
             return _restored(header, records)
     files, start = ImageFiles(), time.time()
     dataset, problems = read(files)
-    settled = start - state["mtime"] / 1e9 > SETTLED and _state(file, images) == state
+    settled = start - state["mtime"] / 1e9 > SETTLED and _state(file, options) == state
     if files.folder is None or not settled:
         return dataset, problems
     return _kept(store, state, files, dataset, problems)
 
 
-def _store(file: Path, images: str | None) -> Path | None:
-    return cache_file("index", str(file.absolute()), images)
-
-
-def _state(file: Path, images: str | None) -> dict[str, Any]:
+def _state(file: Path, options: tuple) -> dict[str, Any]:
     """What a file of the cache is for: other content of the annotation file has another state."""
     stat = os.stat(file)
-    return {"file": os.fsencode(file.absolute()), "images": images, "size": stat.st_size, "mtime": stat.st_mtime_ns,
-            "ctime": stat.st_ctime_ns, "inode": stat.st_ino, "code": code()}
+    return {"file": os.fsencode(file.absolute()), "options": repr(options), "size": stat.st_size,
+            "mtime": stat.st_mtime_ns, "ctime": stat.st_ctime_ns, "inode": stat.st_ino, "code": code()}
 
 
 @cache

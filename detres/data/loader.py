@@ -160,8 +160,8 @@ def _check_data(dataset: Dataset, with_masks: bool, with_keypoints: bool, with_s
     if with_masks:
         if bare := dataset.records.without_masks(dataset.records.trainable()):
             raise ValueError(f"annotations must have a segmentation for a model with masks, got {bare} "
-                             f"({dataset.name}, {dataset.format}). Add polygons, or train without masks, from weights with "
-                             "them too: model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
+                             f"({dataset.name}, {dataset.format}). Add polygons, or train without masks, from weights "
+                             "with them too: model.name=faster_rcnn, or cascade_rcnn in place of cascade_mask_rcnn.")
 
 
 def _check_device(reader: _Reader) -> None:

@@ -50,7 +50,7 @@ def load_panoptic(source: SourceConfig, role: Role, on_invalid: OnInvalid = "err
     file = path if path.is_file() else _find(path, role, source.split)
     with coco.no_garbage_collection():
         dataset, problems = cached(
-            file, source.images, lambda names: coco.image_folder(file, source.images, names, Problems("")),
+            file, (source.images,), lambda names: coco.image_folder(file, source.images, names, Problems("")),
             lambda files: _read(file, source.images, files))
     problems.close(on_invalid)
     return dataset

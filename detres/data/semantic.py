@@ -50,7 +50,8 @@ def load_semantic(source: SourceConfig, role: Role, on_invalid: OnInvalid = "err
 def _of_instances(dataset: Dataset) -> Dataset:
     if bare := dataset.records.without_masks():
         raise ValueError(f"annotations must have a segmentation for semantic segmentation, got {bare} "
-                         f"({dataset.name}, {dataset.format}). Give data with polygons, RLE or label maps; boxes alone train a detector.")
+                         f"({dataset.name}, {dataset.format}). Give data with polygons, RLE or label maps; "
+                         "boxes alone train a detector.")
     if BACKGROUND in dataset.classes:
         raise ValueError(f"classes of objects must not be called {BACKGROUND}, which is the class of pixels of no "
                          f"object, got {', '.join(dataset.classes)} ({dataset.name}). Rename it.")

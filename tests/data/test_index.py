@@ -118,12 +118,22 @@ def test_damaged_and_foreign_files_are_made_anew(data, reads, tmp_path):
     good = load(data)
     file, = kept(tmp_path)
     content = file.read_bytes()
-    damaged = content[:100] + b"x" + content[101:]
-    for number, bad in enumerate((b"", b"PK" * 50, content[:-1], content[:20], damaged), 2):
+    other = content.replace(good.classes[0].encode(), good.classes[0][::-1].encode(), 1)
+    assert other != content
+    for number, bad in enumerate((b"", b"PK" * 50, content[:-1], content[:20], other), 2):
         file.unlink()  # what is mapped stays
         file.write_bytes(bad)
         assert load(data) == good and len(reads) == number
     assert load(data) == good and len(reads) == number
+
+
+def test_files_of_records_say_what_is_wrong(data, tmp_path):
+    index.save_records(file := tmp_path / "some", {}, load(data).records)
+    content = file.read_bytes()
+    for name, bad, text in (("cut", content[:-1], "must be whole"), ("text", b"{}", "must be a file of detres")):
+        (tmp_path / name).write_bytes(bad)
+        with pytest.raises(ValueError, match=f"index {text}.*{name}"):
+            index.map_records(tmp_path / name)
 
 
 def test_other_code_reads_anew(data, reads, monkeypatch):
