@@ -38,6 +38,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import functional as tvf
 
@@ -46,6 +47,7 @@ from detres.data.dataset import Dataset, ImageRecord, load_dataset
 from detres.data.images import decode_image, read_file
 from detres.data.loader import build_loader, trainable
 from detres.data.transforms import resized_size
+from detres.structures import Movable
 
 BATCH, SKIPPED, MEASURED = 2, 6, 50  # images; batches
 MEAN, STD = InputConfig().mean, InputConfig().std
@@ -162,12 +164,27 @@ def measure(reader: Any, batches: Sequence[Keys], workers: int) -> float:
                              worker_init_fn=one_thread, multiprocessing_context="fork" if workers else None))
     clock: Callable[[], float] = time.perf_counter if workers else time.process_time
     for _ in range(SKIPPED):
-        next(loader)
+        read(next(loader))
     start = clock()
     for _ in range(MEASURED):
-        next(loader)
+        read(next(loader))
     seconds = clock() - start
     return MEASURED * BATCH / seconds if workers else seconds / MEASURED / BATCH * 1e3
+
+
+def read(batch: Any) -> None:
+    """Touches all memory of a batch, as whoever copies it to a GPU does: pages of shared memory are mapped then."""
+    if isinstance(batch, torch.Tensor):
+        batch.reshape(-1)[::1024].sum()
+    elif isinstance(batch, dict):
+        read(tuple(batch.values()))
+    elif isinstance(batch, Movable):
+        read(tuple(vars(batch).values()))
+    elif isinstance(batch, (tuple, list)):
+        for item in batch:
+            read(item)
+    elif isinstance(batch, ImageList):
+        read(batch.tensors)
 
 
 def as_is(batch: Any) -> Any:
