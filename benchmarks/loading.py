@@ -46,12 +46,13 @@ from detres.config import AugmentConfig, DataConfig, InputConfig, SourceConfig
 from detres.data.dataset import Dataset, ImageRecord, load_dataset
 from detres.data.images import decode_image, read_file
 from detres.data.loader import build_loader, trainable
+from detres.data.sampling import Key
 from detres.data.transforms import resized_size
 from detres.structures import Movable
 
-BATCH, SKIPPED, MEASURED = 2, 6, 50  # images; batches
+BATCH, SKIPPED, MEASURED = 2, 5, 40  # images; batches
 MEAN, STD = InputConfig().mean, InputConfig().std
-Keys = list[tuple[int, int]]
+Keys = list[Key]
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class TorchvisionReader:
     to_input: bool
 
     def __getitems__(self, keys: Keys) -> Any:
-        rng = np.random.default_rng(keys[0])
-        images, targets = zip(*(self._sample(self.records[number], rng) for _, number, *_ in keys))
+        rng = np.random.default_rng(keys[0].number)
+        images, targets = zip(*(self._sample(self.records[key.number], rng) for key in keys))
         return TRANSFORM(list(images), list(targets)) if self.to_input else (images, targets)
 
     def _sample(self, record: ImageRecord, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -99,7 +100,7 @@ class PlainReader:
     to_input: bool
 
     def __getitems__(self, keys: Keys) -> torch.Tensor:
-        images = [self._image(self.records[number], number % 2 == 0) for _, number in keys]
+        images = [self._image(self.records[key.number], key.number % 2 == 0) for key in keys]
         size = [max(side) for side in zip(*(image.shape for image in images))]
         padded = np.zeros((len(images), *size), np.uint8)
         for place, image in zip(padded, images):
@@ -209,7 +210,7 @@ def limits(dataset: Dataset) -> None:
         return statistics.median(times)
 
     decoding = milliseconds(lambda: [decode_image(item, str(record.path)) for item, record in data], len(data))
-    batch = detres(dataset, True).__getitems__([(0, number) for number in range(20)])
+    batch = detres(dataset, True).__getitems__([Key(0, number) for number in range(20)])
     print(f"limits on a core, ms an image: decoding {decoding:.2f}", end="")
     for name, tensor in (("image", batch.images.pixels), ("masks", batch.targets.masks)):
         copying = milliseconds(lambda: tensor.clone(), 20)
