@@ -50,7 +50,7 @@ from detres.data.sampling import Key
 from detres.data.transforms import resized_size
 from detres.structures import Movable
 
-BATCH, SKIPPED, MEASURED = 2, 5, 40  # images; batches
+BATCH, SKIPPED, MEASURED = 2, 4, 24  # images; batches
 MEAN, STD = InputConfig().mean, InputConfig().std
 Keys = list[Key]
 
