@@ -38,6 +38,7 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.transforms import functional as tvf
 
@@ -45,11 +46,13 @@ from detres.config import AugmentConfig, DataConfig, InputConfig, SourceConfig
 from detres.data.dataset import Dataset, ImageRecord, load_dataset
 from detres.data.images import decode_image, read_file
 from detres.data.loader import build_loader, trainable
+from detres.data.sampling import Key
 from detres.data.transforms import resized_size
+from detres.structures import Movable
 
-BATCH, SKIPPED, MEASURED = 2, 6, 50  # images; batches
+BATCH, SKIPPED, MEASURED = 2, 4, 24  # images; batches
 MEAN, STD = InputConfig().mean, InputConfig().std
-Keys = list[tuple[int, int]]
+Keys = list[Key]
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class TorchvisionReader:
     to_input: bool
 
     def __getitems__(self, keys: Keys) -> Any:
-        rng = np.random.default_rng(keys[0])
-        images, targets = zip(*(self._sample(self.records[number], rng) for _, number, *_ in keys))
+        rng = np.random.default_rng(keys[0].number)
+        images, targets = zip(*(self._sample(self.records[key.number], rng) for key in keys))
         return TRANSFORM(list(images), list(targets)) if self.to_input else (images, targets)
 
     def _sample(self, record: ImageRecord, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -97,7 +100,7 @@ class PlainReader:
     to_input: bool
 
     def __getitems__(self, keys: Keys) -> torch.Tensor:
-        images = [self._image(self.records[number], number % 2 == 0) for _, number in keys]
+        images = [self._image(self.records[key.number], key.number % 2 == 0) for key in keys]
         size = [max(side) for side in zip(*(image.shape for image in images))]
         padded = np.zeros((len(images), *size), np.uint8)
         for place, image in zip(padded, images):
@@ -162,12 +165,27 @@ def measure(reader: Any, batches: Sequence[Keys], workers: int) -> float:
                              worker_init_fn=one_thread, multiprocessing_context="fork" if workers else None))
     clock: Callable[[], float] = time.perf_counter if workers else time.process_time
     for _ in range(SKIPPED):
-        next(loader)
+        read(next(loader))
     start = clock()
     for _ in range(MEASURED):
-        next(loader)
+        read(next(loader))
     seconds = clock() - start
     return MEASURED * BATCH / seconds if workers else seconds / MEASURED / BATCH * 1e3
+
+
+def read(batch: Any) -> None:
+    """Touches all memory of a batch, as whoever copies it to a GPU does: pages of shared memory are mapped then."""
+    if isinstance(batch, torch.Tensor):
+        batch.reshape(-1)[::1024].sum()
+    elif isinstance(batch, dict):
+        read(tuple(batch.values()))
+    elif isinstance(batch, Movable):
+        read(tuple(vars(batch).values()))
+    elif isinstance(batch, (tuple, list)):
+        for item in batch:
+            read(item)
+    elif isinstance(batch, ImageList):
+        read(batch.tensors)
 
 
 def as_is(batch: Any) -> Any:
@@ -192,7 +210,7 @@ def limits(dataset: Dataset) -> None:
         return statistics.median(times)
 
     decoding = milliseconds(lambda: [decode_image(item, str(record.path)) for item, record in data], len(data))
-    batch = detres(dataset, True).__getitems__([(0, number) for number in range(20)])
+    batch = detres(dataset, True).__getitems__([Key(0, number) for number in range(20)])
     print(f"limits on a core, ms an image: decoding {decoding:.2f}", end="")
     for name, tensor in (("image", batch.images.pixels), ("masks", batch.targets.masks)):
         copying = milliseconds(lambda: tensor.clone(), 20)
