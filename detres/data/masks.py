@@ -194,3 +194,25 @@ def run_lengths(compressed: str) -> list[int] | None:
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
     return counts
+
+
+def box_of(segmentation: list[Any] | dict[str, Any]) -> tuple[float, float, float, float]:
+    """xyxy that encloses polygons, or the pixels of an RLE."""
+    if isinstance(segmentation, list):
+        xs, ys = ([value for polygon in segmentation for value in polygon[start::2]] for start in (0, 1))
+        return min(xs), min(ys), max(xs), max(ys)
+    x, y, w, h = coco_mask.toBbox(compressed(segmentation, *segmentation["size"])).tolist()
+    return x, y, x + w, y + h
+
+
+def run_code(inside: np.ndarray, top: int, left: int, height: int, width: int) -> dict[str, Any]:
+    """The RLE, with `counts` a string, of an image of that size whose pixels are set where a window (h, w) bool, of
+    which the first pixel is at (top, left), says so."""
+    column, row = np.nonzero(inside.T)
+    pixels = (column + left) * height + row + top  # places in the order of the columns: rising
+    starts = np.flatnonzero(np.diff(pixels, prepend=-2) != 1)
+    ends = np.append(starts[1:], len(pixels)) - 1
+    edges = np.stack([pixels[starts], pixels[ends] + 1], 1).ravel() if len(pixels) else np.zeros(0, int)
+    counts = np.diff(edges, prepend=0, append=height * width).tolist()
+    code = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": code["counts"].decode()}

@@ -34,7 +34,7 @@ def copy(path: Path, splits: Sequence[SplitSummary], images: Path | None, out: P
             target = out / file.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
-            names = [entry["file_name"] for entry in parse(file)["images"]
+            names = [(entry["file_name"],) for entry in parse(file)["images"]
                      if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
             folder = image_folder(file, images and str(images), names, Problems(""))
             if folder is not None:
@@ -226,7 +226,7 @@ def _is_sound(polygon: Any) -> bool:
 def _size(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> None:
     """That of the file."""
     names = [entry["file_name"]] if isinstance(entry.get("file_name"), str) else []
-    folder = image_folder(fix.file, None, names, Problems("")) if names else None
+    folder = image_folder(fix.file, None, [names], Problems("")) if names else None
     try:
         height, width = read_size(folder / names[0])
     except (ImageError, TypeError, ValueError, OSError):
