@@ -75,14 +75,14 @@ def read_cityscapes(root: Path, role: str, split: str | None = None, images: str
 
 @dataclass(frozen=True)
 class Scene:
-    """What a JSON file says: (label, polygon) from back to front."""
+    """What a JSON file says: (label, polygon (P, 2)) from back to front."""
 
     file: Path
     image_id: str
     image: Path
     height: int
     width: int
-    objects: list[tuple[str, list[tuple[float, float]]]]
+    objects: list[tuple[str, np.ndarray]]
 
 
 def _scene(file: Path, folder: Path, problems: Problems) -> Scene | None:
@@ -103,11 +103,12 @@ def _parse(file: Path, stem: str, image: Path) -> Scene:
     height, width = content["imgHeight"], content["imgWidth"]
     if type(height) is not int or type(width) is not int or min(height, width) < 1:
         raise ValueError(f"size of {width} x {height}")
-    objects = [(str(entry["label"]), [(float(x), float(y)) for x, y in entry["polygon"]]) for entry in content["objects"]
+    objects = [(str(entry["label"]), np.array(entry["polygon"], float)) for entry in content["objects"]
                if not entry.get("deleted")]
     if unknown := {label for label, _ in objects if label != WITHOUT_ID and _class(label) is None}:
         raise ValueError(f"unknown label {sorted(unknown)[0]!r}")
-    if any(not np.isfinite(polygon).all() or len(polygon) < 2 for _, polygon in objects):
+    if any(polygon.ndim != 2 or polygon.shape[1] != 2 or len(polygon) < 2 or not np.isfinite(polygon).all()
+           for _, polygon in objects):
         raise ValueError("a polygon without two finite points")
     return Scene(file, stem, image, height, width, objects)
 
@@ -129,7 +130,7 @@ def paint(scene: Scene) -> np.ndarray:
         if label in WITH_INSTANCES:
             count[label] += 1
             number = 1000 * number + count[label] - 1
-        draw.polygon(polygon, fill=number)
+        draw.polygon(polygon.ravel().tolist(), fill=number)
     return np.asarray(canvas)
 
 
@@ -146,14 +147,15 @@ def _visible(scene: Scene, first: int) -> Iterator[Annotation]:
     """The instances and groups of things that can be seen, numbered from `first`."""
     ids, windows = paint(scene), _windows(scene)
     for number, (left, top, right, bottom) in sorted(windows.items()):
-        rows, columns = np.nonzero(inside := ids[top:bottom, left:right] == number)
+        inside = ids[top:bottom, left:right] == number
+        rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         if len(rows):
             crowd = number < 1000
             name = LABELS[number if crowd else number // 1000]
-            box = tuple(float(edge) for edge in (left + columns.min(), top + rows.min(), left + columns.max() + 1,
-                                                 top + rows.max() + 1))
+            box = tuple(float(edge) for edge in (left + columns[0], top + rows[0], left + columns[-1] + 1,
+                                                 top + rows[-1] + 1))
             code = run_code(inside, top, left, scene.height, scene.width)
-            yield Annotation(first, THINGS.index(name), box, code, area=float(len(rows)), crowd=crowd)
+            yield Annotation(first, THINGS.index(name), box, code, area=float(np.count_nonzero(inside)), crowd=crowd)
             first += 1
 
 
@@ -169,7 +171,7 @@ def _windows(scene: Scene) -> dict[int, tuple[int, int, int, int]]:
         if name == label:
             count[label] += 1
             number = 1000 * number + count[label] - 1
-        extent = np.array([np.floor(np.min(polygon, 0)) - 1, -np.ceil(np.max(polygon, 0)) - 2])
+        extent = np.array([np.floor(polygon.min(0)) - 1, -np.ceil(polygon.max(0)) - 2])
         found[number] = np.minimum(found.get(number, extent), extent)
     limits = np.array([scene.width, scene.height])
     return {number: tuple(np.clip(np.stack([low, -high]), 0, limits).astype(int).ravel().tolist())

@@ -24,6 +24,7 @@ class Format(NamedTuple):
     read: Callable[[Any, SourceConfig, Role, OnInvalid, bool], Dataset]
     splits: Callable[[Path, Any], list[Place]]
     uses: tuple[str, ...] = ("split", "images")  # fields of SourceConfig
+    loose: bool = False  # without lists of images or a description: `detres data check --fix` cannot copy it
 
 
 def recognise(path: str | Path) -> tuple[Format, Any]:
@@ -146,9 +147,10 @@ FORMATS: tuple[Format, ...] = (
     Format("labelme", ".json files with shapes", labelme.find, partial(_read_images, labelme.read_labelme),
            partial(_named, loose.splits)),
     Format("CVAT", "annotations.xml", cvat.find, partial(_read_images, cvat.read_cvat), _whole),
-    Format("VOC", ".xml files", voc.find_loose, partial(_read_images, voc.read_loose), partial(_named, loose.splits)),
+    Format("VOC", ".xml files", voc.find_loose, partial(_read_images, voc.read_loose), partial(_named, loose.splits),
+           loose=True),
     Format("YOLO", ".txt files in labels/, or obj.data", yolo.find_loose, partial(_read_images, yolo.read_loose),
-           partial(_named, yolo.loose_splits)),
+           partial(_named, yolo.loose_splits), loose=True),
     Format("OpenImages", "a .csv file with ImageID and XMin", openimages.find,
            partial(_read_images, openimages.read_openimages), partial(_named, openimages.splits)),
 )

@@ -107,10 +107,31 @@ def test_splits(tmp_path):
 
 @pytest.mark.parametrize("change, message", (
     ({"label": "zebra"}, "unknown label 'zebra'"), ({"polygon": [[1, float("nan")], [2, 3]]}, "finite"),
-    ({"polygon": 5}, "TypeError"), ({"label": None}, "must be JSON of Cityscapes")))
+    ({"polygon": 5}, "two finite points"), ({"label": None}, "must be JSON of Cityscapes")))
 def test_what_is_wrong_is_told(tmp_path, change, message):
     write(tmp_path, objects=[OBJECTS[0] | change])
     write(tmp_path, number=1, images=False)
     with pytest.raises(InvalidDataError, match=message) as error:
         load_dataset(SourceConfig(path=str(tmp_path)), "train")
     assert len(error.value.problems) == 2 and "must be an image file" in str(error.value)
+
+
+def test_conversion_to_coco_and_panoptic(tmp_path):
+    from detres.data.convert.run import Options, convert
+    from detres.data.panoptic import load_panoptic
+
+    folder, stem = write(tmp_path / "data")
+    ids = official()
+    Image.fromarray(np.where(ids < 1000, ids, ids // 1000).astype(np.uint8)).save(folder / f"{stem}_gtFine_labelIds.png")
+    data, found = tmp_path / "data", load_dataset(SourceConfig(path=str(tmp_path / "data")), "train").records[0]
+    convert([data], tmp_path / "coco", Options("coco", strict=True))
+    back = load_dataset(SourceConfig(path=str(tmp_path / "coco")), "train")
+    assert back.category_ids == (24, 25, 26, 27, 28, 31, 32, 33)
+    assert [(item.label, item.box, item.crowd, item.segmentation) for item in back.records[0].annotations] == [
+        (item.label, item.box, item.crowd, item.segmentation) for item in found.annotations]
+    convert([data], tmp_path / "panoptic", Options("panoptic", strict=True), semantic=str(data))
+    both = load_panoptic(SourceConfig(path=str(tmp_path / "panoptic")), "train")
+    assert both.classes == THINGS and set(both.semantic_classes[1:]) == set(SEMANTIC) - set(THINGS)
+    assert [item.area for item in both.records[0].annotations] == [item.area for item in found.annotations]
+    labels = both.records[0].label_map.read(both.records[0])
+    assert (labels == 1 + both.semantic_classes[1:].index("road")).sum() == (ids == 7).sum()

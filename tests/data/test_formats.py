@@ -170,6 +170,16 @@ class TestLooseVoc:
             load(tmp_path)
 
 
+def test_no_clean_copy_of_loose_files(tmp_path, put):
+    from detres.data.check.fix import write_clean_copy
+    from detres.data.check.run import check_data
+
+    put("data/images/a.png")
+    put("data/labels/a.txt", TestLooseYolo.BOX)
+    with pytest.raises(ValueError, match="got yolo in loose files .* detres data convert"):
+        write_clean_copy(check_data(tmp_path / "data"), None, tmp_path / "out")
+
+
 class TestLooseYolo:
     BOX = "1 .5 .5 .5 .5\n"
 
