@@ -7,10 +7,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from detres.cli_parser import Parser, command, count, positive
-
-DATA = ("data set in COCO, LVIS, VOC, YOLO, Cityscapes, labelme, CVAT or OpenImages format: a folder, a YAML file or an "
-        "annotation file")
+from detres.cli_parser import Parser, add_source, command, count, positive
 
 EXAMPLES = {
     "data convert": """
@@ -31,11 +28,6 @@ EXAMPLES = {
   detres data subset datasets/coco datasets/dogs --classes dog --with-objects
   detres data subset datasets/coco datasets/chosen --ids ids.txt""",
 }
-
-
-def add_source(parser: Parser) -> None:
-    parser.add_argument("data", metavar="DATA", help=DATA)
-    parser.add_argument("--images", metavar="DIR", help="folder of the images, where it is not found by itself")
 
 
 def _add_convert(commands: argparse._SubParsersAction, name: str) -> None:
