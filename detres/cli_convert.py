@@ -19,7 +19,7 @@ EXAMPLES = {
   detres data split datasets/shapes datasets/shapes-split --parts train=0.8,val=0.1,test=0.1
   detres data split photos.json datasets/photos --parts val=500,train --seed 1
   detres data split frames datasets/frames --parts train=0.8,val=0.2 --group-by "(.*)_frame"
-  detres data split photos datasets/photos --parts train=0.8,val=0.2 --group-copies""",
+  detres data split photos datasets/photos --parts train=0.8,val=0.2 --group-lookalikes""",
     "data merge": """
   detres data merge datasets/shapes datasets/photos datasets/all
   detres data merge a.json b datasets/ab --to coco --merge-classes car,truck=vehicle""",
@@ -51,7 +51,8 @@ def _add_split(commands: argparse._SubParsersAction, name: str) -> None:
                              "val=0.2)")
     parser.add_argument("--group-by", metavar="REGEX", help="keep images together whose file names agree in this, or in "
                                                             "its first group: frames of a video, crops of a scan")
-    parser.add_argument("--group-copies", action="store_true", help="keep files of the same content together")
+    parser.add_argument("--group-lookalikes", action="store_true", help="keep pictures together that look the same: "
+                                                                        "copies, other sizes, the next frame")
     parser.add_argument("--seed", type=count, default=0, metavar="S", help="(default: 0)")
 
 
@@ -144,7 +145,7 @@ def _merge(args: argparse.Namespace) -> None:
 def _split(args: argparse.Namespace) -> None:
     from detres.data.convert.sets import joined, split
 
-    _written(args, lambda parts: split(joined(parts), args.parts, args.group_by, args.group_copies, args.seed))
+    _written(args, lambda parts: split(joined(parts), args.parts, args.group_by, args.group_lookalikes, args.seed))
 
 
 def _subset(args: argparse.Namespace) -> None:

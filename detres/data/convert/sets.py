@@ -6,18 +6,22 @@ Legend: U units (groups of images that stay together), K classes, P parts.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from detres.data.check.lookalikes import find_lookalikes, thumbnail
 from detres.data.convert.classes import unified
 from detres.data.convert.lost import Losses
 from detres.data.convert.parts import Part
 from detres.data.dataset import Dataset, ImageRecord
+from detres.data.images import read_image
 
 SAME = 0.01  # pixels that boxes of one object may differ by: what formats round
 
@@ -117,16 +121,16 @@ def _keys(record: ImageRecord) -> tuple[str, str, str]:
 # Splits
 
 
-def split(part: Part, sizes: Mapping[str, float | None], group_by: str | None = None, same: bool = False,
+def split(part: Part, sizes: Mapping[str, float | None], group_by: str | None = None, lookalikes: bool = False,
           seed: int = 0) -> list[Part]:
     """New splits of these sizes: a fraction below 1, a number of images, or None for the rest.
 
     Each gets its share of every class as well as that is possible (Sechidis, Tsoumakas and Vlahavas 2011). Images whose
     names agree in the regular expression `group_by` (in its first group, if it has one) stay together, as do, with
-    `same`, files of the same content. Then sizes are met as groups allow.
+    `lookalikes`, pictures that look the same (`check.lookalikes`). Then sizes are met as groups allow.
     """
     records = part.dataset.records
-    groups = _groups(records, group_by, same)
+    groups = _groups(records, group_by, lookalikes)
     wanted = _numbers(sizes, len(records))
     assigned = stratified(_counts(part.dataset, groups), np.bincount(groups), np.array(list(wanted.values())), seed)
     of_image = assigned[groups]
@@ -150,12 +154,11 @@ def _numbers(sizes: Mapping[str, float | None], images: int) -> dict[str, int]:
     return found
 
 
-def _groups(records: Sequence[ImageRecord], pattern: str | None, same: bool) -> np.ndarray:
+def _groups(records: Sequence[ImageRecord], pattern: str | None, lookalikes: bool) -> np.ndarray:
     """(N,) the unit of each image, 0 to U - 1."""
     keys = [_key(record, pattern, i) for i, record in enumerate(records)]
-    if same:
-        of_file = contents({record.path.resolve() for record in records})
-        keys = _united(keys, [of_file[record.path.resolve()] for record in records])
+    if lookalikes:
+        keys = _united(keys, _like(records))
     return np.unique(keys, return_inverse=True)[1].reshape(-1)
 
 
@@ -164,8 +167,16 @@ def _key(record: ImageRecord, pattern: str | None, place: int) -> str:
     return f"g {match[1] if match.re.groups else match[0]}" if match else f"i {place}"
 
 
-def _united(first: Sequence[str], second: Sequence[str]) -> list[str]:
-    """The keys of `first` made one where `second` agrees."""
+def _like(records: Sequence[ImageRecord]) -> np.ndarray:
+    """(N,) the first image that each looks like, or itself. Raises ImageError for one that cannot be read."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        thumbnails = list(pool.map(lambda record: thumbnail(read_image(record.path)), records))
+    first, _ = find_lookalikes(np.stack(thumbnails), np.zeros(len(records), int))
+    return np.where(first < 0, np.arange(len(records)), first)
+
+
+def _united(keys: Sequence[str], earlier: Sequence[int]) -> list[str]:
+    """The keys, made one with that of the earlier place, of each place."""
     above: dict[str, str] = {}
 
     def root(key: str) -> str:
@@ -173,12 +184,11 @@ def _united(first: Sequence[str], second: Sequence[str]) -> list[str]:
             key = above[key]
         return key
 
-    of_content: dict[str, str] = {}
-    for key, content in zip(first, second):
-        one, other = root(key), root(of_content.setdefault(content, key))
+    for key, place in zip(keys, earlier):
+        one, other = root(key), root(keys[place])
         if one != other:
             above[one] = other
-    return [root(key) for key in first]
+    return [root(key) for key in keys]
 
 
 def _counts(dataset: Dataset, groups: np.ndarray) -> np.ndarray:
