@@ -215,8 +215,12 @@ def test_coco_to_lvis_and_back(fresh, content):
     assert sum(count for text, count in first.losses.lost.items() if "crowds" in text) == crowds
     second = convert([out / "lvis"], out / "again", Options("lvis", strict=True))
     assert not second.losses.lost
-    one, two = ((out / name / "annotations/lvis_v1_train.json").read_text() for name in ("lvis", "again"))
-    assert json.loads(one) == json.loads(two)
+    one, two = (json.loads((out / name / "annotations/lvis_v1_train.json").read_text()) for name in ("lvis", "again"))
+    assert one == two
+    for image in one["images"]:
+        own = [entry for entry in content["annotations"] if entry["image_id"] == image["id"]]
+        assert image["not_exhaustive_category_ids"] == sorted({e["category_id"] for e in own if e["iscrowd"]})
+        assert image["neg_category_ids"] == sorted({3, 7, 8, 20} - {entry["category_id"] for entry in own})
 
 
 # What formats look like to other tools
@@ -255,6 +259,16 @@ def test_both_splits_are_found_and_have_their_images(source, tmp_path, to, masks
     assert report["splits"] == {"train": {"images": 3, "objects": 3}, "val": {"images": 3, "objects": 0}}
 
 
+def test_widths_are_written_as_they_were_read(source, tmp_path):
+    """x + w - x is another number."""
+    file, box = source / "annotations/instances_train.json", [0.1, 1.7, 0.7, 3.3]
+    content = json.loads(file.read_text())
+    content["annotations"][0] |= {"bbox": box, "segmentation": []}
+    file.write_text(json.dumps(content))
+    convert([source], tmp_path / "out", Options("coco", strict=True))
+    assert json.loads((tmp_path / "out/annotations/instances_train.json").read_text())["annotations"][0]["bbox"] == box
+
+
 def test_pycocotools_reads_the_coco(source, tmp_path):
     convert([source], tmp_path / "out", Options("coco"))
     coco = COCO(tmp_path / "out/annotations/instances_train.json")
@@ -276,6 +290,54 @@ def test_yolo_as_ultralytics_reads_it(source, tmp_path):
     assert (out / "labels/train/with space.txt").read_text() == ""
     values = np.array([float(word) for line in lines for word in line.split()[1:]])
     assert ((values >= 0) & (values <= 1)).all()
+
+
+@pytest.mark.parametrize("to, folder", (("yolo", "images/train"), ("voc", "JPEGImages")))
+def test_files_of_the_same_name_get_another(tmp_path, to, folder):
+    content = {"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}
+    for i, name in enumerate(("x/1.png", "y/1.png", "y/1.bmp")):
+        (tmp_path / "data/train" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT), (i, 0, 0)).save(tmp_path / "data/train" / name)
+        content["images"].append({"id": i + 1, "file_name": name, "height": HEIGHT, "width": WIDTH})
+        content["annotations"].append({"id": i + 1, "image_id": i + 1, "category_id": 1, "iscrowd": 0, "area": 100,
+                                       "bbox": [i, 0, 10, 10]})
+    (tmp_path / "data/train.json").write_text(json.dumps(content))
+    result = convert([tmp_path / "data"], tmp_path / "out", Options(to))
+    assert "changed: 2 images have a number after their name, as others are called so" in result.losses.lines()
+    assert sorted(path.name for path in (tmp_path / "out" / folder).iterdir()) == ["1.png", "1_2.png", "1_3.bmp"]
+    found = {record.path.resolve().relative_to(tmp_path / "data/train").as_posix(): record.annotations[0].box[0]
+             for record in load(tmp_path / "out").records}
+    assert found == pytest.approx({"x/1.png": 0, "y/1.png": 1, "y/1.bmp": 2})
+
+
+def test_yolo_clips_boxes(source, tmp_path):
+    file = source / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    content["annotations"] = [content["annotations"][0] | {"bbox": [-0.5, 25, 10, 6], "segmentation": []}]
+    file.write_text(json.dumps(content))
+    result = convert([source], tmp_path / "out", Options("yolo"))
+    assert "lost: YOLO's boxes end at the edge of the image: 1 clipped" in result.losses.lines()
+    [item] = load_dataset(SourceConfig(path=str(tmp_path / "out")), "train").records[0].annotations
+    assert item.box == pytest.approx((0, 25, 9.5, 30))
+
+
+def test_what_lvis_knows_of_an_image_follows_its_classes(source, tmp_path):
+    """A merged class is not there if none of them is, and not labelled in full if one of them is not."""
+    file = source / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    for image, negative, partial in zip(content["images"], ([7, 8], [7], []), ([], [8], [20])):
+        image |= {"neg_category_ids": negative, "not_exhaustive_category_ids": partial}
+    for category in content["categories"]:
+        category["frequency"] = "r"
+    content["annotations"] = content["annotations"][:2]
+    file.write_text(json.dumps(content))
+    (source / "annotations/instances_val.json").unlink()
+    change = ClassChange({"b c": "x", "ü": "x"}, ("a", "x"))
+    convert([source], tmp_path / "out", Options("lvis", classes=change))
+    found = json.loads((tmp_path / "out/annotations/lvis_v1_train.json").read_text())
+    assert [(category["id"], category["name"]) for category in found["categories"]] == [(3, "a"), (7, "x")]
+    assert [(image["neg_category_ids"], image["not_exhaustive_category_ids"]) for image in found["images"]] == [
+        ([7], []), ([], [7]), ([], [])]
 
 
 def test_voc_counts_from_one_in_whole_numbers(source, tmp_path):
