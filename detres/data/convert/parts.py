@@ -13,6 +13,7 @@ from typing import Literal
 from detres.config import SourceConfig
 from detres.data import coco, panoptic
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
+from detres.data.images import read_file
 from detres.data.label_maps import IGNORED, read_values
 from detres.data.masks import run_code
 from detres.data.problems import OnInvalid
@@ -49,9 +50,9 @@ def load_parts(path: str | Path, images: str | None = None, semantic: str | None
     """The splits at a path, of instances or of COCO's panoptic format. `semantic`: a data set with label maps of the
     same images, matched by the names of their files. Raises as `load_dataset`, and ValueError for images without a map.
     """
-    path = Path(path).expanduser()
-    if path.exists() and panoptic.is_source(path, "train", None):
-        return [_panoptic(file, images, on_invalid) for file in ([path] if path.is_file() else coco.json_files(path))]
+    local = Path(path).expanduser()
+    if local.exists() and panoptic.is_source(local, "train", None):
+        return [_panoptic(file, images, on_invalid) for file in ([local] if local.is_file() else coco.json_files(local))]
     splits = find_splits(path, images)
     parts = [Part(_name(split.name, len(splits)), _loaded(split, on_invalid)) for split in splits]
     return [_with_semantic(part, split, semantic, on_invalid) for part, split in zip(parts, splits)]
@@ -139,12 +140,15 @@ class Images:
 
     def place(self, record: ImageRecord, folder: str, stem: str | None = None, named: bool = False) -> str:
         """The name of the image: below `folder`, or, where the format takes any (`named`), the absolute path."""
-        if named and self.mode == "reference":
+        on_disk = isinstance(record.path, Path)  # or in a shard, which only copying takes it out of
+        if named and self.mode == "reference" and on_disk:
             return str(_absolute(record.path))
         name = self.free(folder, stem or record.path.stem) + record.path.suffix
         target = self.out / folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        if self.mode == "copy":
+        if not on_disk:
+            target.write_bytes(read_file(record.path))
+        elif self.mode == "copy":
             shutil.copyfile(record.path, target)
         else:
             target.symlink_to(_absolute(record.path))

@@ -56,15 +56,20 @@ def merged(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[Part]:
 
 
 def _without_doubles(part: Part, losses: Losses) -> Part:
-    places: dict[Path, list[int]] = defaultdict(list)
+    places: dict[object, list[int]] = defaultdict(list)
     for i, record in enumerate(part.dataset.records):
-        places[record.path.resolve()].append(i)
+        places[_file(record)].append(i)
     twice = len(part.dataset.records) - len(places)
     losses.change("{} images are listed more than once: their objects are joined", twice)
     if not twice:
         return part
     records = [_joined_record([part.dataset.records[i] for i in own], losses) for own in places.values()]
     return part.with_records(records, [own[0] for own in places.values()])
+
+
+def _file(record: ImageRecord) -> object:
+    """What is equal for the same file; an image in a shard is none."""
+    return record.path.resolve() if isinstance(record.path, Path) else record.path
 
 
 def _joined_record(records: Sequence[ImageRecord], losses: Losses) -> ImageRecord:
@@ -78,7 +83,7 @@ def _joined_record(records: Sequence[ImageRecord], losses: Losses) -> ImageRecor
 
 def _tell_copies(records: Sequence[ImageRecord], losses: Losses) -> None:
     """Counts files that hold the same bytes as another."""
-    copies = Counter(contents({record.path.resolve() for record in records}).values())
+    copies = Counter(contents({file for file in map(_file, records) if isinstance(file, Path)}).values())
     losses.change("{} image files have the content of another: both are kept",
                   sum(count - 1 for count in copies.values()))
 
@@ -115,7 +120,7 @@ def subset(parts: Sequence[Part], count: int | None = None, ids: Sequence[str] =
 
 
 def _keys(record: ImageRecord) -> tuple[str, str, str]:
-    return str(record.id), record.path.name, record.path.stem
+    return str(record.id), Path(record.path.name).name, record.path.stem
 
 
 # Splits

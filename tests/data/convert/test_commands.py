@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from detres.data.dataset import load_dataset
 from detres.data.shapes import ShapesOptions, write_shapes
 from detres.data.splits import find_splits
 
+ROOT = Path(__file__).parents[3]
 # A network and a training too small to learn anything.
 SHORT = ["train.steps=1", "train.batch_size=2", "train.reference_batch_size=2", "train.warmup_steps=0",
          "train.eval_every=1", "model.input.min_size=64", "model.input.max_size=64", "model.backbone.width=8",
@@ -73,7 +75,8 @@ def test_errors_are_one_line(shapes, tmp_path, capsys, words, message):
     assert status and message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-def test_the_guide_runs_as_written(run_guide, tmp_path):
+def test_the_guide_runs_as_written(run_guide, tmp_path, capsys):
     commands = run_guide("docs/convert.md", SHORT)
-    assert len(commands) >= 10
+    printed = re.search(r"prints\n\n```\n(.*?)```", (ROOT / "docs/convert.md").read_text(), re.DOTALL)[1]
+    assert len(commands) >= 10 and printed in capsys.readouterr().out
     assert counts(Path("datasets/shapes-yolo")) == {"train": 40, "val": 8}

@@ -261,7 +261,8 @@ def test_both_splits_are_found_and_have_their_images(source, tmp_path, to, masks
 
 def test_widths_are_written_as_they_were_read(source, tmp_path):
     """x + w - x is another number."""
-    file, box = source / "annotations/instances_train.json", [0.1, 1.7, 0.7, 3.3]
+    file, box = source / "annotations/instances_train.json", [0.1, 1.7, 0.2, 3.3]
+    assert box[0] + box[2] - box[0] != box[2]
     content = json.loads(file.read_text())
     content["annotations"][0] |= {"bbox": box, "segmentation": []}
     file.write_text(json.dumps(content))
@@ -442,6 +443,18 @@ def test_real_panoptic_data_come_back_exactly(shared_data, tmp_path):
 
 
 # What is refused
+
+
+def test_images_come_out_of_shards(source, tmp_path):
+    from detres.data.shard_writer import write_shards
+
+    before = load_dataset(SourceConfig(path=str(source)), "train")
+    write_shards(before, tmp_path / "shards", "train", 10**6, progress=False)
+    result = convert([tmp_path / "shards"], tmp_path / "out")
+    after = load_dataset(SourceConfig(path=str(tmp_path / "out")), "train")
+    assert result.to == "coco"
+    assert {record.id: (record.annotations, record.path.read_bytes()) for record in before.records} == {
+        record.id: (record.annotations, record.path.read_bytes()) for record in after.records}
 
 
 def test_nothing_is_left_after_a_refusal(source, tmp_path):
