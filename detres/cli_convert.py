@@ -32,8 +32,8 @@ EXAMPLES = {
 
 def _add_convert(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _convert, "write a data set in another format",
-                     "All splits, by default with the images where they are. What the format cannot hold is counted and "
-                     "told, here and in OUT/conversion.json.")
+                     "All splits, by default with the images where they are. What the format cannot hold is counted "
+                     "and told, here and in OUT/conversion.json.")
     add_source(parser)
     _add_target(parser)
     parser.add_argument("--semantic", metavar="DATA", help="for --to panoptic: data set with label maps of the same "
@@ -49,8 +49,8 @@ def _add_split(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--parts", type=_parts, default="train=0.8,val=0.2", metavar="NAME=SIZE,...",
                         help="fractions below 1, or numbers of images; a name alone gets the rest (default: train=0.8,"
                              "val=0.2)")
-    parser.add_argument("--group-by", metavar="REGEX", help="keep images together whose file names agree in this, or in "
-                                                            "its first group: frames of a video, crops of a scan")
+    parser.add_argument("--group-by", metavar="REGEX", help="keep images together whose file names agree in this, or "
+                                                            "in its first group: frames of a video, crops of a scan")
     parser.add_argument("--group-lookalikes", action="store_true", help="keep pictures together that look the same: "
                                                                         "copies, other sizes, the next frame")
     parser.add_argument("--seed", type=count, default=0, metavar="S", help="(default: 0)")
@@ -85,7 +85,8 @@ def _add_target(parser: Parser) -> None:
                         help="how masks are written: coco and lvis polygon or rle (default: as they are), voc png "
                              "(default: none), yolo polygon, panoptic png")
     placing = parser.add_mutually_exclusive_group()
-    placing.add_argument("--copy-images", dest="placing", action="store_const", const="copy", help="copy images into OUT")
+    placing.add_argument("--copy-images", dest="placing", action="store_const", const="copy",
+                         help="copy images into OUT")
     placing.add_argument("--link-images", dest="placing", action="store_const", const="link",
                          help="link images into OUT (default for voc and yolo; coco, lvis and panoptic name the files "
                               "where they are)")
@@ -127,11 +128,11 @@ def _written(args: argparse.Namespace, change: Callable[[list], list] = list) ->
     from detres.data.convert.classes import ClassChange
     from detres.data.convert.run import Options, convert
 
-    options = Options(args.to, args.masks, args.placing or "reference", ClassChange(_renaming(args), _names(args.classes)),
-                      args.strict, "drop" if args.drop_invalid else "error")
+    classes = ClassChange(_renaming(args), _names(args.classes))
+    options = Options(args.to, args.masks, args.placing or "reference", classes, args.strict,
+                      "drop" if args.drop_invalid else "error")
     paths = args.data if isinstance(args.data, list) else [args.data]
-    result = convert(paths, args.out, options, images=args.images, semantic=getattr(args, "semantic", None), change=change)
-    print(result)
+    print(convert(paths, args.out, options, images=args.images, semantic=getattr(args, "semantic", None), change=change))
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -151,7 +152,9 @@ def _split(args: argparse.Namespace) -> None:
 def _subset(args: argparse.Namespace) -> None:
     from detres.data.convert.sets import subset
 
-    ids = Path(args.ids).read_text(encoding="utf-8").split() if args.ids and Path(args.ids).is_file() else _names(args.ids)
+    listed = args.ids and Path(args.ids).is_file()
+    ids = Path(args.ids).read_text(encoding="utf-8").splitlines() if listed else _names(args.ids)
+    ids = [name.strip() for name in ids if name.strip()]
     _written(args, lambda parts: subset(parts, args.take, ids, args.with_objects, args.seed))
 
 

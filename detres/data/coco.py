@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from detres.data.coco_json import parse
+from detres.data.coco_json import file_names, is_lvis, parse, rest
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
 from detres.data.index import ImageFiles, Places, cached
 from detres.data.kinds import severity
@@ -31,6 +31,7 @@ _OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic",
                 "shapes")
 
 
+_REPORTS = ("changes.json", "conversion.json")
 _KNOWN = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd", "keypoints", "num_keypoints",
           "difficult")  # keys of annotations
 
@@ -43,8 +44,9 @@ def read_coco(file: Path, images: str | None = None, *, on_invalid: OnInvalid = 
     VOC writes, is read. Raises as `load_dataset`.
     """
     with no_garbage_collection():
-        dataset, problems = _read(file, images, ImageFiles(), True) if keep_extra else cached(file, images, lambda names: image_folder(file, images, names, Problems("")),
-                                   lambda files: _read(file, images, files))
+        dataset, problems = _read(file, images, ImageFiles(), True) if keep_extra else cached(
+            file, images, lambda names: image_folder(file, images, names, Problems("")),
+            lambda files: _read(file, images, files))
     problems.close(on_invalid)
     return dataset
 
@@ -98,24 +100,14 @@ def _read(file: Path, images: str | None, files: ImageFiles, keep_extra: bool = 
     annotations = reader.read(content.get("annotations", []))
     records = tuple(replace(image, annotations=tuple(annotations.get(image.id, ())))
                     for image in images_by_id.values() if image is not None)
-    extra = {"categories": [_rest(category, ("id", "name", "keypoints", "skeleton")) for category in categories],
-             **_rest(content, ("images", "annotations", "categories"))} if keep_extra else None
-    dataset = Dataset(file.stem, "lvis" if is_lvis(content) else "coco", tuple(category["name"] for category in categories),
-                      tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
+    extra = {"categories": [rest(category, ("id", "name", "keypoints", "skeleton")) for category in categories],
+             **rest(content, ("images", "annotations", "categories"))} if keep_extra else None
+    dataset = Dataset(file.stem, "lvis" if is_lvis(content) else "coco",
+                      tuple(category["name"] for category in categories), tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
                       keypoint_classes=tuple(category["name"] for category in categories if category.get("keypoints")),
                       extra=extra)
     problems.located.append((dataset, Places.of(file, reader.seen)))
     return dataset, problems
-
-
-def is_lvis(content: dict[str, Any]) -> bool:
-    """Whether the first category and image have LVIS' keys: how frequent it is, and which classes it does not have."""
-    first = [next(iter(content[key]), None) for key in ("categories", "images")]
-    return all(isinstance(entry, dict) and key in entry for entry, key in zip(first, ("frequency", "neg_category_ids")))
-
-
-def _rest(entry: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
-    return {key: value for key, value in entry.items() if key not in known}
 
 
 # Finding the files
@@ -125,7 +117,7 @@ def json_files(folder: Path) -> list[Path]:
     """Files that may be COCO annotations: in annotations/, else in the folder, else Roboflow's, one in each split.
     changes.json is what `detres data check --fix` changed, conversion.json what `detres data convert` did."""
     for pattern in ("annotations/*.json", "*.json", "*/_annotations.coco.json"):
-        if files := sorted(file for file in folder.glob(pattern) if file.name not in ("changes.json", "conversion.json")):
+        if files := sorted(file for file in folder.glob(pattern) if file.name not in _REPORTS):
             return files
     return []
 
@@ -242,21 +234,12 @@ def _keypoints(categories: list[dict[str, Any]], file: Path, problems: Problems
     return names, pairs, tuple((a - 1, b - 1) for a, b in bones if a in places and b in places)
 
 
-def _file_names(entry: Any) -> list[str]:
-    """What the file of an image may be called: LVIS gives the address, whose last folder is that of a split."""
-    entry = entry if isinstance(entry, dict) else {}
-    names = [entry["file_name"]] if isinstance(entry.get("file_name"), str) else []
-    if isinstance(url := entry.get("coco_url"), str):
-        names += ["/".join(url.split("/")[-2:]), url.rpartition("/")[2]]
-    return names
-
-
 def parse_images(entries: list[Any], file: Path, images: str | None, problems: Problems, exists: ImageFiles,
                  keep_extra: bool = False) -> dict[Any, ImageRecord | None]:
     """Images by id, without annotations; None for one whose size is not known. Those without a file are there, so that
     their annotations are checked, too: `load_dataset` takes them out."""
     found: dict[Any, ImageRecord | None] = {}
-    all_names = [_file_names(entry) for entry in entries]
+    all_names = [file_names(entry) for entry in entries]
     usable = [names for names in all_names if names]
     exists.sample = usable[:: max(1, len(usable) // 20)]
     exists.folder = folder = image_folder(file, images, exists.sample, problems)
@@ -280,7 +263,7 @@ def parse_images(entries: list[Any], file: Path, images: str | None, problems: P
             continue
         there = next((own for own in names if folder and exists(folder / own)), None)
         path = (folder or file.parent) / (there or next(iter(names), ""))
-        extra = _rest(entry, ("id", "file_name", "height", "width")) if keep_extra else None
+        extra = rest(entry, ("id", "file_name", "height", "width")) if keep_extra else None
         found[image_id] = ImageRecord(image_id, path, side["height"], side["width"], extra=extra or None)
         if not names or folder and there is None:
             problems.add(file, image_id, None, "file_name", name,
@@ -395,7 +378,7 @@ class _Reader:
         x, y, w, h = box
         if area is None:
             area = mask_area(segmentation, image.height, image.width) if segmentation else w * h
-        extra = _rest(entry, _KNOWN) if self.keep_extra else None
+        extra = rest(entry, _KNOWN) if self.keep_extra else None
         return Annotation(entry["id"], label, (x, y, x + w, y + h), segmentation, keypoints and tuple(keypoints), area,
                           bool(crowd), entry.get("difficult") in (1, True), tuple(entry["bbox"][2:]), extra or None)
 

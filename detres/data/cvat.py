@@ -1,4 +1,4 @@
-"""CVAT's own XML ("CVAT for images 1.1"): boxes, polygons and masks in pixels; points, lines and tags are passed over."""
+"""CVAT's own XML ("CVAT for images 1.1"): boxes, polygons and masks in pixels; points, lines, tags are passed over."""
 
 from __future__ import annotations
 

@@ -42,8 +42,8 @@ def changed(parts: Sequence[Part], change: ClassChange) -> list[Part]:
 def _check(asked: Any, known: Sequence[str]) -> None:
     for name in asked:
         if name not in known:
-            raise ValueError(f"class must be one of the {len(set(known))} there are, got '{name}'{nearest(name, known) or '.'} "
-                             f"There are {', '.join(dict.fromkeys(known)):.300}.")
+            hint = nearest(name, known) or "."
+            raise ValueError(f"class must be one of the {len(set(known))} there are, got '{name}'{hint} There are {', '.join(dict.fromkeys(known)):.300}.")
 
 
 def relabelled(dataset: Dataset, new: Sequence[int | None], classes: tuple[str, ...],

@@ -23,8 +23,8 @@ class Losses:
         self.changed.update({text: int(count)} if count else {})
 
     def lines(self) -> list[str]:
-        return [f"{title}: {text.format(f'{count:,}')}" for title, found in (("lost", self.lost), ("changed", self.changed))
-                for text, count in found.items()]
+        both = (("lost", self.lost), ("changed", self.changed))
+        return [f"{title}: {text.format(f'{count:,}')}" for title, found in both for text, count in found.items()]
 
     def as_json(self) -> dict[str, list[dict[str, str | int]]]:
         return {title: [{"what": text.format(count), "count": count} for text, count in found.items()]

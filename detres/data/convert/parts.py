@@ -52,7 +52,8 @@ def load_parts(path: str | Path, images: str | None = None, semantic: str | None
     """
     local = Path(path).expanduser()
     if local.exists() and panoptic.is_source(local, "train", None):
-        return [_panoptic(file, images, on_invalid) for file in ([local] if local.is_file() else coco.json_files(local))]
+        files = [local] if local.is_file() else coco.json_files(local)
+        return [_panoptic(file, images, on_invalid) for file in files]
     splits = find_splits(path, images)
     parts = [Part(_name(split.name, len(splits)), _loaded(split, on_invalid)) for split in splits]
     return [_with_semantic(part, split, semantic, on_invalid) for part, split in zip(parts, splits)]
@@ -108,7 +109,8 @@ def _with_masks(record: ImageRecord, folder: Path) -> ImageRecord:
     if not file.is_file():
         return record
     values = read_values(file)
-    if values.shape != (record.height, record.width) or values[values < IGNORED].max(initial=0) > len(record.annotations):
+    most = values[values < IGNORED].max(initial=0)
+    if values.shape != (record.height, record.width) or most > len(record.annotations):
         raise ValueError(f"{file} must have the size of its image and numbers of at most its {len(record.annotations)} "
                          "objects. Correct it, or take the PNG files away.")
 
