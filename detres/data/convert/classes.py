@@ -43,7 +43,8 @@ def _check(asked: Any, known: Sequence[str]) -> None:
     for name in asked:
         if name not in known:
             hint = nearest(name, known) or "."
-            raise ValueError(f"class must be one of the {len(set(known))} there are, got '{name}'{hint} There are {', '.join(dict.fromkeys(known)):.300}.")
+            raise ValueError(f"class must be one of the {len(set(known))} there are, got '{name}'{hint} There are "
+                             f"{', '.join(dict.fromkeys(known)):.300}.")
 
 
 def relabelled(dataset: Dataset, new: Sequence[int | None], classes: tuple[str, ...],
