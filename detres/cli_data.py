@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from detres.cli_parser import Parser, command, count, positive, size
+from detres import cli_convert
+from detres.cli_parser import Parser, add_source, command, count, positive, size
 
 EXAMPLES = {
     "data": """
@@ -16,6 +17,7 @@ EXAMPLES = {
   detres data check datasets/shapes
   detres data stats datasets/shapes
   detres data view datasets/shapes
+  detres data convert datasets/shapes datasets/shapes-yolo --to yolo
   detres data shapes --help""",
     "data shapes": """
   detres data shapes datasets/shapes --images 1000 --seed 0
@@ -40,11 +42,12 @@ EXAMPLES = {
   detres data view datasets/coco --problem any --html look.html
   detres data view datasets/coco --html look.html --num 2000
   detres data view datasets/coco --augment configs/bccd_r18.yaml data.augment.flip=0.5 --out seen.png""",
+    **cli_convert.EXAMPLES,
 }
 
 
 def add_data(commands: argparse._SubParsersAction, name: str) -> None:
-    summary = "make data sets"
+    summary = "make, check, look at and convert data sets"
     parser = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.",
                                  epilog=f"examples:{EXAMPLES[name]}")
     parser.set_defaults(parser=parser)
@@ -133,7 +136,7 @@ def _add_stats(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _stats, "count what is in a data set",
                      "Images, annotations and classes of each split; sizes and shapes of boxes; objects an image; and "
                      "what they say of anchors and input size. Reads annotations only, no image.")
-    _add_source(parser)
+    add_source(parser)
     parser.add_argument("--out", type=Path, nargs="+", default=[], metavar="FILE",
                         help="write a page of plots: .png, .pdf, .svg, or .html with the tables")
     parser.add_argument("--all", action="store_true", help="list all classes, not only the largest and smallest")
@@ -144,7 +147,7 @@ def _add_view(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _view, "draw images with their annotations",
                      "Contact sheets as PNG, or a page for a browser (--html), or what training makes of the images "
                      "(--augment). Crowds are hatched, difficult objects dashed.", rest="overrides")
-    _add_source(parser)
+    add_source(parser)
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="fields of the config of --augment, such as data.augment.flip=0")
     which = parser.add_argument_group("which images")
@@ -198,16 +201,11 @@ def _view(args: argparse.Namespace) -> None:
     print("\n".join(f"Wrote {file}" for file in files))
 
 
-def _add_source(parser: Parser) -> None:
-    parser.add_argument("data", metavar="DATA", help="data set in COCO, VOC or YOLO format: a folder, a YAML file or "
-                                                     "an annotation file")
-    parser.add_argument("--images", metavar="DIR", help="folder of the images, where it is not found by itself")
-
-
 def _stats(args: argparse.Namespace) -> None:
     from detres.data.stats_report import show_stats
 
     show_stats(args.data, args.images, args.out, as_json=args.json, all_classes=args.all)
 
 
-COMMANDS = {"shapes": _add_shapes, "check": _add_check, "shard": _add_shard, "stats": _add_stats, "view": _add_view}
+COMMANDS = {"shapes": _add_shapes, "check": _add_check, "shard": _add_shard, "stats": _add_stats, "view": _add_view,
+            **cli_convert.COMMANDS}

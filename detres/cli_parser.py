@@ -71,3 +71,10 @@ def size(text: str) -> int:
 count = number(int, 0, float("inf"), "an integer >= 0")
 positive = number(int, 1, float("inf"), "an integer >= 1")
 probability = number(float, 0, 1, "a number from 0 to 1")
+
+
+def add_source(parser: Parser) -> None:
+    """A data set that detres reads."""
+    parser.add_argument("data", metavar="DATA", help="data set in COCO, LVIS, VOC, YOLO, Cityscapes, labelme, CVAT or "
+                                                     "OpenImages format: a folder, a YAML file or an annotation file")
+    parser.add_argument("--images", metavar="DIR", help="folder of the images, where it is not found by itself")

@@ -1,4 +1,4 @@
-"""COCO JSON: instances with boxes, polygons or RLE, crowds, keypoints; category ids with gaps.
+"""COCO JSON: instances with boxes, polygons or RLE, crowds, keypoints; category ids with gaps. And LVIS' variant of it.
 
 Sized for train2017 (860,001 annotations): one pass over plain dicts, checks of boxes by numpy.
 """
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from detres.data.coco_json import parse
+from detres.data.coco_json import file_names, is_lvis, parse, rest
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
 from detres.data.index import ImageFiles, Places, cached
 from detres.data.kinds import severity
@@ -31,25 +31,33 @@ _OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic",
                 "shapes")
 
 
-def read_coco(file: Path, images: str | None = None, *, on_invalid: OnInvalid = "error") -> Dataset:
-    """The data set of a COCO annotation file. `images` is its folder of images; None: found beside the file.
+_REPORTS = ("changes.json", "conversion.json")
+_KNOWN = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd", "keypoints", "num_keypoints",
+          "difficult")  # keys of annotations
 
-    Labels 0..K-1 are in the order of the category ids. Raises as `load_dataset`.
+
+def read_coco(file: Path, images: str | None = None, *, on_invalid: OnInvalid = "error",
+              keep_extra: bool = False) -> Dataset:
+    """The data set of an annotation file of COCO or LVIS. `images` is its folder of images; None: found beside it.
+
+    Labels 0..K-1 are in the order of the category ids. A key `difficult`, which COCO does not have but conversion from
+    VOC writes, is read. Raises as `load_dataset`.
     """
     with no_garbage_collection():
-        dataset, problems = cached(file, (images,), lambda names: image_folder(file, images, names, Problems("")),
-                                   lambda files: _read(file, images, files))
+        dataset, problems = _read(file, images, ImageFiles(), True) if keep_extra else cached(
+            file, (images,), lambda names: image_folder(file, images, names, Problems("")),
+            lambda files: _read(file, images, files))
     problems.close(on_invalid)
     return dataset
 
 
 def read_folder(folder: Path, role: str, split: str | None = None, images: str | None = None, *,
-                on_invalid: OnInvalid = "error") -> Dataset:
+                on_invalid: OnInvalid = "error", keep_extra: bool = False) -> Dataset:
     """The data set of a split in a folder, or the union of several: 'train2014+valminusminival2014'.
 
     Raises as `load_dataset`, and ValueError for files that cannot be joined: other categories, or images in common.
     """
-    parts = [read_coco(find_annotations(folder, role, name), images, on_invalid=on_invalid)
+    parts = [read_coco(find_annotations(folder, role, name), images, on_invalid=on_invalid, keep_extra=keep_extra)
              for name in (split.split("+") if split else [None])]
     return _union(parts) if len(parts) > 1 else parts[0]
 
@@ -80,20 +88,24 @@ def no_garbage_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(file: Path, images: str | None, files: ImageFiles) -> tuple[Dataset, Problems]:
+def _read(file: Path, images: str | None, files: ImageFiles, keep_extra: bool = False) -> tuple[Dataset, Problems]:
     content = parse(file)
     problems = Problems(file.stem)
     categories = parse_categories(content["categories"], file, problems)
-    images_by_id = parse_images(content["images"], file, images, problems, files)
+    images_by_id = parse_images(content["images"], file, images, problems, files, keep_extra)
     label_of = {category["id"]: label for label, category in enumerate(categories)}
     names, pairs, skeleton = _keypoints(categories, file, problems)
-    reader = _Reader(file, problems, images_by_id, label_of, _left_out(content["categories"], label_of), len(names))
+    reader = _Reader(file, problems, images_by_id, label_of, _left_out(content["categories"], label_of), len(names),
+                     keep_extra)
     annotations = reader.read(content.get("annotations", []))
     records = tuple(replace(image, annotations=tuple(annotations.get(image.id, ())))
                     for image in images_by_id.values() if image is not None)
-    dataset = Dataset(file.stem, "coco", tuple(category["name"] for category in categories),
-                      tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
-                      keypoint_classes=tuple(category["name"] for category in categories if category.get("keypoints")))
+    extra = {"categories": [rest(category, ("id", "name", "keypoints", "skeleton")) for category in categories],
+             **rest(content, ("images", "annotations", "categories"))} if keep_extra else None
+    dataset = Dataset(file.stem, "lvis" if is_lvis(content) else "coco",
+                      tuple(category["name"] for category in categories), tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
+                      keypoint_classes=tuple(category["name"] for category in categories if category.get("keypoints")),
+                      extra=extra)
     problems.located.append((dataset, Places.of(file, reader.seen)))
     return dataset, problems
 
@@ -103,9 +115,9 @@ def _read(file: Path, images: str | None, files: ImageFiles) -> tuple[Dataset, P
 
 def json_files(folder: Path) -> list[Path]:
     """Files that may be COCO annotations: in annotations/, else in the folder, else Roboflow's, one in each split.
-    changes.json is what `detres data check --fix` changed."""
+    changes.json is what `detres data check --fix` changed, conversion.json what `detres data convert` did."""
     for pattern in ("annotations/*.json", "*.json", "*/_annotations.coco.json"):
-        if files := sorted(file for file in folder.glob(pattern) if file.name != "changes.json"):
+        if files := sorted(file for file in folder.glob(pattern) if file.name not in _REPORTS):
             return files
     return []
 
@@ -141,8 +153,9 @@ def names_split(file: Path, role: str, split: str | None) -> bool:
     return any(re.fullmatch(rf"{name}\d*", token) for token in tokens for name in SPLITS[role])
 
 
-def image_folder(file: Path, images: str | None, names: Sequence[str], problems: Problems) -> Path | None:
-    """The folder that has the most images of these names; the nearest such. None, told to `problems`: no folder."""
+def image_folder(file: Path, images: str | None, names: Sequence[Sequence[str]], problems: Problems) -> Path | None:
+    """The folder that has the most images, by one of the names of each; the nearest such. None, told to `problems`: no
+    folder."""
     if images is not None:
         folder = Path(images).expanduser()
         if not folder.is_dir():
@@ -150,14 +163,14 @@ def image_folder(file: Path, images: str | None, names: Sequence[str], problems:
         return folder if folder.is_dir() else None
     parts = [part for part in re.split(r"[_.\-]+", file.stem) if part]
     subfolders = ["_".join(parts[start:]) for start in range(len(parts))] + parts
-    subfolders += [part for name in names[:1] for part in name.split("_")[:-1]]  # COCO_val2014_000000000042.jpg
+    subfolders += [part for own in names[:1] for part in own[0].split("_")[:-1]]  # COCO_val2014_000000000042.jpg
     subfolders = [f"{above}{sub}" for sub in [*subfolders, ""] for above in ("", "images/")]
     folders = [root / sub for root in (file.parent, file.parent.parent) for sub in subfolders]
     folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
-    count = {folder: sum(os.path.isfile(folder / name) for name in names) for folder in folders}
+    count = {folder: sum(any(os.path.isfile(folder / name) for name in own) for own in names) for folder in folders}
     best = max(folders, key=lambda folder: count[folder])  # the first of equals
     if names and not count[best]:
-        problems.add(file, None, None, "images", names[0], "must be in a folder beside the file (such as "
+        problems.add(file, None, None, "images", names[0][0], "must be in a folder beside the file (such as "
                      f"{', '.join(map(str, folders))}: give the folder as data.*.images)", "images_nowhere")
         return None
     return best
@@ -221,23 +234,23 @@ def _keypoints(categories: list[dict[str, Any]], file: Path, problems: Problems
     return names, pairs, tuple((a - 1, b - 1) for a, b in bones if a in places and b in places)
 
 
-def parse_images(entries: list[Any], file: Path, images: str | None, problems: Problems,
-                 exists: ImageFiles) -> dict[Any, ImageRecord | None]:
+def parse_images(entries: list[Any], file: Path, images: str | None, problems: Problems, exists: ImageFiles,
+                 keep_extra: bool = False) -> dict[Any, ImageRecord | None]:
     """Images by id, without annotations; None for one whose size is not known. Those without a file are there, so that
     their annotations are checked, too: `load_dataset` takes them out."""
     found: dict[Any, ImageRecord | None] = {}
-    names = [entry["file_name"] for entry in entries
-             if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
+    all_names = [file_names(entry) for entry in entries]
+    usable = [names for names in all_names if names]
     for size in (20, 2000):  # more, if just those are missing
-        exists.sample = names[:: max(1, len(names) // size)]
+        exists.sample = usable[:: max(1, len(usable) // size)]
         exists.folder = folder = image_folder(file, images, exists.sample, missing := Problems(file.stem))
         if folder is not None:
             break
     problems.found += missing.found
-    for number, entry in enumerate(entries):
+    for number, (entry, names) in enumerate(zip(entries, all_names)):
         place = f"images[{number}]"
         entry = entry if isinstance(entry, dict) else {}
-        image_id, name = entry.get("id"), entry.get("file_name")
+        image_id, name = entry.get("id"), next(iter(names), entry.get("file_name"))
         if not (is_id(image_id) or isinstance(image_id, str)):
             problems.add(file, name, None, f"{place}.id", image_id, "must be a whole number or a string (add it)",
                          "bad_image", place)
@@ -252,9 +265,11 @@ def parse_images(entries: list[Any], file: Path, images: str | None, problems: P
             problems.add(file, image_id, None, bad[0], side[bad[0]],
                          "must be a whole number above zero (state the file's size)", "image_size", place)
             continue
-        text = name if isinstance(name, str) else ""
-        found[image_id] = ImageRecord(image_id, (folder or file.parent) / text, side["height"], side["width"])
-        if not text or folder and not exists(folder / text):
+        there = next((own for own in names if folder and exists(folder / own)), None)
+        path = (folder or file.parent) / (there or next(iter(names), ""))
+        extra = rest(entry, ("id", "file_name", "height", "width")) if keep_extra else None
+        found[image_id] = ImageRecord(image_id, path, side["height"], side["width"], extra=extra or None)
+        if not names or folder and there is None:
             problems.add(file, image_id, None, "file_name", name,
                          f"must be an image file (in {folder}: add it, or delete the entry)", "image_missing", place)
     return found
@@ -273,6 +288,7 @@ class _Reader:
     label_of: dict[int, int]
     left_out: frozenset[int]  # categories
     keypoints: int
+    keep_extra: bool = False
     seen: dict[int, int] = field(default_factory=dict)  # places by id
     bad: set[int] = field(default_factory=set)  # places of entries with errors
 
@@ -367,8 +383,9 @@ class _Reader:
         x, y, w, h = box
         if area is None:
             area = mask_area(segmentation, image.height, image.width) if segmentation else w * h
+        extra = rest(entry, _KNOWN) if self.keep_extra else None
         return Annotation(entry["id"], label, (x, y, x + w, y + h), segmentation, keypoints and tuple(keypoints), area,
-                          bool(crowd), size=tuple(entry["bbox"][2:]))
+                          bool(crowd), entry.get("difficult") in (1, True), tuple(entry["bbox"][2:]), extra or None)
 
     def _add(self, number: int, entry: dict[str, Any], field: str, value: Any, reason: str, kind: str) -> None:
         if severity(kind) == "error":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,23 @@ def pack(entry: Any) -> Any:
         except (TypeError, OverflowError):  # not numbers: kept as it is for the message
             pass
     return entry
+
+
+def is_lvis(content: dict[str, Any]) -> bool:
+    """Whether the first category and image have LVIS' keys: how frequent it is, and which classes it does not have."""
+    first = [next(iter(content[key]), None) for key in ("categories", "images")]
+    return all(isinstance(entry, dict) and key in entry for entry, key in zip(first, ("frequency", "neg_category_ids")))
+
+
+def rest(entry: dict[str, Any], known: Sequence[str]) -> dict[str, Any]:
+    """What has other keys than the known."""
+    return {key: value for key, value in entry.items() if key not in known}
+
+
+def file_names(entry: Any) -> list[str]:
+    """What the file of an image may be called: LVIS gives the address, whose last folder is that of a split."""
+    entry = entry if isinstance(entry, dict) else {}
+    names = [entry["file_name"]] if isinstance(entry.get("file_name"), str) else []
+    if isinstance(url := entry.get("coco_url"), str):
+        names += ["/".join(url.split("/")[-2:]), url.rpartition("/")[2]]
+    return names

@@ -45,6 +45,7 @@ class Annotation:
     crowd: bool = False
     difficult: bool = False
     size: tuple[float, float] | None = None
+    extra: dict[str, Any] | None = None  # what else the file says, only if asked for: for conversion without loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class ImageRecord:
     annotations: tuple[Annotation, ...] = ()
     label: int | None = None  # class of the image as a whole, in data sets for localization
     label_map: LabelMap | None = None  # class of each pixel, in data sets for segmentation
+    extra: dict[str, Any] | None = None  # as of an annotation
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Dataset:
     are packed (`data.records`)."""
 
     name: str
-    format: Literal["coco", "voc", "yolo", "ilsvrc", "table", "panoptic"]
+    format: Literal["coco", "lvis", "voc", "yolo", "ilsvrc", "table", "panoptic", "cityscapes", "labelme", "cvat",
+                    "openimages"]
     classes: tuple[str, ...]
     category_ids: tuple[int, ...]
     records: Records
@@ -78,6 +81,7 @@ class Dataset:
     keypoint_offset: float = 0.0  # what was added to the file's
     semantic_classes: tuple[str, ...] = ()  # of panoptic data: "things", then each kind of stuff
     semantic_ids: tuple[int, ...] = ()  # their original ids, 0 for "things"
+    extra: dict[str, Any] | None = None  # as of an annotation: sections of the file, and "categories", one for each
 
     def __post_init__(self) -> None:
         from detres.data.records import Records  # it imports this module
@@ -107,18 +111,12 @@ def one_class(dataset: Dataset) -> Dataset:
                    blacklist=())
 
 
-def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "error") -> Dataset:
-    """Read a data set; the format is recognised from the path.
+def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "error", *,
+                 keep_extra: bool = False) -> Dataset:
+    """Read a data set; the format is recognised from what is at the path: `formats.FORMATS` has them all.
 
-    - COCO: a JSON file, or a folder with `annotations/instances_<split>*.json` or with a JSON beside the images.
-    - VOC: a folder with `Annotations/` and `ImageSets/Main/`, or a VOCdevkit above it.
-    - YOLO: a YAML file, or a folder with `data.yaml`.
-    - ILSVRC DET: a folder with `Data/DET/` and `ImageSets/DET/`.
-    - ILSVRC CLS-LOC: `ImageSets/CLS-LOC/`; where DET is there, too, give its `Data/CLS-LOC`.
-    - Shards: a folder of them, a pattern such as train-{000000..000146}.tar, or a URL (`data.shards`).
-    - A table: a folder with `boxes.csv`, `classes.txt` and `images/` (`data.localization`).
-
-    `source.split` names the image set; without it, the role does. 'a+b' is the union of two (not in YOLO).
+    `source.split` names the image set; without it, the role does. 'a+b' is the union of two in COCO, VOC and ILSVRC.
+    `keep_extra` fills the fields `extra` of COCO, LVIS and VOC.
 
     Raises:
         FileNotFoundError: nothing at the path, or nothing there that is a data set or that split.
@@ -128,7 +126,7 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
     """
     images = "" if source.images is None else f" --images {source.images}"
     problems = Problems(source.path, f"{source.path}{images}")
-    dataset = read_all(source, role, problems)
+    dataset = read_all(source, role, problems, keep_extra)
     problems.name = dataset.name
     problems.close(on_invalid)
     return without_images(dataset, problems.images("image_missing"))
@@ -141,48 +139,14 @@ def without_images(dataset: Dataset, ids: set[int | str | None]) -> Dataset:
     return replace(dataset, records=dataset.records.take(kept))
 
 
-def read_all(source: SourceConfig, role: Role, problems: Problems) -> Dataset:
+def read_all(source: SourceConfig, role: Role, problems: Problems, keep_extra: bool = False) -> Dataset:
     """What can be used of a data set, and besides it the images without a file, for the checks; what is wrong with it
     is added to `problems`. Raises FileNotFoundError and ValueError as `load_dataset`."""
-    from detres.data import coco, ilsvrc_det, localization, shards, voc, yolo  # they import this module
+    from detres.data.formats import recognise  # it imports the readers, which import this module
 
-    if shards.is_source(source.path):
-        _unused(source, "images")
-        return shards.read_shards(source, role, problems).moved_keypoints(source.keypoint_offset)
-    path = Path(source.path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"data set must exist, got {source.path} (seen from {Path.cwd()}). Check the path.")
-    if path.suffix == ".json" and path.is_file():
-        _unused(source, "split")
-        return coco.read_coco(path, source.images, on_invalid=problems).moved_keypoints(source.keypoint_offset)
-    if path.suffix in (".yaml", ".yml") and path.is_file():
-        _unused(source, "images")
-        return yolo.read_yolo(path, role, source.split, problems)
-    if ilsvrc_det.is_root(path):
-        _unused(source, "images")
-        return ilsvrc_det.read_ilsvrc_det(path, role, source.split, problems)
-    if root := localization.find_root(path):
-        _unused(source, "images")
-        return localization.read_ilsvrc_loc(root, role, source.split, problems)
-    if localization.is_table(path):
-        _unused(source, "images")
-        return localization.read_table(path, role, source.split, problems)
-    if voc.is_root(path):
-        return voc.read_voc([path], role, source.split, source.images, problems)
-    if (yaml := yolo.find_yaml(path)) is not None:
-        _unused(source, "images")
-        return yolo.read_yolo(yaml, role, source.split, problems)
-    if coco.json_files(path):
-        dataset = coco.read_folder(path, role, source.split, source.images, on_invalid=problems)
-        return dataset.moved_keypoints(source.keypoint_offset)
-    if roots := voc.find_roots(path):
-        return voc.read_voc(roots, role, source.split, source.images, problems)
-    raise FileNotFoundError(
-        f"data set must be in COCO, VOC, YOLO or ILSVRC format, got {path}. Looked for: a .json, .yaml or .yml file; "
-        "in a folder, annotations/*.json or *.json (COCO), Annotations/ with ImageSets/Main/ (VOC), data.yaml (YOLO), "
-        "Data/DET/ with ImageSets/DET/ or ImageSets/CLS-LOC/ (ILSVRC), boxes.csv with classes.txt.")
-
-
-def _unused(source: SourceConfig, field: str) -> None:
-    if (value := getattr(source, field)) is not None:
-        raise ValueError(f"{field} must be null for {source.path}, which says it itself, got {value!r}. Take it out.")
+    format, found = recognise(source.path)
+    for field in ("split", "images"):
+        if field not in format.uses and (value := getattr(source, field)) is not None:
+            raise ValueError(f"{field} must be null for {source.path}, which says it itself, got {value!r}. "
+                             "Take it out.")
+    return format.read(found, source, role, problems, keep_extra)

@@ -46,7 +46,7 @@ class ImageFiles:
     file depends on them, and on which `folder` has images of the names in `sample`."""
 
     listed: dict[Path, set[str]] = field(default_factory=dict)
-    sample: list[str] = field(default_factory=list)
+    sample: list[list[str]] = field(default_factory=list)  # names that each may have
     folder: Path | None = None
 
     def __call__(self, path: Path) -> bool:
@@ -87,7 +87,7 @@ class Places:
 Read = Callable[[ImageFiles], tuple[Dataset, Problems]]
 
 
-def cached(file: Path, options: tuple, find: Callable[[Sequence[str]], Path | None], read: Read
+def cached(file: Path, options: tuple, find: Callable[[Sequence[Sequence[str]]], Path | None], read: Read
            ) -> tuple[Dataset, Problems]:
     """What `read` makes of an annotation file, and what it found to be wrong: from the cache if nothing changed.
 
@@ -129,7 +129,7 @@ def code() -> str:
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 
-def _same_files(header: dict[str, Any], find: Callable[[Sequence[str]], Path | None]) -> bool:
+def _same_files(header: dict[str, Any], find: Callable[[Sequence[Sequence[str]]], Path | None]) -> bool:
     folders = {os.fsdecode(name): digest for name, digest in header["folders"]}
     return os.fsencode(find(header["sample"]) or "") == header["folder"] and all(
         _digest(_names(Path(folder))) == digest for folder, digest in folders.items())

@@ -47,7 +47,7 @@ class LabelImage(LabelMap):
     path: Path
 
     def read(self, record: ImageRecord) -> np.ndarray:
-        values = _read_values(self.path)
+        values = read_values(self.path)
         _check_size(self.path, values, record)
         lookup = np.full(256, -1, np.int16)
         lookup[:len(self.table)], lookup[IGNORED] = self.table, IGNORED
@@ -112,7 +112,7 @@ class SegmentImage(LabelMap):
         return labels
 
 
-def _read_values(path: Path) -> np.ndarray:
+def read_values(path: Path) -> np.ndarray:
     """(H, W) uint8 as stored: palettes are not looked up."""
     try:
         with Image.open(path) as image:

@@ -144,6 +144,11 @@ def is_table(folder: Path) -> bool:
     return (folder / "boxes.csv").is_file() and (folder / "classes.txt").is_file()
 
 
+def table_splits(folder: Path) -> list[str]:
+    with open(folder / "boxes.csv", newline="", encoding="utf-8") as file:
+        return list(dict.fromkeys(row["split"] for row in csv.DictReader(file) if row.get("split")))
+
+
 def read_table(folder: Path, role: str, split: str | None = None, on_invalid: OnInvalid = "error") -> Dataset:
     """The rows of `boxes.csv` whose `split` is this. Classes are named by the first of their names; several rows of a
     file are several objects of its class. Raises as `load_dataset`."""

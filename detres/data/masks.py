@@ -194,3 +194,26 @@ def run_lengths(compressed: str) -> list[int] | None:
             counts.append(value + (counts[-2] if len(counts) > 2 else 0))
             value = shift = 0
     return counts
+
+
+def box_of(segmentation: list[Any] | dict[str, Any]) -> tuple[float, float, float, float]:
+    """xyxy that encloses polygons, or the pixels of an RLE."""
+    if isinstance(segmentation, list):
+        xs, ys = ([value for polygon in segmentation for value in polygon[start::2]] for start in (0, 1))
+        return min(xs), min(ys), max(xs), max(ys)
+    x, y, w, h = coco_mask.toBbox(compressed(segmentation, *segmentation["size"])).tolist()
+    return x, y, x + w, y + h
+
+
+def run_code(inside: np.ndarray, top: int, left: int, height: int, width: int) -> dict[str, Any]:
+    """The RLE, with `counts` a string, of an image of that size whose pixels are set where a window (h, w) bool, of
+    which the first pixel is at (top, left), says so."""
+    steps = np.diff(np.pad(inside.T, ((0, 0), (1, 1))).view(np.int8), axis=1)  # where a run of a column begins and ends
+    column, row = np.nonzero(steps)
+    edges = (column + left) * height + row + top  # places in the order of the columns: rising
+    meet = np.flatnonzero(edges[1:-1:2] == edges[2::2]) * 2 + 1  # runs that go on in the next column
+    edges = np.delete(edges, np.concatenate([meet, meet + 1]))
+    counts = np.diff(edges, prepend=0, append=height * width).tolist()
+    counts = counts if counts[-1] else counts[:-1]  # as pycocotools encodes a mask that ends with the image
+    code = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
+    return {"size": [height, width], "counts": code["counts"].decode()}

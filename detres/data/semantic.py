@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from detres.config import SourceConfig
-from detres.data import panoptic, voc
+from detres.data import cityscapes, panoptic, voc
 from detres.data.dataset import Dataset, ImageRecord, Role, load_dataset
 from detres.data.images import ImageError, read_size
 from detres.data.index import ImageFiles
@@ -25,6 +25,7 @@ def load_semantic(source: SourceConfig, role: Role, on_invalid: OnInvalid = "err
       those of `classes.txt` in the folder, a name a line from label 0 on; else "background" and VOC's 20.
     - COCO's panoptic format: a JSON file with "panoptic" in its name, `source.split` with it ("panoptic_train2017"), or
       a folder that has no other. Classes are all categories, things first.
+    - Cityscapes: the 19 classes that are evaluated.
     - Anything else that `load_dataset` reads, with a mask for each object. Classes are "background" and its own.
 
     Category ids are the labels. Raises as `load_dataset`.
@@ -32,6 +33,8 @@ def load_semantic(source: SourceConfig, role: Role, on_invalid: OnInvalid = "err
     path = Path(source.path).expanduser()
     if roots := [path] * is_root(path) or voc.find_roots(path, is_root):
         dataset = _read_voc(roots, role, source.split, source.images, on_invalid)
+    elif root := cityscapes.find_root(path):
+        dataset = cityscapes.read_cityscapes(root, role, source.split, source.images, on_invalid, semantic=True)
     elif panoptic.is_source(path, role, source.split):
         dataset = panoptic.load_panoptic(source, role, on_invalid)
         classes = (*dataset.classes, *dataset.semantic_classes[1:])

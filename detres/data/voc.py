@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from detres.data import voc_xml
+from detres.data import loose, voc_xml
 from detres.data.dataset import SPLITS, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES
 from detres.data.problems import OnInvalid, Problems
@@ -33,7 +33,7 @@ def find_roots(folder: Path, is_root: Callable[[Path], bool] = is_root) -> list[
 
 
 def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images: str | None = None,
-             on_invalid: OnInvalid = "error") -> Dataset:
+             on_invalid: OnInvalid = "error", keep_extra: bool = False) -> Dataset:
     """The data set of an image set, `ImageSets/Main/<split>.txt`.
 
     In a VOCdevkit of several years, `split` names them: '2007_trainval', or '2007_trainval+2012_trainval' for the
@@ -48,9 +48,7 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
     problems = Problems("+".join(f"{root.name} {file.stem}" for root, file in parts))
     trees = {root: {file.stem: voc_xml.parse(file) for file in sorted((root / "Annotations").glob("*.xml"))}
              for root in dict.fromkeys(root for root, _ in parts)}
-    names = {thing.name for root in trees.values() for tree in root.values() if isinstance(tree, voc_xml.Tree)
-             for thing in tree.things if thing.name}
-    classes = VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
+    classes = _classes(tree for root in trees.values() for tree in root.values())
     readable: list[tuple[ImageRecord, voc_xml.Tree]] = []
     seen: set[str] = set()
     for root, file in parts:
@@ -60,6 +58,48 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
             log.warning("%s test: without annotations, so detections can be saved but not measured", root.name)
             own = {image_id: voc_xml.Tree(root / f"Annotations/{image_id}.xml") for image_id in listed}
         readable += _readable(file, folder, root / "Annotations", own, seen, problems)
+    label_of = {name: label for label, name in enumerate(classes)}
+    records = voc_xml.records(readable, label_of, _continuous, problems, keep_extra)
+    problems.close(on_invalid)
+    return Dataset(problems.name, "voc", classes, tuple(range(len(classes))), records)
+
+
+def _classes(trees: Iterable[voc_xml.Tree | str]) -> tuple[str, ...]:
+    names = {thing.name for tree in trees if isinstance(tree, voc_xml.Tree) for thing in tree.things if thing.name}
+    return VOC_CLASSES if names <= set(VOC_CLASSES) else tuple(sorted(names))
+
+
+def find_loose(folder: Path) -> list[Path]:
+    """The XML files in a folder and those below, if the first is VOC's."""
+    first = next(folder.rglob("*.xml"), None) if folder.is_dir() else None
+    if first is None or not re.search(rb"<annotation[\s>]", first.read_bytes()[:2048]):
+        return []
+    return sorted(folder.rglob("*.xml"))
+
+
+def read_loose(files: Sequence[Path], role: str, split: str | None = None, images: str | None = None,
+               on_invalid: OnInvalid = "error") -> Dataset:
+    """XML files without image sets, those of a split in a folder that is called so: train/, valid/ ...; else all.
+
+    Images are anywhere below the folder that has them all, or in `images`; ids are the XML files' names without the
+    suffix, seen from that folder. Otherwise as `read_voc`.
+    """
+    root = loose.common_folder(files)
+    trees = {file: voc_xml.parse(file) for file in files}
+    classes, problems = _classes(trees.values()), Problems("+".join(filter(None, (root.name, split))))
+    # Images may be in a folder beside the XML files.
+    above = root.parent if root.name.lower() in ("annotations", "xml", "xmls", "labels") else root
+    finder = loose.ImageFinder(Path(images).expanduser() if images else above)
+    readable: list[tuple[ImageRecord, voc_xml.Tree]] = []
+    for file in loose.select(files, root, role, split):
+        tree, image_id = trees[file], file.relative_to(root).with_suffix("").as_posix()
+        if isinstance(tree, str):
+            problems.add(file, image_id, None, "file", tree, "must be an XML file (correct or delete it)", "bad_xml")
+        elif (path := finder.find(file, tree.filename)) is None:
+            problems.add(file, image_id, None, "filename", tree.filename, f"must be an image file (in {finder.folder}: "
+                         "add it, or give the folder as data.*.images)", "image_missing")
+        elif size := voc_xml.size_of(tree, path, image_id, problems):
+            readable.append((ImageRecord(image_id, path, *size), tree))
     label_of = {name: label for label, name in enumerate(classes)}
     records = voc_xml.records(readable, label_of, _continuous, problems)
     problems.close(on_invalid)
@@ -91,6 +131,8 @@ def _image_set(roots: Sequence[Path], names: Sequence[str], task: str) -> tuple[
         if (folder / f"{name}.txt").is_file():
             return roots[0], folder / f"{name}.txt"
     there = sorted(file.stem for file in folder.glob("*.txt") if "_" not in file.stem)
+    if len(there) == 1 and len(names) > 1 and not any(there[0] in own for own in SPLITS.values()):
+        return roots[0], folder / f"{there[0]}.txt"  # one for everything, such as CVAT's default.txt
     raise FileNotFoundError(f"VOC image set must be one of {there}, got '{names[0]}' ({folder}). Give it as split.")
 
 

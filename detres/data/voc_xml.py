@@ -12,6 +12,7 @@ from detres.data.images import ImageError, read_size
 from detres.data.problems import EMPTY, Problems
 
 Box = list[float]  # xyxy
+_REST = ("pose", "truncated", "occluded")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Thing:
     name: str
     difficult: bool
     corners: tuple[str, ...]  # as written: xmin, ymin, xmax, ymax
+    rest: tuple[tuple[str, str], ...] = ()  # pose, truncated, occluded, where they are stated
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ def parse(file: Path) -> Tree | str:
     things = []
     for node in root.iterfind("object"):
         corners = tuple(node.findtext(f"bndbox/{corner}", "").strip() for corner in ("xmin", "ymin", "xmax", "ymax"))
-        things.append(Thing(node.findtext("name", "").strip(), node.findtext("difficult", "").strip() == "1", corners))
+        rest = tuple((child.tag, child.text.strip()) for child in node if child.tag in _REST and child.text)
+        things.append(Thing(node.findtext("name", "").strip(), node.findtext("difficult", "").strip() == "1", corners,
+                            rest))
     size = root.findtext("size/height", "").strip(), root.findtext("size/width", "").strip()
     return Tree(file, root.findtext("filename", "").strip(), size, tuple(things))
 
@@ -70,7 +74,8 @@ class _Row:
 
 
 def records(readable: Sequence[tuple[ImageRecord, Tree]], label_of: Mapping[str, int],
-            box_of: Callable[[Box], Box | None], problems: Problems) -> tuple[ImageRecord, ...]:
+            box_of: Callable[[Box], Box | None], problems: Problems,
+            keep_extra: bool = False) -> tuple[ImageRecord, ...]:
     """The images with their annotations. `box_of` gives the continuous box of the corners in a file; None: empty."""
     rows = [row for i, (record, tree) in enumerate(readable) for row in _rows(i, record, tree, box_of, problems)]
 
@@ -88,8 +93,13 @@ def records(readable: Sequence[tuple[ImageRecord, Tree]], label_of: Mapping[str,
         if keep:
             x1, y1, x2, y2 = row.box
             found[row.image].append(Annotation(number, label_of[row.thing.name], (x1, y1, x2, y2),
-                                               area=(x2 - x1) * (y2 - y1), difficult=row.thing.difficult))
+                                               area=(x2 - x1) * (y2 - y1), difficult=row.thing.difficult,
+                                               extra=_extra(row.thing) if keep_extra else None))
     return tuple(replace(record, annotations=tuple(annotations)) for (record, _), annotations in zip(readable, found))
+
+
+def _extra(thing: Thing) -> dict[str, str | int] | None:
+    return {tag: int(text) if text.isdecimal() else text for tag, text in thing.rest} or None
 
 
 def _rows(image: int, record: ImageRecord, tree: Tree, box_of: Callable[[Box], Box | None],

@@ -1,4 +1,5 @@
-"""YOLO txt: `data.yaml`, and a text file of rows in fractions of the image for each image.
+"""YOLO txt: a text file of rows in fractions of the image for each image; which images and classes there are is in
+`data.yaml`, or in darknet's `obj.data` and `obj.names`, or `classes.txt`, or shown by the folders alone.
 
 A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon. An image without a text file has no objects.
 """
@@ -6,19 +7,23 @@ A row is `class cx cy w h`, or `class x1 y1 x2 y2 x3 y3 ...`, a polygon. An imag
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from detres.data import loose
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES, ImageError, read_size
 from detres.data.masks import mask_area
 from detres.data.problems import OnInvalid, Problems, segmentation_problem
+
+log = logging.getLogger("detres")
 
 NOMINAL = (1000, 1000)  # height and width of an image that cannot be read
 
@@ -46,9 +51,16 @@ def read_yolo(file: Path, role: str, split: str | None = None, on_invalid: OnInv
     if images and not any(labels_of(image).is_file() for image in images):
         raise FileNotFoundError(f"labels must be beside the images, got none for {len(images)} images, such as "
                                 f"{labels_of(images[0])} ({file}). Put them in labels/ where images are in images/.")
-    problems = Problems(f"{file.parent.name} {name}")
-    reader = _Reader(problems, root, len(classes))
-    dataset = Dataset(problems.name, "yolo", classes, tuple(range(len(classes))), reader.read(images))
+    return _dataset(f"{file.parent.name} {name}", classes, root, {image: labels_of(image) for image in images},
+                    on_invalid)
+
+
+def _dataset(name: str, classes: tuple[str, ...], root: Path, labels: Mapping[Path, Path],
+             on_invalid: OnInvalid) -> Dataset:
+    """`labels`: the text file of each image."""
+    problems = Problems(name)
+    reader = _Reader(problems, root, len(classes), labels)
+    dataset = Dataset(name, "yolo", classes, tuple(range(len(classes))), reader.read(list(labels)))
     problems.located.append((dataset, reader.locate))
     problems.close(on_invalid)
     return dataset
@@ -135,6 +147,7 @@ class _Reader:
     problems: Problems
     root: Path
     classes: int
+    labels: Mapping[Path, Path]
     rows: list[_Row] = field(default_factory=list)
 
     def read(self, images: list[Path]) -> tuple[ImageRecord, ...]:
@@ -156,12 +169,12 @@ class _Reader:
         boxes = [row for row in rows if row.polygon is None]
         values = [row.values for row in boxes] or [row.values[:4] for row in rows]
         return bool(rows and self.problems.check_layout(
-            labels_of(rows[0].record.path).parent, "box", values, [(1.0, 1.0)] * len(values), "cxcywh"))
+            self.labels[rows[0].record.path].parent, "box", values, [(1.0, 1.0)] * len(values), "cxcywh"))
 
     def locate(self, annotation: Annotation) -> tuple[str, int, str]:
         """File, line and place there."""
         row = self.rows[annotation.id - 1]
-        return str(labels_of(row.record.path)), row.line, f"line {row.line}"
+        return str(self.labels[row.record.path]), row.line, f"line {row.line}"
 
     def _record(self, image: Path) -> ImageRecord:
         image_id = image.relative_to(self.root).as_posix() if image.is_relative_to(self.root) else image.as_posix()
@@ -174,7 +187,7 @@ class _Reader:
 
     def _rows(self, record: ImageRecord) -> Iterator[_Row]:
         """The rows of an image's text file that can be read."""
-        labels = labels_of(record.path)
+        labels = self.labels[record.path]
         lines = labels.read_text(encoding="utf-8", errors="replace").splitlines() if labels.is_file() else []
         for line, text in enumerate(lines, 1):
             if text.strip() and (row := self._row(record, line, text)) is not None:
@@ -188,8 +201,7 @@ class _Reader:
                              "bad_row")
         if label not in range(self.classes):
             return self._add(record, line, "class", text.split()[0],
-                             f"must be the number of a name in the YAML file (0 to {self.classes - 1})",
-                             "unknown_category")
+                             f"must be the number of one of the names (0 to {self.classes - 1})", "unknown_category")
         if len(values) == 4:
             x, y, w, h = (value * side for value, side in zip(values, (record.width, record.height) * 2))
             return _Row(record, line, int(label), [x - w / 2, y - h / 2, x + w / 2, y + h / 2], values, None)
@@ -202,10 +214,127 @@ class _Reader:
 
     def _add(self, record: ImageRecord, line: int, field: str, value: Any, reason: str,
              kind: str) -> None:
-        self.problems.add(labels_of(record.path), record.id, line, field, value, reason, kind, f"line {line}")
+        self.problems.add(self.labels[record.path], record.id, line, field, value, reason, kind, f"line {line}")
 
 
 def _annotation(number: int, row: _Row) -> Annotation:
     x1, y1, x2, y2 = row.box
     area = mask_area(row.polygon, row.record.height, row.record.width) if row.polygon else (x2 - x1) * (y2 - y1)
     return Annotation(number, row.label, (x1, y1, x2, y2), row.polygon, area=area)
+
+
+# Without data.yaml
+
+NAMES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt", "predefined_classes.txt")
+
+
+@dataclass(frozen=True)
+class Loose:
+    """`lists` are darknet's, by the name of their split; none where text files simply lie in folders."""
+
+    root: Path
+    names: tuple[str, ...]
+    files: tuple[Path, ...]  # text files of rows
+    lists: dict[str, Path] = field(default_factory=dict)
+
+
+def find_loose(folder: Path) -> Loose | None:
+    """Text files of rows in a folder and those below, with the names of their classes if these are there, too.
+
+    Recognised by darknet's `*.data`, by a file of names, or by labels/ beside images/.
+    """
+    if not folder.is_dir():
+        return None
+    content = next((_darknet(file) for file in sorted(folder.glob("*.data"))), {})
+    names_file = _names_file(folder, content)
+    if not names_file and not any(folder.glob("labels/")) and not any(folder.glob("*/labels/")):
+        return None
+    lists = {name: file for names in SPLITS.values() for name in names
+             if name in content and (file := _seen_from(folder, content[name]))}
+    reserved = {names_file, *lists.values()}
+    files = [file for file in sorted(folder.rglob("*.txt")) if file not in reserved and file.name not in NAMES
+             and _is_rows(file)]
+    if not any(file.stat().st_size for file in files):
+        return None
+    names = _lines(names_file) if names_file else _numbered(files)
+    return Loose(folder, tuple(names), tuple(files), lists)
+
+
+def _darknet(file: Path) -> dict[str, str]:
+    """Lines of `key = value`."""
+    pairs = (line.partition("=") for line in _lines(file))
+    return {key.strip(): value.strip() for key, _, value in pairs if value}
+
+
+def _names_file(folder: Path, content: Mapping[str, str]) -> Path | None:
+    if file := _seen_from(folder, content.get("names", "")):
+        return file
+    places = (place / name for name in NAMES for place in (folder, folder / "labels", *sorted(folder.glob("*/"))))
+    return next((file for file in places if file.is_file()), None)
+
+
+def _seen_from(folder: Path, entry: str) -> Path | None:
+    """The file that a path means: darknet's are seen from where it runs, so the end of the path has to do."""
+    parts = Path(entry).parts
+    return next((file for start in range(len(parts)) if (file := folder.joinpath(*parts[start:])).is_file()), None)
+
+
+def _lines(file: Path) -> list[str]:
+    return [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def _is_rows(file: Path) -> bool:
+    """Whether the first line may be a row; an image without objects has an empty file."""
+    with open(file, encoding="utf-8", errors="replace") as stream:
+        words = stream.readline(4096).split()
+    try:
+        return not words or len([float(word) for word in words]) >= 5
+    except ValueError:
+        return False
+
+
+def _numbered(files: Sequence[Path]) -> list[str]:
+    """Names for classes of which nothing but the number is known."""
+    labels = [int(float(line.split()[0])) for file in files for line in _lines(file)
+              if line.split()[0].replace(".", "").isdecimal()]
+    log.warning("%s: without a file of class names, such as classes.txt, so classes are called by their numbers",
+                loose.common_folder(files))
+    return [str(label) for label in range(max(labels, default=0) + 1)]
+
+
+def loose_splits(found: Loose) -> list[str]:
+    return list(found.lists) or loose.splits(found.files, found.root)
+
+
+def read_loose(found: Loose, role: str, split: str | None = None, images: str | None = None,
+               on_invalid: OnInvalid = "error") -> Dataset:
+    """The images of a darknet list; else of a folder that is called as a split; else all that are there.
+
+    Images lie anywhere below, or in `images`. One without a text file has no objects; where images are elsewhere, those
+    that have a text file are read. Raises as `load_dataset`.
+    """
+    finder = loose.ImageFinder(Path(images).expanduser() if images else found.root)
+    if found.lists:
+        name = next((name for name in ([split] if split else SPLITS[role]) if name in found.lists), None)
+        if name is None:
+            raise FileNotFoundError(f"split must be one of {sorted(found.lists)}, got '{split or role}' ({found.root}). "
+                                    "Give it as data.*.split.")
+        by_stem = {file.stem: file for file in found.files}
+        wanted = [by_stem.get(Path(line).stem, Path(line).with_suffix(".txt")) for line in _lines(found.lists[name])]
+    else:
+        wanted = loose.select(found.files, found.root, role, split)
+    labels = {image: file for file in wanted if (image := finder.find(file, file.name))}
+    if not images and not found.lists:
+        bare = [image for image in finder.all() if image not in labels and not labels_of(image).is_file()]
+        labels |= {image: labels_of(image) for image in _of_split(bare, wanted, found)}
+    if missing := [file for file in wanted if finder.find(file, file.name) is None]:
+        raise FileNotFoundError(f"labels must have images, got none for {len(missing)}, such as {missing[0].name} (in "
+                                f"{finder.folder}). Add them, or give their folder as data.*.images.")
+    name = " ".join(filter(None, (found.root.name, split)))
+    return _dataset(name, found.names, finder.folder, dict(sorted(labels.items())), on_invalid)
+
+
+def _of_split(bare: list[Path], wanted: Sequence[Path], found: Loose) -> list[Path]:
+    """Of images without a text file, those in the folders of the split."""
+    own = {loose.split_of(file, found.root) for file in wanted}
+    return [image for image in bare if loose.split_of(image, found.root) in own]

@@ -26,7 +26,7 @@ def test_what_is_no_data_set_is_told_once_and_clearly(tmp_path):
         load_dataset(SourceConfig(path=str(tmp_path / "nowhere")), "train")
     (tmp_path / "notes.txt").write_text("x")
     for path in (tmp_path, tmp_path / "notes.txt"):
-        with pytest.raises(FileNotFoundError, match=r"COCO, VOC, YOLO or ILSVRC .*Looked for: .*annotations/\*\..*ImageSets"):
+        with pytest.raises(FileNotFoundError, match=r"Looked for: .*annotations/\*\.json.*COCO.*ImageSets.*VOC"):
             load_dataset(SourceConfig(path=str(path)), "train")
 
 

@@ -33,7 +33,7 @@ def test_yolo_splits(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="must hold a data set"):
+    with pytest.raises(FileNotFoundError, match="must be in one of the formats"):
         find_splits(tmp_path)
     with pytest.raises(FileNotFoundError, match="must exist"):
         find_splits(tmp_path / "none")

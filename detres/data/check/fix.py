@@ -17,6 +17,7 @@ from typing import Any
 
 from detres.data.check.labels import check_labels
 from detres.data.check.run import Report, SplitSummary, check_annotations
+from detres.data.formats import recognise
 from detres.data.kinds import KINDS, severity
 from detres.data.problems import Problem
 
@@ -112,6 +113,8 @@ def _format(report: Report) -> str:
     formats = {split.format for split in report.splits if split.format}
     if not formats:
         raise ValueError(f"a data set must be readable in part, got {report.path}. Correct what the check tells.")
+    if recognise(report.path)[0].loose:
+        formats = {f"{' and '.join(sorted(formats))} in loose files"}
     if len(formats) > 1 or not formats <= {"coco", "lvis", "voc", "yolo"}:
         raise ValueError(f"a clean copy must be of a COCO, VOC or YOLO data set, got {', '.join(sorted(formats))} "
                          f"({report.path}). Convert it to COCO first: detres data convert.")

@@ -18,7 +18,7 @@ import msgspec
 
 from detres.data.check.fix import Changes, by_file, link
 from detres.data.check.run import SplitSummary
-from detres.data.coco import image_folder, is_id
+from detres.data.coco import file_names, image_folder, is_id
 from detres.data.coco_json import parse, read_json
 from detres.data.images import ImageError, read_size
 from detres.data.kinds import severity
@@ -42,8 +42,7 @@ def copy(path: Path, splits: Sequence[SplitSummary], images: Path | None, out: P
 
 def _folder(file: Path, entries: Sequence[Any], images: Path | None = None) -> Path | None:
     """Of the images."""
-    names = [entry["file_name"] for entry in entries
-             if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)]
+    names = [names for entry in entries if (names := file_names(entry))]
     return image_folder(file, images and str(images), names[:: max(1, len(names) // 2000)], Problems(""))
 
 
