@@ -84,6 +84,9 @@ def _add_check(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("data", type=Path, metavar="DATA", help="folder, annotation file or data.yaml")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of images, if it is not found by itself")
     parser.add_argument("--no-images", action="store_true", help="look at annotations only: no image needs to be there")
+    parser.add_argument("--detections", type=Path, metavar="FILE", help="look for wrong and missing labels with what a "
+                        "model found: COCO results, as detres eval --save FILE writes them, on images that it was not "
+                        "trained on")
     parser.add_argument("--all", action="store_true", help="tell every problem, not some of each kind")
     parser.add_argument("--json", action="store_true", help="everything as JSON, to stdout")
     parser.add_argument("--fix", type=Path, metavar="OUT", help="write a clean copy of the annotations into this new "
@@ -97,7 +100,7 @@ def _check(args: argparse.Namespace) -> int:
     from detres.data.check.run import check_data
 
     options = {"read_images": not args.no_images, "workers": args.workers}
-    report = check_data(args.data, args.images, **options)
+    report = check_data(args.data, args.images, detections=args.detections, **options)
     if not args.json:
         print_report(report, every=args.all, fix=args.fix is not None)
     if args.fix is None or report.exit_status == 2:

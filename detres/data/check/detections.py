@@ -80,24 +80,26 @@ class _Compared:
         for pair in doubt[np.unique(self.row[doubt], return_index=True)[1]].tolist():
             row, column = self.row[pair], self.column[pair]
             number = int(table["id"][row]) if self.dataset.format not in ("voc", "yolo") else None
-            yield self._problem(self.dataset.records.image_of()[row], column, number, "class",
-                                [self.dataset.classes[table["label"][row]], table["box"][row].tolist()],
-                                "must be {}", "label_doubtful")
+            own, found = self.dataset.classes[table["label"][row]], self._found(column)
+            yield self._problem(self.dataset.records.image_of()[row], number, "class",
+                                [own, "found", *found, table["box"][row].tolist()],
+                                f"must be {found[0]}, if the model is right (look at it)", "label_doubtful")
 
     def missing(self) -> Iterator[Problem]:
         """Sure detections where nothing is annotated."""
         nearest = np.zeros(len(self.score))
         np.maximum.at(nearest, self.column, self.overlap)
         for column in np.flatnonzero((self.score >= CERTAIN) & (nearest < APART)).tolist():
-            yield self._problem(self.image[column], column, None, "bbox", self.boxes[column].round(1).tolist(),
-                                "must be annotated as {}", "label_missing")
+            value = ["found", *self._found(column), self.boxes[column].round(1).tolist()]
+            yield self._problem(self.image[column], None, "object", value,
+                                f"must be annotated as {value[1]}, if the model is right (look at it)", "label_missing")
 
-    def _problem(self, image: int, column: int, annotation_id: int | None, field: str, value: Any, reason: str,
-                 kind: str) -> Problem:
-        record, name = self.dataset.records[int(image)], self.dataset.classes[self.label[column]]
-        doubt = f" (if the model is right: score {self.score[column]:.2f})"
-        return Problem(str(record.path), record.id, annotation_id, field, value, reason.format(name) + doubt, kind,
-                       self.name)
+    def _found(self, column: int) -> tuple[str, float]:
+        return self.dataset.classes[self.label[column]], round(float(self.score[column]), 2)
+
+    def _problem(self, image: int, annotation_id: int | None, field: str, value: Any, reason: str, kind: str) -> Problem:
+        record = self.dataset.records[int(image)]
+        return Problem(str(record.path), record.id, annotation_id, field, value, reason, kind, self.name)
 
 
 def _places(known: Sequence[int | str], ids: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from detres.data.check.detections import check_against
 from detres.data.check.geometry import check_geometry
 from detres.data.check.images import check_images
 from detres.data.check.labels import check_labels
@@ -53,14 +54,16 @@ class Report:
 
 
 def check_data(path: str | Path, images: str | Path | None = None, *, read_images: bool = True,
-               workers: int | None = None) -> Report:
+               workers: int | None = None, detections: str | Path | None = None) -> Report:
     """Everything that is wrong with the data set at a path.
 
     `images` is the folder of images where it is not found by itself. With `read_images=False` only annotations are
     looked at: no image needs to be there. `workers` is the number of processes, by default one for each core.
+    `detections` is a file of COCO results that labels are compared with; ValueError if it is of other data.
     """
     report, datasets = check_annotations(path, images, images_needed=read_images, workers=workers)
-    found = [*(check_images(datasets, workers) if read_images else ()), *check_labels(datasets)]
+    found = [*(check_images(datasets, workers) if read_images else ()), *check_labels(datasets),
+             *(check_against(detections, datasets) if detections else ())]
     broken = {(problem.split, problem.image) for problem in report.problems if severity(problem.kind) == "error"}
     found = [problem for problem in found  # an image is not empty if it is that its objects cannot be read
              if problem.kind != "image_empty" or (problem.split, problem.image) not in broken]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from detres.cli import main
 from detres.data.check.detections import check_against
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.kinds import KINDS
@@ -52,7 +54,7 @@ def test_classes_that_a_model_contradicts():
 def test_value_and_reason():
     problem, = check_against(results_columns([
         {"image_id": 7, "category_id": BEE, "bbox": [12, 12, 40, 40], "score": 0.9}]), [("val", dataset((7, OBJECT)))])
-    assert problem.value == ["ant", [10, 10, 50, 50]] and "must be bee" in problem.reason and "0.90" in problem.reason
+    assert problem.value == ["ant", "found", "bee", 0.9, [10, 10, 50, 50]] and "must be bee" in problem.reason
 
 
 def test_objects_that_nobody_annotated():
@@ -69,3 +71,14 @@ def test_detections_of_other_data():
         found(dataset((7, OBJECT)), (99, ANT, 0, 0, 9, 9, 0.9))
     with pytest.raises(ValueError, match="must be on images"):
         found(dataset((7, OBJECT)), (7, 1000, 0, 0, 9, 9, 0.9))
+
+
+def test_the_command(coco, tmp_path, capsys):
+    coco.load()
+    file = tmp_path / "found.json"
+    file.write_text(json.dumps([{"image_id": 7, "category_id": 4, "bbox": [10, 10, 20, 30], "score": 0.97}]))
+    assert main(["data", "check", str(coco.root), "--detections", str(file)]) == 0
+    assert "a trained model is sure" in capsys.readouterr().out
+    file.write_text("[]")
+    assert main(["data", "check", str(coco.root), "--detections", str(file)]) == 1
+    assert "must be on images and of classes" in capsys.readouterr().err
