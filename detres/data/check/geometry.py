@@ -61,11 +61,15 @@ def _findings(dataset: Dataset, workers: int | None) -> Iterator[Finding]:
         for start in starts:
             yield from _check(dataset.records[start:start + CHUNK], start)
         return
-    _dataset = dataset
+    _dataset, left = dataset, iter(starts)
+
+    def size(_: object) -> int:
+        return min(CHUNK, total - next(left))
+
     try:
         with multiprocessing.get_context("fork").Pool(workers) as pool:
             chunks = pool.imap(_check_from, starts)
-            for found in track(chunks, total, f"masks of {dataset.name}", lambda _: CHUNK):
+            for found in track(chunks, total, f"Masks of {dataset.name}", size):
                 yield from found
     finally:
         _dataset = None
@@ -116,11 +120,11 @@ def _check_polygons(items: list[Item]) -> Iterator[Finding]:
     low, high = (function.reduceat(function.reduceat(points, starts), first) for function in (np.minimum, np.maximum))
     yield from _compare(items, areas, np.concatenate([low, high], 1), lambda k: mask_area(
         items[k][3].segmentation, items[k][2].height, items[k][2].width))
-    crossed = np.add.reduceat(_crossings(points, starts, lengths), first)
     owners = np.repeat(np.arange(len(items)), counts)
-    for k in np.flatnonzero(crossed).tolist():
-        own = np.flatnonzero(owners == k)
-        yield _finding(items[k], "segmentation", len(own), "must not cross itself", "polygon_crosses")
+    for row in np.flatnonzero(_crossings(points, starts, lengths)).tolist():
+        k = int(owners[row])
+        yield _finding(items[k], f"segmentation[{row - first[k]}]", polygons[row], "must not cross itself",
+                       "polygon_crosses")
 
 
 def _compare(items: list[Item], areas: np.ndarray, extents: np.ndarray, exact) -> Iterator[Finding]:

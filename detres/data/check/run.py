@@ -5,6 +5,7 @@ A broken file, category table, image or split hides nothing of the others.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from detres.data.kinds import severity
 from detres.data.problems import InvalidDataError, Problem, Problems
 from detres.data.splits import Split, find_splits
 
+LARGE = 50e6  # bytes that take long enough to say so
 IMAGE_KINDS = frozenset({"image_missing", "images_nowhere"})  # not looked for with read_images=False
 
 
@@ -94,7 +96,9 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
 
 
 def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Problem]]:
-    problems = Problems(split.name)
+    problems, file = Problems(split.name), Path(split.source.path).expanduser()
+    if file.is_file() and file.stat().st_size > LARGE:
+        print(f"Reading {file.name}, {file.stat().st_size / 1e6:.0f} MB", file=sys.stderr, flush=True)
     try:
         dataset = read_all(split.source, split.role, problems)
         check_geometry(problems, workers)

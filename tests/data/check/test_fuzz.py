@@ -53,6 +53,8 @@ def mutate(content, rng: random.Random):
             old = parent[key]
         except (KeyError, IndexError, TypeError):
             continue  # another change took it away
+        if not isinstance(parent, (dict, list)):
+            continue
         change = rng.randrange(6)
         if change == 0:
             del parent[key]

@@ -73,8 +73,8 @@ def test_json_has_everything(coco, capsys):
     first = content["problems"][0]
     assert first | {"reason": ""} == {
         "split": "instances_train2017", "kind": "box_not_finite", "severity": "error", "file": str(coco.file),
-        "image": 7, "annotation": 2, "place": "annotations[1]", "field": "bbox", "value": [1, 2, "nan", 4], "reason": "",
-        "better": None}
+        "image": 7, "annotation": 2, "place": "annotations[1]", "field": "bbox",
+        "value": [1, 2, "nan", 4], "reason": "", "better": None}
     assert content["kinds"]["area_differs"]["count"] == 1 and content["counts"]["error"] == 1
     area = next(told for told in content["problems"] if told["kind"] == "area_differs")
     assert area["better"] == 600 and area["value"] == 1000
