@@ -638,6 +638,9 @@ class DataConfig(Section):
         None, description="run or weights of the localizer whose boxes train a region classifier")
     on_invalid: Literal["error", "drop"] = Field(
         "error", description="what invalid annotations do: stop, or be dropped and counted")
+    check_images: bool = Field(
+        True, description="read all image files before training: one that cannot be used stops it at once, or is "
+                          "dropped; what was found is kept until files change (shards are not read)")
     skip_empty: bool = Field(False, description="train without the images that have no box, or, for keypoints, none "
                                                 "that is labelled, as the COCO baselines do")
     aspect_ratio_grouping: bool = Field(True, description="batch wide with wide and tall with tall: less padding")

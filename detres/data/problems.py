@@ -92,9 +92,9 @@ def _counts(problems: Sequence[Problem]) -> str:
 class Problems:
     """Collects problems while a reader leaves out what they concern."""
 
-    def __init__(self, name: str, path: str = ""):
+    def __init__(self, name: str, path: str = "", found: Sequence[Problem] = ()):
         self.name, self.path = name, path  # the path is told as that to check
-        self.found: list[Problem] = []
+        self.found = list(found)
         # Data sets with, for the checks that follow, file, id and place there of an annotation.
         self.located: list[tuple[Dataset, Callable[[Annotation], tuple[str, int | None, str]]]] = []
 

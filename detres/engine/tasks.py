@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from detres.config import PANOPTIC, RCNNS, SEMANTIC, Config, DataConfig
+from detres.config import PANOPTIC, RCNNS, SEMANTIC, Config, DataConfig, SourceConfig
+from detres.data.check.training import check_files
 from detres.data.class_dataset import align_labels, load_class_dataset
 from detres.data.class_loader import build_class_loader
-from detres.data.dataset import Dataset, load_dataset
+from detres.data.dataset import Dataset, Role, load_dataset
 from detres.data.device import prepared
 from detres.data.loader import build_loader
+from detres.data.problems import OnInvalid
 from detres.data.transforms import scale_pyramid
 from detres.engine import distributed
 from detres.engine.interrupt import Interrupt
@@ -50,7 +52,7 @@ class Task:
 def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
     """Of detectors, and of semantic and panoptic models, for which only data and evaluators are others."""
     data, kind = config.data, config.model
-    dataset = load_for(kind, data.train, "train", data.on_invalid)
+    dataset, val = _checked(data, partial(load_for, kind))
     options = {"with_masks": kind.has_masks, "with_keypoints": kind.has_keypoints, **reads_of(kind),
                "device_type": device.type, **_rank()}
     loader = partial(build_loader, dataset, config.model.input, data, batch_size=config.train.batch_size, training=True,
@@ -60,10 +62,9 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
                 lambda step: _on(device, data, loader(start_step=step)),
                 keypoints=_keypoints(dataset) if kind.has_keypoints else {},
                 semantic_classes=dataset.semantic_classes, semantic_ids=dataset.semantic_ids)
-    if data.val is None:
+    if val is None:
         return task
-    val = align_to(kind, load_for(kind, data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids,
-                   dataset.semantic_classes)
+    val = align_to(kind, val, dataset.classes, dataset.category_ids, dataset.semantic_classes)
     evaluators = evaluators_for(config, val)
     batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False,
                            pyramid=scale_pyramid(config.model.input, config.eval), **options)
@@ -74,6 +75,17 @@ def detection(config: Config, device: torch.device, interrupt: Interrupt) -> Tas
 
     names = tuple(metric for evaluator in evaluators for metric in evaluator.metric_names)
     return replace(task, validate=validate, metric_names=names)
+
+
+def _checked(data: DataConfig, load: Callable[[SourceConfig, Role, OnInvalid], Dataset]
+             ) -> tuple[Dataset, Dataset | None]:
+    """Training and validation data, with what `detres data check` would find wrong refused, dropped or told."""
+    sources = [source for source in (data.train, data.val) if source is not None]
+    datasets = [load(source, role, data.on_invalid) for source, role in zip(sources, ("train", "val"))]
+    if data.check_images:
+        with distributed.first_on_each_machine():  # what the first finds is kept for the others
+            datasets = check_files(datasets, sources, data.on_invalid)
+    return datasets[0], datasets[1] if data.val is not None else None
 
 
 def _on(device: torch.device, data: DataConfig, batches: Iterable[Any]) -> Iterable[Batch]:
@@ -114,7 +126,7 @@ def _rank() -> dict[str, int]:
 def localization(config: Config, device: torch.device, interrupt: Interrupt) -> Task:
     """Of a localizer, or of a region classifier, which trains on the boxes of a localizer."""
     data = config.data.model_copy(update={"skip_empty": True})
-    dataset = load_dataset(data.train, "train", data.on_invalid)
+    dataset, val = _checked(data, load_dataset)
     check_one_class(dataset)
     localizer, own = None, config  # `own`: the config of the localizer
     if config.model.name == "region_classifier":
@@ -128,9 +140,9 @@ def localization(config: Config, device: torch.device, interrupt: Interrupt) -> 
         return plain if localizer is None else with_proposals(plain, localizer, own.model.rpn, device, config.train)
 
     task = Task(f"{len(dataset.records)} images of {dataset.name}", dataset.classes, dataset.category_ids, batches)
-    if data.val is None:
+    if val is None:
         return task
-    val = align_classes(load_dataset(data.val, "val", data.on_invalid), dataset.classes, dataset.category_ids)
+    val = align_classes(val, dataset.classes, dataset.category_ids)
     truths = LocTruths.of(val, device)
     val_batches = build_loader(val, config.model.input, data, batch_size=config.eval.batch_size, training=False,
                                pyramid=scale_pyramid(config.model.input, config.eval), **options)
