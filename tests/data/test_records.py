@@ -43,6 +43,7 @@ images = st.builds(ImageRecord, ints | names | st.just("\udcff.jpg"), paths, int
 def test_equal_to_the_tuple(records):
     packed = Records.of(records)
     assert packed == records and tuple(packed) == records and packed.ids() == [record.id for record in records]
+    assert list(packed.paths()) == [record.path for record in records]
     for ours, theirs in zip(packed, records):
         assert repr(ours) == repr(theirs), "types, too"
 

@@ -87,9 +87,9 @@ def check_images(splits: Sequence[tuple[str, Dataset]], workers: int | None = No
     numbers: dict[str, int] = {}
     paths, listed = [], []
     for split, dataset in splits:
-        for row, record in enumerate(dataset.records):
-            number = numbers.setdefault(str(record.path), len(paths))
-            paths += [record.path] if number == len(paths) else []
+        for row, path in enumerate(dataset.records.paths()):
+            number = numbers.setdefault(str(path), len(paths))
+            paths += [path] if number == len(paths) else []
             listed.append(_Listed(split, dataset, row, number))
     facts = list(_read_all(paths, workers or len(os.sched_getaffinity(0))))
     problems = [entry.problem(*remark) for entry in listed for remark in _remarks(entry, facts[entry.file])]

@@ -76,9 +76,9 @@ def _state(splits: Sequence[tuple[str, Dataset]]) -> str:
         records = dataset.records
         digest.update(repr((split, dataset.name, dataset.format, dataset.classes)).encode(errors="surrogateescape"))
         digest.update(records.images.tobytes() + records.annotations.tobytes() + records.rest.tobytes())
-        for record in records:
+        for path in records.paths():
             with suppress(OSError):  # one that is gone is told by the check
-                stat = os.stat(record.path)
+                stat = os.stat(path)
                 digest.update(repr((stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)).encode())
     return digest.hexdigest()
 
