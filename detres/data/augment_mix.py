@@ -122,10 +122,11 @@ class MixUp:
 
 
 def random_window(sample: Sample, size: tuple[int, int], rng: np.random.Generator, min_visible: float = 0.0) -> Sample:
-    """A window of at most `size`, all of it where it is smaller."""
+    """A window of at most `size`. The rule for objects holds for an image that is smaller, too: resizing it may have
+    left some under a pixel."""
     kept = tuple(map(min, sample.size, size))
     y, x = (int(rng.integers(side - part + 1)) for side, part in zip(sample.size, kept))
-    return sample if kept == sample.size else crop_sample(sample, y, x, *kept, min_visible)
+    return crop_sample(sample, y, x, *kept, min_visible)
 
 
 def fit(sample: Sample, size: tuple[int, int], rng: np.random.Generator, fill: Sequence[float],

@@ -267,6 +267,7 @@ def test_every_mix(name, seed):
     assert found.size == sample.size
     if name == "mosaic_resized":  # antialiased colours are no one's, small masks vanish
         assert_sound(found)
+        assert (found.boxes[:, 2:] - found.boxes[:, :2] >= 1).all()
         for row, label in enumerate(found.labels):
             np.testing.assert_array_equal(found.masks[row] > 0, found.semantic == label + 1)
     else:
