@@ -21,6 +21,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks t
 import albumentations  # noqa: E402
 
 WHERE = "data.augment.albumentations"
+# Points that tell a mirror, as fractions of width and height: several, as a pipeline may leave some out.
+REFERENCE = np.stack(np.meshgrid(*2 * [np.arange(1, 6) / 6]), -1).reshape(-1, 2)
 
 
 class Albumentations:
@@ -72,9 +74,9 @@ class Albumentations:
         if sample.masks is not None and len(sample.masks):
             fields["masks"] = sample.masks
         if sample.keypoints is not None:
-            corner = np.array([[1, 1], [2, 1], [1, 2]]) / 4 * (width, height)  # tells a mirror, see _keypoints
-            points = np.concatenate([corner, sample.keypoints[..., :2].reshape(-1, 2)])
-            fields["keypoints"] = (points - 0.5).astype(np.float32)  # whole numbers are pixel centres there
+            points = np.concatenate([REFERENCE * (width, height), sample.keypoints[..., :2].reshape(-1, 2)])
+            points = np.column_stack([points - 0.5, np.arange(len(points))])  # whole numbers are pixel centres there
+            fields["keypoints"] = points.astype(np.float32)
         if sample.semantic is not None:
             fields["mask"] = sample.semantic + np.uint8(1)  # 0, with which it fills, is 255 here: ignored
         try:
@@ -85,13 +87,23 @@ class Albumentations:
                              "(width x height). Correct its parameters.") from error
 
     def _keypoints(self, sample: Sample, points: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """(G, J, 3): moved; exchanged left for right if the corner of three points went from one hand to the other."""
-        points = points[:, :2] + 0.5
-        origin, right, down = points[:3]
-        keypoints = np.dstack([points[3:].reshape(*sample.keypoints.shape[:2], 2), sample.keypoints[..., 2]])
-        if np.linalg.det(np.stack([right - origin, down - origin])) < 0:
+        """(G, J, 3): moved; exchanged left for right if the image was mirrored. Points that it left out, as dropout of
+        regions does, are not labelled any more."""
+        numbers, points = points[:, -1].astype(int), points[:, :2] + 0.5
+        visible = np.append(np.zeros(len(REFERENCE)), sample.keypoints[..., 2])
+        moved = np.zeros((len(visible), 3))
+        moved[numbers] = np.column_stack([points, visible[numbers]])
+        keypoints = moved[len(REFERENCE):].reshape(sample.keypoints.shape)
+        still = numbers < len(REFERENCE)
+        if mirrors(REFERENCE[numbers[still]], points[still]):
             keypoints = swap_pairs(keypoints, self.flip_pairs)
         return hide_outside(keypoints, *shape[:2])
+
+
+def mirrors(before: np.ndarray, after: np.ndarray) -> bool:
+    """Whether points (P, 2) went from one hand to the other: by the affine map that fits best."""
+    linear = np.linalg.lstsq(np.column_stack([before, np.ones(len(before))]), after, rcond=None)[0][:2]
+    return np.linalg.det(linear) < -1e-3  # of points on one line, rounding may tell anything near zero
 
 
 def _build_all(entries: Any, where: str) -> list[Any]:
@@ -118,10 +130,11 @@ def _build(entry: Any, where: str) -> Any:
                          f"There are: {', '.join(known)}.")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # it only warns of what it ignores
+            warnings.simplefilter("error", UserWarning)  # it only warns of what it ignores or changes
+            warnings.filterwarnings("ignore", ".*(consider|instead)")  # advice to use another
             return kind(**parameters)
     except (TypeError, ValueError, UserWarning) as error:
-        reason = " ".join(line.strip() for line in str(error).splitlines()[:3])
+        reason = " ".join(line.strip() for line in str(error).splitlines()[:3]).rstrip(".")
         raise ValueError(f"{where} must have valid parameters, got {parameters}: {reason}. "
                          f"There are: {', '.join(known)}.") from None
 

@@ -264,6 +264,22 @@ def test_mirrors_of_albumentations_exchange_keypoints():
     assert_same(theirs, ours)
 
 
+def test_keypoints_that_a_pipeline_leaves_out_are_not_labelled():
+    """Dropout covers the middle, with two of the points that tell the mirror beside it."""
+    sample = markers([(20, 20, 40, 30), (2, 2, 10, 9)])
+    cover = {"CoarseDropout": {"num_holes_range": [9, 9], "hole_height_range": [0.3, 0.5], "fill": 7,
+                               "hole_width_range": [0.3, 0.5], "p": 1}}
+    hidden = 0
+    for seed in range(30):
+        found = apply(sample, seed, albumentations=[cover, {"HorizontalFlip": {"p": 1}}], flip=0)
+        labelled = found.keypoints[..., 2] > 0
+        assert not labelled[:, 0].any() and not found.keypoints[~labelled].any(), "left and right change places"
+        hidden += len(labelled) - labelled.sum()
+        for x, y, _ in found.keypoints[labelled]:
+            assert (found.image[int(y), int(x)] != 7).any()
+    assert hidden > 5
+
+
 def test_pixel_transforms_leave_the_objects_alone():
     sample = replace(markers(BOXES), boxes=np.array([[3.3, 5.1, 3.9, 5.6], [0, 0, 64, 48], [1, 2, 3, 4.7]], np.float32))
     found = apply(sample, albumentations=[{"HueSaturationValue": {"p": 1}}, {"GaussNoise": {"p": 1}}])
@@ -301,6 +317,13 @@ def test_chance_comes_from_the_generator_alone():
 def test_pipelines_that_cannot_be_built(entries, message):
     with pytest.raises(ValueError, match=message):
         apply(markers(BOXES), albumentations=entries)
+
+
+def test_advice_to_use_another_is_no_error():
+    for name in ("ShiftScaleRotate", "PiecewiseAffine"):
+        assert len(apply(markers(BOXES), albumentations=[{name: {"p": 1}}]).boxes)
+    with pytest.raises(ValueError, match="must have valid parameters.* kernel sizes must be odd"):
+        apply(markers(BOXES), albumentations=[{"Blur": {"blur_limit": 4}}])
 
 
 @pytest.mark.parametrize(("entry", "message"), [
