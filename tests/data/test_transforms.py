@@ -265,19 +265,14 @@ def test_mirrors_of_albumentations_exchange_keypoints():
 
 
 def test_keypoints_that_a_pipeline_leaves_out_are_not_labelled():
-    """Dropout covers the middle, with two of the points that tell the mirror beside it."""
-    sample = markers([(20, 20, 40, 30), (2, 2, 10, 9)])
-    cover = {"CoarseDropout": {"num_holes_range": [9, 9], "hole_height_range": [0.3, 0.5], "fill": 7,
-                               "hole_width_range": [0.3, 0.5], "p": 1}}
-    hidden = 0
-    for seed in range(30):
-        found = apply(sample, seed, albumentations=[cover, {"HorizontalFlip": {"p": 1}}], flip=0)
+    """Distortions leave out what left the image, rather than to say where it is."""
+    sample, lost = markers([(0, 0, 20, 20), (20, 20, 40, 30)]), 0
+    for seed in range(20):
+        found = apply(sample, seed, albumentations=[{"ThinPlateSpline": {"p": 1}}, {"HorizontalFlip": {"p": 1}}])
         labelled = found.keypoints[..., 2] > 0
         assert not labelled[:, 0].any() and not found.keypoints[~labelled].any(), "left and right change places"
-        hidden += len(labelled) - labelled.sum()
-        for x, y, _ in found.keypoints[labelled]:
-            assert (found.image[int(y), int(x)] != 7).any()
-    assert hidden > 5
+        lost += len(labelled) - labelled.sum()
+    assert lost > 3
 
 
 def test_pixel_transforms_leave_the_objects_alone():
