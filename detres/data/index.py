@@ -125,7 +125,7 @@ def code() -> str:
     folder = Path(__file__).parent
     content = [(folder / f"{name}.py").read_bytes() for name in (
         "check/layout", "coco", "coco_json", "dataset", "index", "kinds", "label_maps", "masks", "panoptic", "problems",
-        "records", "shards")]
+        "records", "shard_files", "shard_scan", "shards")]
     return hashlib.blake2b(b"".join(content), digest_size=16).hexdigest()
 
 

@@ -14,9 +14,9 @@ import msgspec
 
 from detres.data import coco, coco_json
 from detres.data.dataset import Annotation, Dataset, ImageRecord
-from detres.data.images import IMAGE_SUFFIXES, open_image
+from detres.data.images import IMAGE_SUFFIXES, ImageError, open_image
 from detres.data.problems import Problems
-from detres.data.shard_files import ShardImage, ShardStore, local_copy, system_of
+from detres.data.shard_files import BLOCK, ShardImage, ShardStore, local_copy, system_of
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Scan:
     def read(self, shards: Sequence[str]) -> Dataset:
         for shard in shards:
             self._shard(shard)
-        file = Path(self.store.url(f"{self.name}.tar"))
+        file = Path(self.store.root)
         categories = coco.parse_categories(self._categories(), file, self.problems)
         label_of = {category["id"]: label for label, category in enumerate(categories)}
         names, pairs, skeleton = coco._keypoints(categories, file, self.problems)
@@ -52,11 +52,12 @@ class Scan:
         try:
             system, path = system_of(url)
             with system.open(path, "rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-                for member in tar:
+                for member in filter(tarfile.TarInfo.isfile, tar):
                     folder, _, name = member.name.rpartition("/")
                     key, _, kind = name.partition(".")
                     members.setdefault(f"{folder}/{key}" if folder else key, {})[f".{kind.lower()}"] = (
                         member, tar.extractfile(member).read() if kind.lower() == "json" else None)
+                _check_end(tar, stream)
                 for key, files in members.items():
                     self._image(shard, key, files, tar)
         except (tarfile.TarError, OSError) as error:
@@ -85,7 +86,12 @@ class Scan:
             return
         size = content.get("height"), content.get("width")
         if not all(type(side) is int and side > 0 for side in size):
-            size = open_image(tar.extractfile(member).read(), str(path)).shape[:2]
+            try:
+                size = open_image(tar.extractfile(member).read(), str(path)).shape[:2]
+            except ImageError as error:
+                self.problems.add(place, image_id, None, "image", str(error), "must be readable, as no size is stated",
+                                  "image_missing", member.name)
+                return
         self.images[image_id] = ImageRecord(image_id, path, *size)
         for entry in content["annotations"]:
             entry = dict(entry) if isinstance(entry, dict) else {}
@@ -101,12 +107,24 @@ class Scan:
         number = {name: place for place, name in enumerate(sorted(names), 1)}
         for entry in self.annotations:
             entry.setdefault("category_id", number.get(entry.get("category")))
-        named = {entry["category_id"]: entry["category"] for entry in self.annotations
-                 if entry.get("category") in names}
+        named = {(entry["category_id"], entry["category"]) for entry in self.annotations
+                 if coco.is_id(entry["category_id"]) and entry.get("category") in names}
         if not named:
             raise ValueError(f"annotations in shards must have a category, its name, got none ({self.store.root}). Add "
                              f"it, or {self.name}.json with COCO's categories beside the shards.")
-        return [{"id": number, "name": name} for number, name in named.items()]
+        for values in zip(*named):
+            if twice := {value for value in values if values.count(value) > 1}:
+                raise ValueError(f"category and category_id must go together in all annotations, got {twice} with "
+                                 f"several of the other ({self.store.root}). Correct them, or give {self.name}.json "
+                                 "with COCO's categories beside the shards, whose ids then count.")
+        return [{"id": number, "name": name} for number, name in sorted(named)]
+
+
+def _check_end(tar: tarfile.TarFile, stream: Any) -> None:
+    """`tarfile` takes a damaged header, or a file that ends between two members, for the end. Raises ReadError."""
+    stream.seek(tar.offset)
+    if stream.read(BLOCK) != bytes(BLOCK):
+        raise tarfile.ReadError(f"neither a member nor the end of an archive at byte {tar.offset}")
 
 
 def _exact(item: Annotation, entry: dict[str, Any]) -> Annotation:

@@ -179,6 +179,49 @@ def test_problems_of_others_are_told(tmp_path):
     assert len(load(tmp_path, on_invalid="drop").records) == 1
 
 
+def test_what_is_no_file_is_passed_over(tmp_path):
+    folder = of_others(tmp_path, ("1.png", png()), ("1.json", b'[{"category": "dog", "bbox": [1, 2, 3, 4]}]'))
+    with tarfile.open(folder / "00000.tar", "a") as tar:
+        for name, kind in (("x.json", tarfile.DIRTYPE), ("2.json", tarfile.SYMTYPE), ("2.png", tarfile.LNKTYPE)):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "nowhere"
+            tar.addfile(member)
+    assert load(folder).records.ids() == ["1"]
+
+
+def test_images_of_others_that_cannot_be_read_are_told(tmp_path):
+    of_others(tmp_path, ("1.png", png()), ("1.json", b'[{"category": "dog", "bbox": [1, 2, 3, 4]}]'),
+              ("2.png", b"nonsense"), ("2.json", b"[]"))
+    with pytest.raises(InvalidDataError, match=r"00000.tar, image '2': image must be readable.*known format"):
+        load(tmp_path)
+    assert load(tmp_path, on_invalid="drop").records.ids() == ["1"]
+
+
+def test_damaged_shards_without_an_index_are_not_cut_short(tmp_path):
+    """`tarfile` reads up to the damage, and says nothing."""
+    entry = b'[{"category": "dog", "bbox": [1, 2, 3, 4]}]'
+    file = of_others(tmp_path, ("1.png", png()), ("1.json", entry), ("2.png", png()), ("2.json", entry)) / "00000.tar"
+    content = file.read_bytes()
+    with tarfile.open(file) as tar:
+        second = tar.getmember("2.png").offset
+    for bad in (content[:second] + b"?" + content[second + 1:], content[:second], content[:second + 100]):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=rf"must be a whole tar archive, got .*at byte {second} \("):
+            load(tmp_path)
+
+
+@pytest.mark.parametrize("ids", [(1, 1), (None, 1)])
+def test_classes_of_others_must_not_share_an_id(tmp_path, ids):
+    """Else the objects of one would be taken for the other's."""
+    entries = [{"category": name, "bbox": [1, 2, 3, 4]} | ({} if number is None else {"category_id": number})
+               for name, number in zip(("cat", "dog"), ids)]
+    of_others(tmp_path, ("1.png", png()), ("1.json", json.dumps(entries).encode()))
+    with pytest.raises(ValueError, match=r"category and category_id must go together .* got \{1\}"):
+        load(tmp_path)
+    (tmp_path / "shards.json").write_text('{"categories": [{"id": 1, "name": "pet"}]}')
+    assert load(tmp_path, on_invalid="drop").classes == ("pet",)
+
+
 def damage(file: Path, offset: int, data: bytes) -> None:
     with open(file, "r+b") as stream:
         stream.seek(offset)
