@@ -94,8 +94,8 @@ def _check_augment(augment: AugmentConfig, with_boxes: bool) -> None:
 def _order(dataset: Dataset, sampling: SamplingConfig, shard_window: int, numbers: Sequence[int]) -> Order:
     records, trains = dataset.records, dataset.records.trainable()
     order = build_order(sampling, numbers, records.image_of()[trains], records.table()["label"][trains])
-    block = records.images["block"]
-    return InBlocks(order, block, shard_window) if len(np.unique(block)) > shard_window else order
+    found, block = np.unique(records.images["block"], return_inverse=True)  # numbered anew: shards may be left out
+    return InBlocks(order, block, shard_window) if len(found) > shard_window else order
 
 
 class Loader:

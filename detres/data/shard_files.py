@@ -12,6 +12,7 @@ import hashlib
 import os
 import tarfile
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -42,12 +43,24 @@ class ShardStore:
         """May be fewer bytes where the shard ends. Raises OSError, and ImportError where fsspec lacks a package."""
         url = self.url(shard)
         if self.cache:
-            url = str(self._copied(url, shard))
+            return self._read_copy(url, shard, start, size)
         if not is_remote(url):
             file = _opened(local(url))
             return os.pread(file.number, size, start)
         system, path = system_of(url)
-        return system.cat_file(path, start=start, end=start + size)
+        data = system.cat_file(path, start=start, end=start + size)
+        if len(data) > size:  # a server may answer with all of a file
+            raise OSError(f"all {len(data)} bytes of the shard, as its host knows no ranges: say data.*.shard_cache, "
+                          "which copies whole shards")
+        return data
+
+    def _read_copy(self, url: str, shard: str, start: int, size: int) -> bytes:
+        """Opened anew each time: the disk keeps a copy that was deleted for as long as it is open."""
+        while True:
+            copy = self._copied(url, shard)
+            with suppress(FileNotFoundError), open(copy, "rb") as file:  # else deleted by who made room, just now
+                os.utime(file.fileno())  # when it was read last
+                return os.pread(file.fileno(), size, start)
 
     def _copied(self, url: str, shard: str) -> Path:
         """The local copy, made by one of the processes that ask for it."""
@@ -62,7 +75,6 @@ class ShardStore:
                     system.get_file(path, str(part))
                     os.replace(part, copy)
                     make_room(Path(self.cache).expanduser().glob("*/*.tar"), self.limit, copy)
-        os.utime(copy)  # when it was read last
         return copy
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import io
 import json
+import os
 import tarfile
 import threading
 from dataclasses import replace
@@ -25,6 +26,7 @@ from detres.data.loader import build_loader
 from detres.data.problems import Problems
 from detres.data.sampling import InBlocks, Key, Shuffle
 from detres.data.shapes import ShapesOptions, write_shapes
+from detres.data.shard_files import ShardStore
 from detres.data.shard_scan import Scan
 from detres.data.shard_writer import write_shards
 from detres.data.splits import find_splits
@@ -277,6 +279,37 @@ def test_in_memory_of_fsspec_and_copies_on_disk(written, original, tmp_path):
         load("memory://bucket")
 
 
+def test_copies_may_be_deleted_at_any_time(written, original, tmp_path, monkeypatch):
+    """By another process that makes room; and none that is deleted stays open, which would keep its place on disk."""
+    dataset = load(f"file://{written}", shard_cache=str(tmp_path), shard_cache_gb=1)
+    open_ = ShardStore._copied
+
+    def deleted_once(self, url, shard):
+        copy = open_(self, url, shard)
+        if shard not in deleted:
+            deleted.append(shard)
+            copy.unlink()
+        return copy
+
+    deleted = []
+    monkeypatch.setattr(ShardStore, "_copied", deleted_once)
+    assert_same(dataset, original)
+    assert len(deleted) == len(list(written.glob("train-*.tar")))
+    held = [os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.exists()]
+    assert not any(str(tmp_path) in name for name in held)
+
+
+def test_hosts_without_ranges_are_told(written, monkeypatch):
+    """They answer with the whole file, which fsspec takes for the range."""
+    system = fsspec.filesystem("memory")
+    for file in written.iterdir():
+        system.pipe_file(f"/whole/{file.name}", file.read_bytes())
+    record = load("memory://whole").records[0]
+    monkeypatch.setattr(type(system), "cat_file", lambda self, path, **_: self.store[path].getvalue())
+    with pytest.raises(ImageError, match="its host knows no ranges: say data.*shard_cache"):
+        read_image(record.path)
+
+
 class Ranges(http.server.SimpleHTTPRequestHandler):
     """With ranges of bytes, of which it keeps a list."""
 
@@ -360,6 +393,18 @@ def test_a_few_shards_at_a_time():
         assert [len(set(part)) for part in parts] == [3, 3, 3, 1]
         assert (np.diff(parts[0]) != 0).sum() > 20, "mixed"
     assert list(dict.fromkeys(blocks.block[epochs[0]])) != list(dict.fromkeys(blocks.block[epochs[1]]))
+
+
+def test_shards_that_are_left_out_take_no_place_in_the_window(written):
+    """Of the last three of many, two are mixed at a time."""
+    dataset = load(written)
+    part = dataset.records.take(np.arange(14))
+    part.images["block"] = 1000 + np.arange(14) % 3
+    order = build_loader(replace(dataset, records=part), InputConfig(), DataConfig(workers=0, shard_window=2),
+                         batch_size=1, training=True, with_masks=False).batches.order
+    reads = [part.images["block"][order.epoch(0, epoch)] for epoch in range(5)]
+    changes = [int((np.diff(read) != 0).sum()) for read in reads]
+    assert min(changes) > 2, changes
 
 
 def test_few_shards_are_one_shuffle(written):
