@@ -179,20 +179,20 @@ def described(dataset: Dataset) -> dict[str, Any]:
 
 
 _LAYOUT = repr((IMAGE.descr, ANNOTATION.descr))
-_MAGIC = b"detres\n\x01"
+_MAGIC = b"detres\n\x02"
 _HEAD = struct.Struct("<8sQI")  # magic, bytes of the header, its CRC
 
 
 def save_records(file: Path, header: dict[str, Any], records: Records) -> None:
     """Write records, and what else there is to say as plain values, so that a reader sees all of it or nothing."""
-    arrays = {"images": records.images, "annotations": records.annotations, "rest": records.rest}
-    content = encode({**header, "layout": _LAYOUT, "arrays": {name: array.nbytes for name, array in arrays.items()}})
+    arrays = [np.ascontiguousarray(array) for array in (records.images, records.annotations, records.rest)]
+    content = encode({**header, "layout": _LAYOUT, "arrays": [(array.nbytes, zlib.crc32(array)) for array in arrays]})
     with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as out:
         try:
             out.write(_HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content)
-            for array in arrays.values():
+            for array in arrays:
                 out.write(bytes(-out.tell() % 64))
-                out.write(np.ascontiguousarray(array).data.cast("B") if array.nbytes else b"")
+                out.write(array.data.cast("B") if array.nbytes else b"")
             out.flush()
             os.fsync(out.fileno())  # else, after a power failure, it may have its name and not its content
             os.chmod(out.name, 0o644)
@@ -215,10 +215,13 @@ def map_records(file: Path, store: ShardStore | None = None) -> tuple[dict[str, 
     if header["layout"] != _LAYOUT:
         raise ValueError(f"index must be of this version of detres, got another's ({file}). Delete it.")
     offset, arrays = _HEAD.size + length, []
-    for (name, count), kind in zip(header["arrays"].items(), (IMAGE, ANNOTATION, np.dtype("u1"))):
+    for (count, crc), kind in zip(header["arrays"], (IMAGE, ANNOTATION, np.dtype("u1"))):
         offset += -offset % 64
         if offset + count > size:
             raise ValueError(f"index must be whole, got {size} bytes ({file}). Delete it.")
-        arrays.append(np.memmap(file, kind, "r", offset, count // kind.itemsize) if count else np.zeros(0, kind))
+        array = np.memmap(file, kind, "r", offset, count // kind.itemsize) if count else np.zeros(0, kind)
+        if zlib.crc32(array) != crc:  # half a second for 10^6 objects; else a flipped bit is a wrong label
+            raise ValueError(f"index must be as it was written, got damaged bytes ({file}). Delete it.")
+        arrays.append(np.asarray(array))
         offset += count
-    return header, Records(*map(np.asarray, arrays), store)
+    return header, Records(*arrays, store)

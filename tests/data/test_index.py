@@ -120,7 +120,9 @@ def test_damaged_and_foreign_files_are_made_anew(data, reads, tmp_path):
     content = file.read_bytes()
     other = content.replace(good.classes[0].encode(), good.classes[0][::-1].encode(), 1)
     assert other != content
-    for number, bad in enumerate((b"", b"PK" * 50, content[:-1], content[:20], other), 2):
+    flips = [content[:place] + bytes([content[place] ^ 1]) + content[place + 1:]  # in each of the arrays
+             for place in (-1, -len(good.records.rest) - 64, -len(good.records.rest) - good.records.annotations.nbytes - 128)]
+    for number, bad in enumerate((b"", b"PK" * 50, content[:-1], content[:20], other, *flips), 2):
         file.unlink()  # what is mapped stays
         file.write_bytes(bad)
         assert load(data) == good and len(reads) == number
@@ -130,7 +132,8 @@ def test_damaged_and_foreign_files_are_made_anew(data, reads, tmp_path):
 def test_files_of_records_say_what_is_wrong(data, tmp_path):
     index.save_records(file := tmp_path / "some", {}, load(data).records)
     content = file.read_bytes()
-    for name, bad, text in (("cut", content[:-1], "must be whole"), ("text", b"{}", "must be a file of detres")):
+    for name, bad, text in (("cut", content[:-1], "must be whole"), ("text", b"{}", "must be a file of detres"),
+                            ("flip", content[:-1] + bytes([content[-1] ^ 4]), "must be as it was written")):
         (tmp_path / name).write_bytes(bad)
         with pytest.raises(ValueError, match=f"index {text}.*{name}"):
             index.map_records(tmp_path / name)
