@@ -96,7 +96,7 @@ class Problems:
         self.name, self.path = name, path  # the path is told as that to check
         self.found = list(found)
         # Data sets with, for the checks that follow, file, id and place there of an annotation.
-        self.located: list[tuple[Dataset, Callable[[Annotation], tuple[str, int | None, str]]]] = []
+        self.located: list[tuple[Dataset, Locate]] = []
 
     def add(self, file: str | Path, image: Any, annotation_id: Any, field: str, value: Any, reason: str,
             kind: str = "invalid", place: str = "", better: Any = None) -> None:
@@ -149,6 +149,7 @@ class Problems:
             log.warning("%s: %d x %s: %s", self.name, count, KINDS[kind].title, KINDS[kind].effect)
 
 
+Locate = Callable[["Annotation"], tuple[str, int | None, str]]
 OnInvalid = Literal["error", "drop"] | Problems  # what a reader does about problems; Problems take them
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from detres.data.check.labels import check_labels
-from detres.data.check.run import Report, SplitSummary, check_annotations
+from detres.data.check.run import Report, SplitSummary, check_annotations, in_files
 from detres.data.formats import recognise
 from detres.data.kinds import KINDS, severity
 from detres.data.problems import Problem
@@ -91,14 +91,14 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
     seen = [problem for problem in report.problems
             if severity(problem.kind) == "error" and problem.image is not None and not problem.place]
     for _ in range(PASSES):
-        after, datasets = check_annotations(target, images_needed=read_images, workers=workers)
+        after, datasets, located = check_annotations(target, images_needed=read_images, workers=workers)
         made = len(changes.made)
         apply([*after.problems, *_of_copy(seen, after.splits)], changes)
         seen = []
         if len(changes.made) == made:
             break
     changes.write()
-    return replace(after, problems=after.problems + check_labels(datasets)), changes
+    return replace(after, problems=after.problems + in_files(check_labels(datasets), located)), changes
 
 
 def _check_out(path: Path, out: Path) -> None:
