@@ -15,10 +15,11 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from detres.data.check.images import UNUSABLE
 from detres.data.check.labels import check_labels
 from detres.data.check.run import Report, SplitSummary, check_annotations, in_files
 from detres.data.formats import recognise
-from detres.data.kinds import KINDS, severity
+from detres.data.kinds import KINDS
 from detres.data.problems import Problem
 
 PASSES = 8  # what is mended can show what was hidden: in practice two
@@ -88,8 +89,7 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
         if problem.kind == "unreadable":
             changes.add(problem, "file", problem.value, None)
     # What the images showed is known of the original only.
-    seen = [problem for problem in report.problems
-            if severity(problem.kind) == "error" and problem.image is not None and not problem.place]
+    seen = [problem for problem in report.problems if problem.kind in UNUSABLE]
     for _ in range(PASSES):
         after, datasets, located = check_annotations(target, images_needed=read_images, workers=workers)
         made = len(changes.made)

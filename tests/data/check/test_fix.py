@@ -197,6 +197,21 @@ def test_where_a_copy_must_not_go(coco, out):
         write_clean_copy(report, None, out.parent / "full")
 
 
+def test_images_of_voc_and_yolo_that_cannot_be_decoded_are_left_out(tmp_path, files, out):
+    files.voc(tmp_path / "voc", dict.fromkeys("ab", files.object()), {"train": "a\nb\n"})
+    (tmp_path / "voc/classes.txt").write_text("dog")
+    (tmp_path / "voc/JPEGImages/a.jpg").write_bytes(b"")
+    after, changes = fix(tmp_path / "voc", out / "voc")
+    assert (out / "voc/ImageSets/Main/train.txt").read_text() == "b\n" and after.splits[0].images == 1
+    assert (out / "voc/classes.txt").read_text() == "dog" and check_data(out / "voc", workers=1).exit_status == 0
+    files.yolo(tmp_path / "yolo", dict.fromkeys("ab", "0 .5 .5 .5 .5"), "path: .\ntrain: images/train\nnames: [cat]\n")
+    file = tmp_path / "yolo/images/train/a.png"
+    file.write_bytes(file.read_bytes()[:200])
+    fix(tmp_path / "yolo", out / "yolo")
+    assert (out / "yolo/train.txt").read_text() == "./images/train/b.png\n"
+    assert check_data(out / "yolo", workers=1).exit_status == 0
+
+
 def test_images_that_cannot_be_decoded_are_left_out(coco, out):
     save(coco)
     (coco.root / "train2017/a.png").write_bytes((coco.root / "train2017/a.png").read_bytes()[:300])
