@@ -5,6 +5,7 @@ A broken file, category table, image or split hides nothing of the others.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from detres.data.check.images import check_images
 from detres.data.check.labels import check_labels
 from detres.data.coco import no_garbage_collection
 from detres.data.dataset import Annotation, Dataset, read_all, without_images
+from detres.data.formats import recognise
 from detres.data.kinds import severity
 from detres.data.problems import InvalidDataError, Locate, Problem, Problems
 from detres.data.splits import Split, find_splits
@@ -42,6 +44,13 @@ class Report:
     path: str
     splits: tuple[SplitSummary, ...]
     problems: list[Problem]
+    mendable: bool = True  # by `--fix`, as far as the format goes
+    images: str | None = None  # the folder of images that was given
+
+    @property
+    def source(self) -> str:
+        """The data set as commands take it."""
+        return " ".join([shlex.quote(self.path), *(["--images", shlex.quote(self.images)] if self.images else ())])
 
     @property
     def exit_status(self) -> int:
@@ -95,7 +104,7 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
                 missing = {problem.image for problem in found if problem.kind == "image_missing" and images_needed}
                 nowhere = images_needed and any(problem.kind == "images_nowhere" for problem in found)
                 datasets += [] if nowhere else [(split.name, without_images(dataset, missing))]
-    return Report(str(path), tuple(summaries), problems), datasets, located
+    return Report(str(path), tuple(summaries), problems, recognise(path)[0].mendable, images and str(images)), datasets, located
 
 
 def in_files(problems: Iterable[Problem], located: Mapping[str, Locate]) -> list[Problem]:
