@@ -71,10 +71,11 @@ class InvalidDataError(ValueError):
     def __init__(self, name: str, problems: Sequence[Problem], path: str = ""):
         super().__init__(name, problems, path)
         self.name, self.problems, self.path = name, list(problems), path
+        self.drop = "set data.on_invalid=drop"  # what leaves out, in the command that the error ends
 
     def __str__(self) -> str:
         drop = "" if any(problem.kind in FATAL for problem in self.problems) else (
-            ", or set data.on_invalid=drop to leave out what they concern")
+            f", or {self.drop} to leave out what they concern")
         lines = [f"data set {self.name} must be valid, got {len(self.problems)} problem{'s'[:len(self.problems) > 1]}. "
                  f"Correct them{drop}."]
         lines += [f"  {problem}" for problem in self.problems[:LISTED]]
