@@ -101,13 +101,21 @@ def _add_target(parser: Parser) -> None:
 def _parts(text: str) -> dict[str, float | None]:
     pairs = [part.strip().partition("=") for part in text.split(",")]
     try:
-        sizes = {name: float(size) if equals else None for name, equals, size in pairs}
+        sizes = {name: _size(size) if equals else None for name, equals, size in pairs}
     except ValueError:
         sizes = {}
     if len(sizes) < len(pairs) or not all(re.fullmatch(r"[\w.-]+", name) for name in sizes):
-        raise argparse.ArgumentTypeError(f"must be NAME=SIZE or NAME, with commas between, such as train=0.8,val=0.2, "
-                                         f"got '{text}'")
+        raise argparse.ArgumentTypeError("must be NAME=SIZE or NAME, with commas between, and a size a fraction below 1 "
+                                         f"or a number of images, such as train=0.8,val=0.2, got '{text}'")
     return sizes
+
+
+def _size(text: str) -> float:
+    """Raises ValueError for what may be taken for either, such as 1.0."""
+    value = float(text)
+    if not (0 < value < 1 or text.strip().isdecimal()):
+        raise ValueError(text)
+    return value
 
 
 def _names(text: str | None) -> list[str]:
@@ -118,7 +126,7 @@ def _renaming(args: argparse.Namespace) -> dict[str, str]:
     pairs = {}
     for option in [*args.rename, *args.merge_classes]:
         old, equals, new = option.rpartition("=")
-        if not equals or not new.strip() or not _names(old):
+        if not equals or not new.strip() or option in args.merge_classes and not _names(old):
             raise ValueError(f"--rename and --merge-classes must be OLD=NEW or A,B=NEW, got '{option}'.")
         pairs |= {name: new.strip() for name in (_names(old) if option in args.merge_classes else [old])}
     return pairs
@@ -127,12 +135,18 @@ def _renaming(args: argparse.Namespace) -> dict[str, str]:
 def _written(args: argparse.Namespace, change: Callable[[list], list] = list) -> None:
     from detres.data.convert.classes import ClassChange
     from detres.data.convert.run import Options, convert
+    from detres.data.problems import InvalidDataError
 
     classes = ClassChange(_renaming(args), _names(args.classes))
     options = Options(args.to, args.masks, args.placing or "reference", classes, args.strict,
                       "drop" if args.drop_invalid else "error")
     paths = args.data if isinstance(args.data, list) else [args.data]
-    print(convert(paths, args.out, options, images=args.images, semantic=getattr(args, "semantic", None), change=change))
+    try:
+        print(convert(paths, args.out, options, images=args.images, semantic=getattr(args, "semantic", None),
+                      change=change))
+    except InvalidDataError as error:
+        error.drop = "give --drop-invalid"
+        raise
 
 
 def _convert(args: argparse.Namespace) -> None:

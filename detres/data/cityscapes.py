@@ -67,10 +67,13 @@ def read_cityscapes(root: Path, role: str, split: str | None = None, images: str
     files = sorted((root / "gtFine" / name).glob(f"*/*{ENDING}"))
     scenes = [scene for file in files if (scene := _scene(file, folder, problems)) is not None]
     records = tuple(_semantic(scenes, problems)) if semantic else _instances(scenes)
-    problems.close(on_invalid)
     classes = SEMANTIC if semantic else THINGS
     ids = tuple(range(len(classes))) if semantic else tuple(map(LABELS.index, classes))
-    return Dataset(problems.name, "cityscapes", classes, ids, records)
+    dataset = Dataset(problems.name, "cityscapes", classes, ids, records)
+    owners = [scene.file for scene, record in zip(scenes, records) for _ in record.annotations]  # numbered from 1
+    problems.located.append((dataset, lambda item: (str(owners[item.id - 1]), None, "")))
+    problems.close(on_invalid)
+    return dataset
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,13 @@ def parse(file: Path) -> dict[str, Any]:
     return content
 
 
-def read_json(file: Path) -> Any:
-    """All of it, as it is. Raises ValueError."""
+def read_json(file: Path) -> tuple[Any, Callable[[Any], bytes]]:
+    """All of it, as it is; and what writes it so again. Raises ValueError."""
     data = file.read_bytes().removeprefix(codecs.BOM_UTF8)
     try:
-        return msgspec.json.decode(data)
+        return msgspec.json.decode(data), msgspec.json.encode
     except (msgspec.MsgspecError, RecursionError):
-        return json.loads(data)
+        return json.loads(data), lambda content: json.dumps(content).encode()  # msgspec writes NaN as null
 
 
 def _parse_fast(data: bytes) -> dict[str, Any]:

@@ -24,7 +24,7 @@ class Format(NamedTuple):
     read: Callable[[Any, SourceConfig, Role, OnInvalid, bool], Dataset]
     splits: Callable[[Path, Any], list[Place]]
     uses: tuple[str, ...] = ("split", "images")  # fields of SourceConfig
-    loose: bool = False  # without lists of images or a description: `detres data check --fix` cannot copy it
+    mendable: bool = False  # `detres data check --fix` can copy it
 
 
 def recognise(path: str | Path) -> tuple[Format, Any]:
@@ -128,9 +128,9 @@ SHARDS = Format("shards", ".tar files", str, _read_shards,
 
 # The first that finds something reads it: formats that have marks of their own come before those of loose files.
 FORMATS: tuple[Format, ...] = (
-    Format("COCO or LVIS", "a .json file", _is_file(".json"), _read_coco, _whole, ("images",)),
+    Format("COCO or LVIS", "a .json file", _is_file(".json"), _read_coco, _whole, ("images",), True),
     Format("YOLO", "a .yaml file", _is_file(".yaml", ".yml"), partial(_read, yolo.read_yolo), _yolo_entries,
-           ("split",)),
+           ("split",), True),
     Format("ILSVRC DET", "Data/DET/ with ImageSets/DET/", lambda path: path if ilsvrc_det.is_root(path) else None,
            partial(_read, ilsvrc_det.read_ilsvrc_det), partial(_lists, "DET"), ("split",)),
     Format("ILSVRC CLS-LOC", "ImageSets/CLS-LOC/", localization.find_root,
@@ -140,17 +140,16 @@ FORMATS: tuple[Format, ...] = (
     Format("Cityscapes", "gtFine/", cityscapes.find_root, partial(_read_images, cityscapes.read_cityscapes),
            partial(_named, cityscapes.splits)),
     Format("VOC", "Annotations/ with ImageSets/Main/", lambda path: [path] if voc.is_root(path) else [], _read_voc,
-           _voc_sets),
-    Format("YOLO", "data.yaml", yolo.find_yaml, partial(_read, yolo.read_yolo), _yolo_entries, ("split",)),
-    Format("COCO or LVIS", "annotations/*.json or *.json", _coco_folder, _read_coco_folder, _coco_files),
-    Format("VOC", "folders with Annotations/ and ImageSets/Main/", _roots_in, _read_voc, _voc_sets),
+           _voc_sets, mendable=True),
+    Format("YOLO", "data.yaml", yolo.find_yaml, partial(_read, yolo.read_yolo), _yolo_entries, ("split",), True),
+    Format("COCO or LVIS", "annotations/*.json or *.json", _coco_folder, _read_coco_folder, _coco_files, mendable=True),
+    Format("VOC", "folders with Annotations/ and ImageSets/Main/", _roots_in, _read_voc, _voc_sets, mendable=True),
     Format("labelme", ".json files with shapes", labelme.find, partial(_read_images, labelme.read_labelme),
            partial(_named, loose.splits)),
     Format("CVAT", "annotations.xml", cvat.find, partial(_read_images, cvat.read_cvat), _whole),
-    Format("VOC", ".xml files", voc.find_loose, partial(_read_images, voc.read_loose), partial(_named, loose.splits),
-           loose=True),
+    Format("VOC", ".xml files", voc.find_loose, partial(_read_images, voc.read_loose), partial(_named, loose.splits)),
     Format("YOLO", ".txt files in labels/, or obj.data", yolo.find_loose, partial(_read_images, yolo.read_loose),
-           partial(_named, yolo.loose_splits), loose=True),
+           partial(_named, yolo.loose_splits)),
     Format("OpenImages", "a .csv file with ImageID and XMin", openimages.find,
            partial(_read_images, openimages.read_openimages), partial(_named, openimages.splits)),
 )

@@ -43,7 +43,7 @@ def read_ilsvrc_det(root: Path, role: str, split: str | None = None, on_invalid:
     problems = Problems(f"ILSVRC DET {'+'.join(names)}")
     readable = list(_readable(root, [image_id for name in names for image_id in _ids(root, name)], problems))
     label_of = {wnid: label for label, wnid in enumerate(DET_CLASSES)}
-    records = voc_xml.records(readable, label_of, _continuous, problems)
+    records, _ = voc_xml.records(readable, label_of, _continuous, problems)
     problems.close(on_invalid)
     return Dataset(problems.name, "ilsvrc", tuple(DET_CLASSES.values()), tuple(range(1, 201)), records,
                    blacklist=_blacklist(root, {record.id for record in records}))

@@ -83,7 +83,7 @@ def read_ilsvrc_loc(root: Path, role: str, split: str | None = None, on_invalid:
     classes = ilsvrc_classes(root)
     label_of = {wnid: label for label, wnid in enumerate(classes)}
     readable = list(_readable(root, _ids(root, split), label_of, problems))
-    records = voc_xml.records(readable, label_of, _continuous, problems)
+    records, _ = voc_xml.records(readable, label_of, _continuous, problems)
     problems.close(on_invalid)
     return Dataset(problems.name, "ilsvrc", tuple(classes), tuple(range(len(classes))), records,
                    blacklist=_blacklist(root, records, classes))
@@ -166,7 +166,7 @@ def read_table(folder: Path, role: str, split: str | None = None, on_invalid: On
     classes = _class_names(folder / "classes.txt")
     readable = list(_images(folder, [row for row in rows if row["split"] == split], classes, problems))
     label_of = {name: label for label, name in enumerate(classes)}
-    records = voc_xml.records(readable, label_of, _without_clicks, problems)
+    records, _ = voc_xml.records(readable, label_of, _without_clicks, problems)
     problems.close(on_invalid)
     return Dataset(problems.name, "table", classes, tuple(range(len(classes))), records)
 

@@ -71,10 +71,11 @@ class InvalidDataError(ValueError):
     def __init__(self, name: str, problems: Sequence[Problem], path: str = ""):
         super().__init__(name, problems, path)
         self.name, self.problems, self.path = name, list(problems), path
+        self.drop = "set data.on_invalid=drop"  # what leaves out, in the command that the error ends
 
     def __str__(self) -> str:
         drop = "" if any(problem.kind in FATAL for problem in self.problems) else (
-            ", or set data.on_invalid=drop to leave out what they concern")
+            f", or {self.drop} to leave out what they concern")
         lines = [f"data set {self.name} must be valid, got {len(self.problems)} problem{'s'[:len(self.problems) > 1]}. "
                  f"Correct them{drop}."]
         lines += [f"  {problem}" for problem in self.problems[:LISTED]]
@@ -96,7 +97,7 @@ class Problems:
         self.name, self.path = name, path  # the path is told as that to check
         self.found = list(found)
         # Data sets with, for the checks that follow, file, id and place there of an annotation.
-        self.located: list[tuple[Dataset, Callable[[Annotation], tuple[str, int | None, str]]]] = []
+        self.located: list[tuple[Dataset, Locate]] = []
 
     def add(self, file: str | Path, image: Any, annotation_id: Any, field: str, value: Any, reason: str,
             kind: str = "invalid", place: str = "", better: Any = None) -> None:
@@ -149,6 +150,7 @@ class Problems:
             log.warning("%s: %d x %s: %s", self.name, count, KINDS[kind].title, KINDS[kind].effect)
 
 
+Locate = Callable[["Annotation"], tuple[str, int | None, str]]
 OnInvalid = Literal["error", "drop"] | Problems  # what a reader does about problems; Problems take them
 
 

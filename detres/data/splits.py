@@ -28,11 +28,15 @@ class Split:
 def find_splits(path: str | Path, images: str | None = None) -> tuple[Split, ...]:
     """The splits at a path: of a folder, a YAML file (YOLO) or an annotation file, which is one split.
 
-    `images` is the folder of images, where it is not found by itself. Raises FileNotFoundError if there is nothing.
+    `images` is the folder of images, where it is not found by itself. Raises FileNotFoundError if there is none.
     """
     format, found = recognise(path)
     images = images if "images" in format.uses else None
     places = format.splits(Path(path).expanduser(), found)
+    if not places:
+        raise FileNotFoundError(f"data set must have a split of images with objects, got none in {path}, read as "
+                                f"{format.name} ({format.layout}). Name one; panoptic data become objects by "
+                                "`detres data convert DATA OUT --to coco`.")
     return tuple(_split(name, place, images, split) for name, place, split in places)
 
 

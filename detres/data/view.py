@@ -214,7 +214,7 @@ def problem_text(problem: Problem) -> str:
 def problem_box(problem: Problem, record: ImageRecord | None) -> tuple[float, float, float, float] | None:
     """The box that a problem is about, xyxy in pixels: that of the annotation; where the reader left it out, the value,
     if it is four numbers."""
-    in_json = problem.file.endswith(".json")  # elsewhere annotations have no ids, and boxes are corners
+    in_json = problem.place.startswith("annotations[")  # elsewhere annotations have no ids, and boxes are corners
     items = record.annotations if record and in_json else ()
     if box := next((item.box for item in items if item.id == problem.annotation_id), None):
         return box

@@ -59,9 +59,11 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
             own = {image_id: voc_xml.Tree(root / f"Annotations/{image_id}.xml") for image_id in listed}
         readable += _readable(file, folder, root / "Annotations", own, seen, problems)
     label_of = {name: label for label, name in enumerate(classes)}
-    records = voc_xml.records(readable, label_of, _continuous, problems, keep_extra)
+    records, locate = voc_xml.records(readable, label_of, _continuous, problems, keep_extra)
+    dataset = Dataset(problems.name, "voc", classes, tuple(range(len(classes))), records)
+    problems.located.append((dataset, locate))
     problems.close(on_invalid)
-    return Dataset(problems.name, "voc", classes, tuple(range(len(classes))), records)
+    return dataset
 
 
 def _classes(trees: Iterable[voc_xml.Tree | str]) -> tuple[str, ...]:
@@ -101,9 +103,11 @@ def read_loose(files: Sequence[Path], role: str, split: str | None = None, image
         elif size := voc_xml.size_of(tree, path, image_id, problems):
             readable.append((ImageRecord(image_id, path, *size), tree))
     label_of = {name: label for label, name in enumerate(classes)}
-    records = voc_xml.records(readable, label_of, _continuous, problems)
+    records, locate = voc_xml.records(readable, label_of, _continuous, problems)
+    dataset = Dataset(problems.name, "voc", classes, tuple(range(len(classes))), records)
+    problems.located.append((dataset, locate))
     problems.close(on_invalid)
-    return Dataset(problems.name, "voc", classes, tuple(range(len(classes))), records)
+    return dataset
 
 
 def _continuous(corners: voc_xml.Box) -> voc_xml.Box | None:

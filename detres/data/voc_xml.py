@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from detres.data.dataset import Annotation, ImageRecord
 from detres.data.images import ImageError, read_size
-from detres.data.problems import EMPTY, Problems
+from detres.data.problems import EMPTY, Locate, Problems
 
 Box = list[float]  # xyxy
 _REST = ("pose", "truncated", "occluded")
@@ -75,9 +75,14 @@ class _Row:
 
 def records(readable: Sequence[tuple[ImageRecord, Tree]], label_of: Mapping[str, int],
             box_of: Callable[[Box], Box | None], problems: Problems,
-            keep_extra: bool = False) -> tuple[ImageRecord, ...]:
-    """The images with their annotations. `box_of` gives the continuous box of the corners in a file; None: empty."""
+            keep_extra: bool = False) -> tuple[tuple[ImageRecord, ...], Locate]:
+    """The images with their annotations, and what says where these are in the files. `box_of` gives the continuous box
+    of the corners in a file; None: empty."""
     rows = [row for i, (record, tree) in enumerate(readable) for row in _rows(i, record, tree, box_of, problems)]
+
+    def locate(item: Annotation) -> tuple[str, int, str]:
+        row = rows[item.id - 1]
+        return str(row.tree.file), row.number, f"object {row.number}"
 
     def report(i: int, reason: str, kind: str) -> None:
         row = rows[i]
@@ -86,7 +91,7 @@ def records(readable: Sequence[tuple[ImageRecord, Tree]], label_of: Mapping[str,
     sizes = [(readable[row.image][0].height, readable[row.image][0].width) for row in rows]
     if rows and problems.check_layout(rows[0].tree.file.parent, "bndbox", [_numbers(row.thing.corners) for row in rows],
                                       sizes, "xyxy"):
-        return tuple(record for record, _ in readable)  # each box would be a problem of its own
+        return tuple(record for record, _ in readable), locate  # each box would be a problem of its own
     kept = problems.check_boxes([row.box for row in rows], sizes, report)
     found: list[list[Annotation]] = [[] for _ in readable]
     for number, (row, keep) in enumerate(zip(rows, kept), 1):
@@ -95,7 +100,8 @@ def records(readable: Sequence[tuple[ImageRecord, Tree]], label_of: Mapping[str,
             found[row.image].append(Annotation(number, label_of[row.thing.name], (x1, y1, x2, y2),
                                                area=(x2 - x1) * (y2 - y1), difficult=row.thing.difficult,
                                                extra=_extra(row.thing) if keep_extra else None))
-    return tuple(replace(record, annotations=tuple(annotations)) for (record, _), annotations in zip(readable, found))
+    return tuple(replace(record, annotations=tuple(annotations))
+                 for (record, _), annotations in zip(readable, found)), locate
 
 
 def _extra(thing: Thing) -> dict[str, str | int] | None:

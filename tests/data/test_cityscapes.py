@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
 from detres.config import SourceConfig
+from detres.data.check.run import check_data
 from detres.data.cityscapes import LABELS, SEMANTIC, TABLE, THINGS, splits
 from detres.data.dataset import InvalidDataError, load_dataset
 from detres.data.semantic import load_semantic
@@ -68,6 +69,13 @@ def test_masks_are_those_of_the_official_images(tmp_path):
         rows, columns = np.nonzero(inside)
         assert found[key].box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert [item.id for item in record.annotations] == [1, 2, 3, 4, 5]
+
+
+def test_problems_of_labels_are_told_with_the_json_file(tmp_path):
+    write(tmp_path, number=1, objects=[{"label": "car", "polygon": [[9, 9], [10, 10]]}])
+    folder, stem = write(tmp_path, number=2, objects=[{"label": "car", "polygon": [[9, 9], [10, 10]]}])
+    _, problem = (problem for problem in check_data(tmp_path, read_images=False).problems if problem.kind == "box_speck")
+    assert (problem.file, problem.annotation_id) == (str(folder / f"{stem}_gtFine_polygons.json"), None)
 
 
 def test_semantic_labels(tmp_path):

@@ -176,7 +176,7 @@ def test_no_clean_copy_of_loose_files(tmp_path, put):
 
     put("data/images/a.png")
     put("data/labels/a.txt", TestLooseYolo.BOX)
-    with pytest.raises(ValueError, match="got yolo in loose files .* detres data convert"):
+    with pytest.raises(ValueError, match="got YOLO as .txt files .* detres data convert .* --drop-invalid"):
         write_clean_copy(check_data(tmp_path / "data"), None, tmp_path / "out")
 
 

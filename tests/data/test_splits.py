@@ -37,3 +37,7 @@ def test_nothing_there(tmp_path):
         find_splits(tmp_path)
     with pytest.raises(FileNotFoundError, match="must exist"):
         find_splits(tmp_path / "none")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/panoptic_val.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="got none .*detres data convert"):
+        find_splits(tmp_path)

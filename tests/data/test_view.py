@@ -117,18 +117,18 @@ def test_orders(root):
 def test_what_a_problem_is_about():
     record = ImageRecord(1, Path("a"), 9, 9, (Annotation(4, 0, (1, 2, 3, 4)),))
     def problem(field, value, number=None):
-        return Problem("f.json", 1, number, field, value, "must be so (do it)", "box_empty")
+        return Problem("f.json", 1, number, field, value, "must be so (do it)", "box_empty", place="annotations[3]")
 
     assert problem_box(problem("bbox", [5, 6, 7, 8]), None) == (5, 6, 12, 14)
     assert problem_box(problem("bndbox", ("5", "6", "7.5", "8")), None) == (5, 6, 7.5, 8)
-    corners = replace(problem("bbox", [5, 6, 7, 8]), file="a.jpg")  # as checks of what was read have them
+    corners = replace(problem("bbox", [5, 6, 7, 8], 4), place="object 4")  # of labelme: a number, no id
     assert problem_box(corners, record) == problem_box(problem("box", [5, 6, 7, 8]), None) == (5, 6, 7, 8)
     assert problem_box(problem("bbox", [5, 6, 7, 8], 4), record) == (1, 2, 3, 4)
     assert problem_box(problem("bbox", [5, 6, None, 8]), None) is problem_box(problem("bbox", ["a"] * 4), None) is None
     assert problem_box(problem("bbox", [5, 6, float("nan"), 8]), None) is None
     assert problem_box(problem("bbox", "box"), record) is None and problem_box(problem("area", 7, 9), record) is None
     assert problem_box(problem("area", 7, 4), record) == (1, 2, 3, 4)
-    assert problem_box(replace(problem("row", "1 2", 4), file="a.txt"), record) is None  # the fourth line, not the id
+    assert problem_box(replace(problem("row", "1 2", 4), place="line 4"), record) is None  # not the id
     assert problem_text(problem("bbox", [5], 4)) == "annotation 4: bbox must be so; got [5]"
     assert problem_text(problem("file_name", "x" * 99)) == f"file_name must be so; got {'x' * 60}..."
 

@@ -79,9 +79,8 @@ class _Compared:
         doubt = doubt[np.lexsort((-self.score[self.column[doubt]], self.row[doubt]))]
         for pair in doubt[np.unique(self.row[doubt], return_index=True)[1]].tolist():
             row, column = self.row[pair], self.column[pair]
-            number = int(table["id"][row]) if self.dataset.format not in ("voc", "yolo") else None
             own, found = self.dataset.classes[table["label"][row]], self._found(column)
-            yield self._problem(self.dataset.records.image_of()[row], number, "class",
+            yield self._problem(self.dataset.records.image_of()[row], int(table["id"][row]), "class",
                                 [own, "found", *found, table["box"][row].tolist()],
                                 f"must be {found[0]}, if the model is right (look at it)", "label_doubtful")
 

@@ -15,10 +15,11 @@ from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from detres.data.check.images import UNUSABLE
 from detres.data.check.labels import check_labels
-from detres.data.check.run import Report, SplitSummary, check_annotations
+from detres.data.check.run import Report, SplitSummary, check_annotations, in_files
 from detres.data.formats import recognise
-from detres.data.kinds import KINDS, severity
+from detres.data.kinds import KINDS
 from detres.data.problems import Problem
 
 PASSES = 8  # what is mended can show what was hidden: in practice two
@@ -77,28 +78,25 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
 
     path, out = Path(report.path).expanduser().resolve(), Path(out).expanduser().resolve()
     _check_out(path, out)
-    format = _format(report)
-    copy, apply = {"coco": (fix_coco.copy, fix_coco.apply), "lvis": (fix_coco.copy, fix_coco.apply),
-                   "voc": (fix_voc.copy, fix_voc.apply), "yolo": (fix_yolo.copy, fix_yolo.apply)}[format]
+    fixes = {"coco": fix_coco, "lvis": fix_coco, "voc": fix_voc, "yolo": fix_yolo}[_format(report)]
     out.mkdir(parents=True, exist_ok=True)
     changes = Changes(out)
     given = None if images is None else Path(images).expanduser().resolve()
-    target = copy(path, report.splits, given, out)
+    target = fixes.copy(path, report.splits, given, out)
     for problem in report.problems:
         if problem.kind == "unreadable":
             changes.add(problem, "file", problem.value, None)
     # What the images showed is known of the original only.
-    seen = [problem for problem in report.problems
-            if severity(problem.kind) == "error" and problem.image is not None and not problem.place]
+    seen = [problem for problem in report.problems if problem.kind in UNUSABLE]
     for _ in range(PASSES):
-        after, datasets = check_annotations(target, images_needed=read_images, workers=workers)
+        after, datasets, located = check_annotations(target, images_needed=read_images, workers=workers)
         made = len(changes.made)
-        apply([*after.problems, *_of_copy(seen, after.splits)], changes)
+        fixes.apply([*after.problems, *_of_copy(seen, after.splits)], changes)
         seen = []
         if len(changes.made) == made:
             break
     changes.write()
-    return replace(after, problems=after.problems + check_labels(datasets)), changes
+    return replace(after, problems=after.problems + in_files(check_labels(datasets), located)), changes
 
 
 def _check_out(path: Path, out: Path) -> None:
@@ -110,15 +108,20 @@ def _check_out(path: Path, out: Path) -> None:
 
 
 def _format(report: Report) -> str:
-    formats = {split.format for split in report.splits if split.format}
-    if not formats:
+    format = next((split.format for split in report.splits if split.format), None)
+    if format is None:
         raise ValueError(f"a data set must be readable in part, got {report.path}. Correct what the check tells.")
-    if recognise(report.path)[0].loose:
-        formats = {f"{' and '.join(sorted(formats))} in loose files"}
-    if len(formats) > 1 or not formats <= {"coco", "lvis", "voc", "yolo"}:
-        raise ValueError(f"a clean copy must be of a COCO, VOC or YOLO data set, got {', '.join(sorted(formats))} "
-                         f"({report.path}). Convert it to COCO first: detres data convert.")
-    return formats.pop()
+    if not report.mendable:
+        found = recognise(report.path)[0]
+        raise ValueError("a clean copy must be of COCO, LVIS, VOC with ImageSets/Main/ or YOLO with data.yaml, got "
+                         f"{found.name} as {found.layout} ({report.path}). Convert it to COCO first, without what is "
+                         f"invalid: {without_invalid(report)}.")
+    return format
+
+
+def without_invalid(report: Report) -> str:
+    """The command that is left where there is no `--fix`."""
+    return f"detres data convert {report.source} OUT --to coco --drop-invalid"
 
 
 def _of_copy(problems: Sequence[Problem], splits: Sequence[SplitSummary]) -> list[Problem]:

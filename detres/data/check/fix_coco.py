@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import shutil
@@ -13,8 +12,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-import msgspec
 
 from detres.data.check.fix import Changes, by_file, link
 from detres.data.check.run import SplitSummary
@@ -36,7 +33,7 @@ def copy(path: Path, splits: Sequence[SplitSummary], images: Path | None, out: P
             shutil.copyfile(file, target)
             folder = _folder(file, parse(file)["images"], images)
             if folder is not None:
-                link(_place(folder.resolve(), root, target, out), folder)
+                link(_place(folder.resolve(), root, target, out, images is not None), folder)
     return out if path.is_dir() else out / path.name
 
 
@@ -46,9 +43,10 @@ def _folder(file: Path, entries: Sequence[Any], images: Path | None = None) -> P
     return image_folder(file, images and str(images), names[:: max(1, len(names) // 2000)], Problems(""))
 
 
-def _place(folder: Path, root: Path, target: Path, out: Path) -> Path:
-    """Where the reader finds a folder of images: where it was, or in images/ beside the file."""
-    if folder.is_relative_to(root) and not (out / folder.relative_to(root)).is_dir():
+def _place(folder: Path, root: Path, target: Path, out: Path, given: bool) -> Path:
+    """Where the reader finds a folder of images: where it was, unless it had to be `given`, or in images/ beside the
+    file."""
+    if not given and folder.is_relative_to(root) and not (out / folder.relative_to(root)).is_dir():
         return out / folder.relative_to(root)
     place = target.parent / "images"
     if place.is_symlink() and place.resolve() != folder:
@@ -60,13 +58,14 @@ def apply(problems: Sequence[Problem], changes: Changes) -> None:
     """Mends the files in place; adds to `changes` what was done."""
     for file, found in by_file(problems).items():
         if file.is_file() and file.suffix == ".json":
-            _Fix(file, read_json(file), changes).apply(found)
+            _Fix(file, *read_json(file), changes).apply(found)
 
 
 @dataclass
 class _Fix:
     file: Path
     content: dict[str, Any]
+    encode: Callable[[Any], bytes]
     changes: Changes
     dropped: dict[str, set[int]] = field(default_factory=lambda: {name: set() for name in LISTS})
 
@@ -86,7 +85,7 @@ class _Fix:
         if len(self.changes.made) > made:
             for name, places in self.dropped.items():
                 self.content[name] = [entry for i, entry in enumerate(self.content[name]) if i not in places]
-            self._write()
+            self.file.write_bytes(self.encode(self.content))
 
     def _place(self, problem: Problem) -> tuple[str, int]:
         """List and place of the entry; of problems that know only an image, that one's."""
@@ -115,13 +114,6 @@ class _Fix:
             if isinstance(entry, dict) and isinstance(entry.get("image_id"), (int, str)):
                 found.setdefault(entry["image_id"], []).append(place)
         return found
-
-    def _write(self) -> None:
-        try:
-            data = msgspec.json.encode(self.content)
-        except (msgspec.MsgspecError, ValueError, OverflowError, RecursionError):  # whole numbers beyond 64 bits ...
-            data = json.dumps(self.content).encode()
-        self.file.write_bytes(data)
 
     def set(self, problem: Problem, entry: dict[str, Any], key: str, new: Any, **of: Any) -> None:
         """None deletes the key."""
@@ -202,8 +194,8 @@ def _clip(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> Non
 def _delete(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> None:
     """A key that may be absent."""
     fix.set(problem, entry, problem.field, None)
-    if problem.field == "keypoints":
-        entry.pop("num_keypoints", None)
+    if problem.field == "keypoints" and "num_keypoints" in entry:
+        fix.set(problem, entry, "num_keypoints", None)
 
 
 def _crowd(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> None:

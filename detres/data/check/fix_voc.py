@@ -17,7 +17,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def copy(path: Path, splits: Sequence[SplitSummary], images: Path | None, out: Path) -> Path:
-    """Each root with its XML files and image sets, and links to all else; returns what stands for `path`."""
+    """Each root with its XML files, image sets and what lies beside them, and links to all other folders; returns what stands for `path`."""
     for root in [path] if voc.is_root(path) else voc.find_roots(path):
         target = out / root.relative_to(path)
         shutil.copytree(root / "Annotations", target / "Annotations", copy_function=shutil.copyfile)
@@ -25,7 +25,9 @@ def copy(path: Path, splits: Sequence[SplitSummary], images: Path | None, out: P
         if images is not None:
             link(target / "JPEGImages", images)
         for other in sorted(root.iterdir()):
-            if other.is_dir() and other.name not in ("Annotations", "ImageSets"):
+            if other.is_file():  # copied: what is written beside it must not end up in the original
+                shutil.copyfile(other, target / other.name)
+            elif other.name not in ("Annotations", "ImageSets"):
                 link(target / other.name, other)
     return out
 
@@ -46,7 +48,7 @@ def apply(problems: Sequence[Problem], changes: Changes) -> None:
 def _take_out(problem: Problem, changes: Changes) -> None:
     """The image, of all image sets of its root; of one in which it is twice, but for the first line."""
     file = Path(problem.file)
-    root = next((folder for folder in file.parents if voc.is_root(folder)), None)
+    root = next((folder for folder in (file, *file.parents) if voc.is_root(folder)), None)
     twice = problem.kind == "duplicate_image" and file.suffix == ".txt"
     for image_set in [file] if twice else sorted((root / "ImageSets/Main").glob("*.txt")) if root else []:
         lines = image_set.read_text(encoding="utf-8", errors="replace").splitlines()

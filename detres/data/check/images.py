@@ -27,6 +27,8 @@ from detres.progress import track
 
 CHUNK = 32  # files that a thread gets at a time
 HUGE = 50e6  # pixels, from which an image takes a second to decode and 150 MB
+UNUSABLE = frozenset({"image_missing", "image_zero_bytes", "image_truncated", "image_not", "image_damaged",
+                      "image_too_large", "image_differs", "image_turned"})  # the errors that are found here
 DARK = 16  # of 255: the white of 12 bits in 16
 
 

@@ -73,8 +73,21 @@ class Objects:
 
     def of_object(self, row: int, kind: str, field: str, value: Any, reason: str) -> Problem:
         record, item = self.dataset.records[int(self.image[row])], self.table[row]
-        number = int(item["id"]) if self.dataset.format not in ("voc", "yolo") else None  # theirs are not in the files
-        return Problem(str(record.path), record.id, number, field, value, reason, kind, self.name)
+        return Problem(str(record.path), record.id, int(item["id"]), field, value, reason, kind, self.name)
+
+    @property
+    def in_json(self) -> bool:
+        """Whether annotations have ids and boxes are x, y, width, height in the file; else values are corners."""
+        return self.dataset.format in ("coco", "lvis")
+
+    @property
+    def box_field(self) -> str:
+        return "bbox" if self.in_json else "box"
+
+    def box(self, row: int) -> list[float]:
+        """As the file has it, in pixels."""
+        x1, y1, x2, y2 = self.table["box"][row].tolist()
+        return [round(value, 2) for value in ((x1, y1, x2 - x1, y2 - y1) if self.in_json else (x1, y1, x2, y2))]
 
     def of_class(self, kind: str, name: str, value: Any, reason: str) -> Problem:
         return Problem(self.dataset.name, None, None, f"class {name!r}", value, reason, kind, self.name)
@@ -84,7 +97,8 @@ class Objects:
 
 
 def check_labels(splits: Sequence[tuple[str, Dataset]]) -> list[Problem]:
-    """What is wrong with the labels of the splits, or likely so: of each split, then between them."""
+    """What is wrong with the labels of the splits, or likely so: of each split, then between them. Objects are told by
+    the file of their image and the id in memory."""
     found = [Objects(name, dataset) for name, dataset in splits]
     problems = [problem for objects in found for check in (_pairs, _specks, _fillers, _names, _empty_images)
                 for problem in check(objects)]
@@ -96,15 +110,15 @@ def check_labels(splits: Sequence[tuple[str, Dataset]]) -> list[Problem]:
 
 def _pairs(objects: Objects) -> Iterator[Problem]:
     """Each object once, with the first before it that it is drawn over."""
-    label, boxes = objects.table["label"], objects.table["box"].round(2)
+    label = objects.table["label"]
     first, second, iou = overlapping(objects.image, objects.table["box"], TWICE)
     same = label[first] == label[second]
     for kind, chosen in (("object_twice", same), ("object_two_classes", ~same & (iou >= CONFUSED))):
         rows, places = np.unique(second[chosen], return_index=True)
         for row, other, value in zip(rows, first[chosen][places], iou[chosen][places]):
-            box, twin = boxes[row].tolist(), f"{_named(objects, other)} (IoU {value:.2f}"
+            box, twin = objects.box(row), f"{_named(objects, other)} (IoU {value:.2f}"
             if kind == "object_twice":
-                yield objects.of_object(row, kind, "bbox", box, f"must be of another object than {twin}: delete one)")
+                yield objects.of_object(row, kind, objects.box_field, box, f"must be of another object than {twin}: delete one)")
             else:
                 names = [objects.class_name(row), objects.class_name(other)]
                 yield objects.of_object(row, kind, "classes", [*names, box],
@@ -112,8 +126,8 @@ def _pairs(objects: Objects) -> Iterator[Problem]:
 
 
 def _named(objects: Objects, row: int) -> str:
-    item = objects.table[row]
-    return f"annotation {item['id']}" if objects.dataset.format not in ("voc", "yolo") else str(item["box"].tolist())
+    number = objects.table["id"][row]
+    return f"annotation {number}" if objects.in_json else f"that of {objects.box(row)}"
 
 
 def overlapping(image: np.ndarray, boxes: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -148,13 +162,13 @@ def paired_overlap(a: np.ndarray, b: np.ndarray, crowd: np.ndarray | bool = Fals
 
 
 def _specks(objects: Objects) -> Iterator[Problem]:
-    sides, boxes = objects.sides, objects.table["box"]
+    sides = objects.sides
     thin = sides.min(1, initial=np.inf) < 1
     for row in np.flatnonzero(thin).tolist():
-        yield objects.of_object(row, "box_under_pixel", "bbox", boxes[row].round(2).tolist(),
+        yield objects.of_object(row, "box_under_pixel", objects.box_field, objects.box(row),
                                 "must be a pixel wide and high (redraw or delete it)")
     for row in np.flatnonzero(~thin & (sides.max(1, initial=0) < SPECK)).tolist():
-        yield objects.of_object(row, "box_speck", "bbox", boxes[row].round(2).tolist(),
+        yield objects.of_object(row, "box_speck", objects.box_field, objects.box(row),
                                 f"must have a side of {SPECK} pixels to be found")
 
 

@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from detres.data.check.fix import Changes, summary
+from detres.data.check.fix import Changes, summary, without_invalid
 from detres.data.check.run import Report
-from detres.data.kinds import KINDS
+from detres.data.kinds import KINDS, severity
 from detres.data.problems import Problem, shortened
 
 EXAMPLES = 3  # of a kind, unless all are asked for
 SEVERITIES = {"error": ("✗", "red"), "warning": ("!", "yellow"), "note": ("·", "dim")}
+ONLY_BY_HAND = frozenset({"images_nowhere", "unreadable", "class_unknown"})  # a clean copy has them, too
 VERDICTS = ("ok", "errors", "unreadable")  # by exit status
 ORDER = {kind: (list(SEVERITIES).index(about.severity), place) for place, (kind, about) in enumerate(KINDS.items())}
 
@@ -89,7 +90,8 @@ def _shares(problems: Sequence[Problem], report: Report) -> str:
 def _told(problem: Problem, report: Report, in_full: bool) -> str:
     value = shortened(problem.value, 200 if in_full else 60)
     if problem.kind == "unreadable":
-        return str(problem.value)
+        told = Path(problem.file).name in str(problem.value)
+        return f"{'' if told else f'{problem.file}: '}{problem.value}"
     if in_full:
         return f"{_where(problem, report)}: {problem.field} {problem.reason}; got {value}"
     better = f", better {shortened(problem.better)}" if problem.better is not None else ""
@@ -130,9 +132,18 @@ def _verdict(report: Report, fix: bool) -> str:
     told = " and ".join(f"{count:,} {name}{'s'[:count > 1]}" for name, count in counts.items()
                         if count and name != "note")
     return (f"✓ {told or 'No problems'}: training is safe.",
-            f"✗ {told}: training refuses this data set." + (
-                "" if fix else f" `detres data check {report.path} --fix OUT` writes a clean copy."),
+            f"✗ {told}: training refuses this data set.{'' if fix else _advice(report)}",
             "✗ Nothing could be read.")[report.exit_status]
+
+
+def _advice(report: Report) -> str:
+    """The command that leaves out or mends the errors, if there is one."""
+    kinds = {problem.kind for problem in report.problems if severity(problem.kind) == "error"}
+    if kinds <= ONLY_BY_HAND:
+        return ""
+    if not report.mendable:
+        return f" `{without_invalid(report)}` writes it without what is invalid."
+    return f" `detres data check {report.source} --fix OUT` writes a clean copy."
 
 
 # For machines

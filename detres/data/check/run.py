@@ -5,8 +5,10 @@ A broken file, category table, image or split hides nothing of the others.
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from detres.data.check.geometry import check_geometry
 from detres.data.check.images import check_images
 from detres.data.check.labels import check_labels
 from detres.data.coco import no_garbage_collection
-from detres.data.dataset import Dataset, read_all, without_images
+from detres.data.dataset import Annotation, Dataset, read_all, without_images
+from detres.data.formats import recognise
 from detres.data.kinds import severity
-from detres.data.problems import InvalidDataError, Problem, Problems
+from detres.data.problems import InvalidDataError, Locate, Problem, Problems
 from detres.data.splits import Split, find_splits
 
 LARGE = 50e6  # bytes that take long enough to say so
@@ -41,6 +44,13 @@ class Report:
     path: str
     splits: tuple[SplitSummary, ...]
     problems: list[Problem]
+    mendable: bool = True  # by `--fix`, as far as the format goes
+    images: str | None = None  # the folder of images that was given
+
+    @property
+    def source(self) -> str:
+        """The data set as commands take it."""
+        return " ".join([shlex.quote(self.path), *(["--images", shlex.quote(self.images)] if self.images else ())])
 
     @property
     def exit_status(self) -> int:
@@ -63,9 +73,9 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
     looked at: no image needs to be there. `workers` is the number of processes, by default one for each core.
     `detections` is a file of COCO results that labels are compared with; ValueError if it is of other data.
     """
-    report, datasets = check_annotations(path, images, images_needed=read_images, workers=workers)
-    found = [*(check_images(datasets, workers) if read_images else ()), *check_labels(datasets),
-             *(check_against(detections, datasets) if detections else ())]
+    report, datasets, located = check_annotations(path, images, images_needed=read_images, workers=workers)
+    labels = [*check_labels(datasets), *(check_against(detections, datasets) if detections else ())]
+    found = [*(check_images(datasets, workers) if read_images else ()), *in_files(labels, located)]
     broken = {(problem.split, problem.image) for problem in report.problems if severity(problem.kind) == "error"}
     found = [problem for problem in found  # an image is not empty if it is that its objects cannot be read
              if problem.kind != "image_empty" or (problem.split, problem.image) not in broken]
@@ -73,29 +83,45 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
 
 
 def check_annotations(path: str | Path, images: str | Path | None = None, *, images_needed: bool = True,
-                      workers: int | None = None) -> tuple[Report, list[tuple[str, Dataset]]]:
-    """The part of the check for which no image is read, nor one split compared with another; and what could be read, by
-    split, without images that have no file."""
+                      workers: int | None = None
+                      ) -> tuple[Report, list[tuple[str, Dataset]], dict[str, Locate]]:
+    """The part of the check for which no image is read, nor one split compared with another; what could be read, by
+    split, without images that have no file; and what says, by split, where its annotations are in the files."""
     problems: list[Problem] = []
-    summaries, datasets = [], []
+    summaries, datasets, located = [], [], {}
     try:
         splits = find_splits(path, None if images is None else str(images))
     except (OSError, ValueError) as error:
-        return Report(str(path), (), [unreadable(str(path), error)]), []
+        return Report(str(path), (), [unreadable(str(path), error)]), [], {}
     with no_garbage_collection():
         for split in splits:
-            dataset, found = _read(split, workers)
+            dataset, found, locate = _read(split, workers)
             summaries.append(_summary(split, dataset))
             problems += [replace(problem, split=split.name) for problem in found
                          if images_needed or problem.kind not in IMAGE_KINDS]
+            located |= {split.name: locate} if locate else {}
             if dataset is not None:
                 missing = {problem.image for problem in found if problem.kind == "image_missing" and images_needed}
                 nowhere = images_needed and any(problem.kind == "images_nowhere" for problem in found)
                 datasets += [] if nowhere else [(split.name, without_images(dataset, missing))]
-    return Report(str(path), tuple(summaries), problems), datasets
+    return Report(str(path), tuple(summaries), problems, recognise(path)[0].mendable, images and str(images)), datasets, located
 
 
-def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Problem]]:
+def in_files(problems: Iterable[Problem], located: Mapping[str, Locate]) -> list[Problem]:
+    """Those of annotations with the file, number and place that these are at, instead of the image and the id in
+    memory."""
+    return [problem if problem.annotation_id is None else _in_file(problem, located.get(problem.split))
+            for problem in problems]
+
+
+def _in_file(problem: Problem, locate: Locate | None) -> Problem:
+    if locate is None:
+        return replace(problem, annotation_id=None)
+    file, number, place = locate(Annotation(problem.annotation_id, 0, (0.0, 0.0, 0.0, 0.0)))  # only the id counts
+    return replace(problem, file=file, annotation_id=number, place=place)
+
+
+def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Problem], Locate | None]:
     problems, file = Problems(split.name), Path(split.source.path).expanduser()
     if file.is_file() and file.stat().st_size > LARGE:
         print(f"Reading {file.name}, {file.stat().st_size / 1e6:.0f} MB", file=sys.stderr, flush=True)
@@ -105,11 +131,11 @@ def _read(split: Split, workers: int | None) -> tuple[Dataset | None, list[Probl
         told = any(severity(problem.kind) == "error" for problem in problems.found)  # that would be why
         if not told and not dataset.records.counts().any():
             problems.add(split.source.path, None, None, "annotations", 0, "must be one or more", "no_annotations")
-        return dataset, problems.found
+        return dataset, problems.found, next((locate for _, locate in problems.located), None)
     except InvalidDataError as error:
-        return None, [*problems.found, *error.problems]
+        return None, [*problems.found, *error.problems], None
     except (OSError, ValueError) as error:
-        return None, [*problems.found, unreadable(split.source.path, error)]
+        return None, [*problems.found, unreadable(split.source.path, error)], None
 
 
 def unreadable(file: str, error: Exception) -> Problem:

@@ -7,13 +7,16 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
+
+from PIL import Image
 
 from detres.config import SourceConfig
 from detres.data import coco, panoptic
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
-from detres.data.images import read_file
+from detres.data.images import IMAGE_SUFFIXES, read_file
 from detres.data.label_maps import IGNORED, read_values
 from detres.data.masks import run_code
 from detres.data.problems import OnInvalid
@@ -145,7 +148,7 @@ class Images:
         on_disk = isinstance(record.path, Path)  # or in a shard, which only copying takes it out of
         if named and self.mode == "reference" and on_disk:
             return str(_absolute(record.path))
-        name = self.free(folder, stem or record.path.stem) + record.path.suffix
+        name = self.free(folder, stem or record.path.stem) + _suffix(record)
         target = self.out / folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         if not on_disk:
@@ -165,6 +168,14 @@ class Images:
         self.renamed += name != stem
         self.used.add(f"{folder}/{name}".lower())
         return name
+
+
+def _suffix(record: ImageRecord) -> str:
+    """One by which readers know an image: that of the name, else of the content."""
+    if record.path.suffix.lower() in IMAGE_SUFFIXES:
+        return record.path.suffix
+    with Image.open(BytesIO(read_file(record.path))) as image:
+        return ".jpeg" if image.format == "MPO" else f".{image.format.lower()}"
 
 
 def _absolute(path: Path) -> Path:

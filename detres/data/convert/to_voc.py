@@ -19,6 +19,8 @@ def write_voc(parts: Sequence[Part], out: Path, images: Images, losses: Losses, 
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (out / folder).mkdir(parents=True)
     png = masks == "png"
+    if blank := [name for name in parts[0].dataset.classes if not name.strip()]:
+        raise ValueError(f"names of classes must have letters in VOC, got {blank[0]!r}. Give --rename '{blank[0]}=NEW'.")
     for part in parts:
         ids = [_write_image(part, place, out, images, losses, png) for place in range(len(part.dataset.records))]
         for task in ("Main", "Segmentation") if png else ("Main",):
@@ -39,6 +41,8 @@ def _tell(parts: Sequence[Part], losses: Losses, png: bool) -> None:
     losses.change("VOC has no crowds: {} are difficult objects now, which do not train either",
                   sum(item.crowd for item in items))
     used = {dataset.classes[item.label] for item in items}
+    losses.lose("VOC's names have no blanks at their ends: those of {} classes are left out",
+                sum(name != name.strip() for name in used))
     losses.lose("VOC names classes by their objects: {} without any left out",
                 0 if used <= set(VOC_CLASSES) <= set(dataset.classes) else len(set(dataset.classes) - used))
     order = VOC_CLASSES if used <= set(VOC_CLASSES) else tuple(sorted(used))
@@ -57,7 +61,7 @@ def _write_image(part: Part, place: int, out: Path, images: Images, losses: Loss
     stem = re.sub(r"\s", "_", record.path.stem)
     losses.change("VOC's ids have no spaces: those of {} images have _ now", stem != record.path.stem)
     name = images.place(record, "JPEGImages", stem)
-    image_id = Path(name).stem if Path(name).suffix else name
+    image_id = Path(name).stem
     kept = [item for item in record.annotations if not _is_click(item)]
     losses.lose("in VOC a box of exactly one pixel is taken for a stray click: {} left out",
                 len(record.annotations) - len(kept))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,9 +24,9 @@ def write_yolo(parts: Sequence[Part], out: Path, images: Images, losses: Losses,
     """Rows are polygons where there is a mask, else boxes; an image that has both has rectangles for boxes, as readers
     take all rows of a file for the same kind."""
     names = dict(enumerate(parts[0].dataset.classes))
-    content: dict[str, object] = {"path": "."}
+    folders: dict[str, list[str]] = defaultdict(list)  # by the key of data.yaml
     for part in parts:
-        content[_key(part.name)] = f"images/{part.name}"
+        folders[_key(part.name)].append(f"images/{part.name}")
         (out / "labels" / part.name).mkdir(parents=True)
         (out / "images" / part.name).mkdir(parents=True)
         for record in part.dataset.records:
@@ -33,6 +34,9 @@ def write_yolo(parts: Sequence[Part], out: Path, images: Images, losses: Losses,
             rows = _rows(record, losses, masks)
             file = (out / "labels" / part.name / name).with_suffix(".txt")
             file.write_text("".join(f"{row}\n" for row in rows))
+    content = {"path": "."} | {key: own if len(own) > 1 else own[0] for key, own in folders.items()}
+    losses.change("YOLO has one split for each of train, val and test: {} are joined",
+                  sum(len(own) for own in folders.values() if len(own) > 1))
     text = yaml.safe_dump(content | {"names": names}, allow_unicode=True, sort_keys=False)
     (out / "data.yaml").write_text(text, encoding="utf-8")
     _tell(parts, losses)

@@ -48,7 +48,6 @@ def test_classes_that_a_model_contradicts():
     assert found(data, (7, BEE, 12, 12, 40, 40, 0.79)) == found(data, (7, BEE, 25, 25, 40, 40, 0.89)) == []
     assert found(data, (7, ANT, 10, 10, 40, 40, 0.99)) == []
     assert found(dataset((7, (1, (10.0, 10.0, 50.0, 50.0), True))), sure) == [], "a crowd"
-    assert found(dataset((7, OBJECT), form="voc"), sure) == [("label_doubtful", 7, None)], "a number not in the file"
 
 
 def test_value_and_reason():

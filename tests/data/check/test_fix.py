@@ -101,13 +101,15 @@ def test_another_layout_is_converted(coco, scale, out):
         assert entry["bbox"] == pytest.approx(box)
 
 
-@pytest.mark.parametrize("layout", ["elsewhere", "beside", "roboflow", "file"])
+@pytest.mark.parametrize("layout", ["elsewhere", "inside", "beside", "roboflow", "file"])
 def test_the_copy_finds_its_images(coco, out, layout):
     coco.first["bbox"] = [10, 10, -20, 30]
     save(coco)
     path, images = coco.root, None
     if layout == "elsewhere":
         images = (coco.root / "train2017").rename(out.parent / "photos")
+    if layout == "inside":  # where it is not looked for
+        images = (coco.root / "train2017").rename(coco.root / "photos")
     if layout == "file":
         path = coco.file
     if layout in ("beside", "roboflow"):
@@ -120,6 +122,16 @@ def test_the_copy_finds_its_images(coco, out, layout):
     assert after.exit_status == 0 and len(changes.made) == 1
     again = check_data(after.path)  # without being told where the images are
     assert again.exit_status == 0 and again.splits[0].images == 2 and again.splits[0].annotations == 3
+
+
+def test_what_is_not_mended_is_as_it_was(coco, out):
+    coco.content["categories"][0]["keypoints"] = ["nose"]
+    coco.first.update(keypoints=[1, 2], num_keypoints=1, score=NAN, big=2**70)
+    save(coco)
+    _, changes = fix(coco.root, out)
+    assert [(change.field, change.new) for change in changes.made] == [("keypoints", None), ("num_keypoints", None)]
+    text = (out / "annotations/instances_train2017.json").read_text()
+    assert '"score": NaN' in text and json.loads(text)["annotations"][0]["big"] == 2**70
 
 
 def test_voc(tmp_path, files, out):
@@ -183,6 +195,21 @@ def test_where_a_copy_must_not_go(coco, out):
     (out.parent / "full/file").touch()
     with pytest.raises(ValueError, match="new or empty folder"):
         write_clean_copy(report, None, out.parent / "full")
+
+
+def test_images_of_voc_and_yolo_that_cannot_be_decoded_are_left_out(tmp_path, files, out):
+    files.voc(tmp_path / "voc", dict.fromkeys("ab", files.object()), {"train": "a\nb\n"})
+    (tmp_path / "voc/classes.txt").write_text("dog")
+    (tmp_path / "voc/JPEGImages/a.jpg").write_bytes(b"")
+    after, changes = fix(tmp_path / "voc", out / "voc")
+    assert (out / "voc/ImageSets/Main/train.txt").read_text() == "b\n" and after.splits[0].images == 1
+    assert (out / "voc/classes.txt").read_text() == "dog" and check_data(out / "voc", workers=1).exit_status == 0
+    files.yolo(tmp_path / "yolo", dict.fromkeys("ab", "0 .5 .5 .5 .5"), "path: .\ntrain: images/train\nnames: [cat]\n")
+    file = tmp_path / "yolo/images/train/a.png"
+    file.write_bytes(file.read_bytes()[:200])
+    fix(tmp_path / "yolo", out / "yolo")
+    assert (out / "yolo/train.txt").read_text() == "./images/train/b.png\n"
+    assert check_data(out / "yolo", workers=1).exit_status == 0
 
 
 def test_images_that_cannot_be_decoded_are_left_out(coco, out):

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from detres.data.check import images
-from detres.data.check.images import check_images
+from detres.data.check.images import UNUSABLE, check_images
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import ImageError, read_image
 from detres.data.kinds import KINDS
@@ -225,3 +225,8 @@ def test_real_data(shared_data):
     assert (problem.kind, problem.split, problem.image) == ("image_near_leak", "val", "BloodImage_00037")
     assert problem.value == "as image 'BloodImage_00038' of train", "the same smear in another focus"
     assert "BloodImage_00038.jpg" in problem.reason
+
+
+def test_errors_of_files_are_those_that_a_clean_copy_leaves_out():
+    assert UNUSABLE == {kind for kind, about in KINDS.items() if kind.startswith("image_") and about.severity == "error"
+                        } - {"image_size"}

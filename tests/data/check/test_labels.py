@@ -41,14 +41,14 @@ def test_objects_drawn_twice():
     near = (10.5, 10, 51, 40.5)
     data = dataset([(0, (0, 0, 5, 5)), (0, BOX), (0, near)], [(0, BOX)], [(1, BOX)])
     problem, = [problem for problem in check_labels([("train", data)]) if problem.kind == "object_twice"]
-    assert (problem.image, problem.annotation_id, problem.value) == (0, 3, list(near))
+    assert (problem.image, problem.annotation_id, problem.field, problem.value) == (0, 3, "bbox", [10.5, 10, 40.5, 30.5])
     assert "annotation 2" in problem.reason
     assert kinds(dataset([(0, BOX)] * 4)) == ["object_twice"] * 3, "each with the first"
     assert kinds(dataset([(0, BOX), (0, BOX, "crowd")])) == []
     assert kinds(dataset([(0, BOX), (1, near)])) == ["object_two_classes"]
     assert kinds(dataset([(0, BOX), (1, (10, 10, 50, 43))])) == [], "a cat that fills its sofa: IoU 0.91"
     voc = check_labels([("train", dataset([(0, BOX), (0, BOX)], form="voc"))])[0]
-    assert voc.annotation_id is None and str(list(map(float, BOX))) in voc.reason, "a number that is not in the file"
+    assert (voc.field, voc.value) == ("box", list(BOX)) and str(list(map(float, BOX))) in voc.reason, "it has no ids"
 
 
 @pytest.mark.parametrize("least", [0.9, 0.6, 0.3])

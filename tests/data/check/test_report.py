@@ -6,6 +6,8 @@ import io
 import json
 import time
 
+import pytest
+
 from detres.cli import main
 from detres.data.check.report import EXAMPLES, print_report, to_json
 from detres.data.check.run import Report, SplitSummary, check_data
@@ -38,6 +40,22 @@ def test_groups_are_worst_first_and_short(monkeypatch):
     assert shown.count("annotation ") == EXAMPLES + 2
     assert text(Report("/d", SPLITS, problems), monkeypatch, every=True).count("must be right; got") == 14
     assert max(map(len, shown.splitlines())) <= 80 and all(line == line.rstrip() for line in shown.splitlines())
+
+
+@pytest.mark.parametrize(("kind", "options", "advice"), [
+    ("box_empty", {"images": "my photos"}, "detres data check /d --images 'my photos' --fix OUT"),
+    ("box_empty", {"mendable": False}, "detres data convert /d OUT --to coco --drop-invalid"),
+    ("images_nowhere", {}, None), ("unreadable", {}, None)])
+def test_what_is_advised_does_what_it_says(monkeypatch, kind, options, advice):
+    shown = text(Report("/d", SPLITS, [problem(kind)], **options), monkeypatch)
+    assert "training refuses" in shown and (advice in " ".join(shown.split()) if advice else "detres data" not in shown)
+
+
+def test_unreadable_files_are_told_by_name(monkeypatch):
+    found = [Problem(f"/d/{name}", None, None, "file", value, "must be readable", "unreadable", "train")
+             for name, value in (("a.json", "no JSON"), ("b.json", "no JSON (/d/b.json)"))]
+    shown = text(Report("/d", SPLITS, found), monkeypatch)
+    assert "/d/a.json: no JSON\n" in shown and "    no JSON (/d/b.json)\n" in shown
 
 
 def test_values_of_any_kind_are_told(monkeypatch):

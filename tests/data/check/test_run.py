@@ -153,6 +153,27 @@ def test_kinds_of_voc_and_yolo(tmp_path, files):
     assert kinds(tmp_path / "yolo") >= {"unknown_category", "bad_row", "polygon_odd", "image_missing"}
 
 
+def twice(root) -> tuple:
+    problem, = (problem for problem in check_data(root, workers=1).problems if problem.kind == "object_twice")
+    return problem.file, problem.annotation_id, problem.place
+
+
+def test_problems_of_labels_are_told_where_they_are_in_the_files(coco, tmp_path, files):
+    coco.content["annotations"].insert(2, coco.first | {"id": 90})
+    save(coco)
+    assert twice(coco.root) == (str(coco.file), 90, "annotations[2]")
+    root = tmp_path / "voc"
+    objects = [files.object(box=(5, 5, 5, 9)), files.object(), files.object()]  # the first cannot be read
+    files.voc(root, {"a": "", "b": "".join(objects)}, {"train": "a\nb\n"})
+    assert twice(root) == (str(root / "Annotations/b.xml"), 3, "object 3")
+    for path in (root / "ImageSets/Main/train.txt", root / "ImageSets/Main", root / "ImageSets"):
+        path.unlink() if path.is_file() else path.rmdir()
+    assert twice(root) == (str(root / "Annotations/b.xml"), 3, "object 3")  # without lists of images
+    root = tmp_path / "yolo"
+    files.yolo(root, {"a": "", "b": "\n0 .5 .5 .5 .5\n0 .5 .5 .5 .5\n"}, "path: .\ntrain: images/train\nnames: [cat]\n")
+    assert twice(root) == (str(root / "labels/train/b.txt"), 3, "line 3")
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty", "empty.json", "text.json", "list.json", "bad.yaml", "list.yaml"])
 def test_what_is_no_data_set(tmp_path, name):
     (tmp_path / "empty").mkdir()
@@ -188,7 +209,7 @@ def test_real_data_is_not_accused(shared_data, name, allowed):
     """Of what the reader and the geometry look at; images and labels have tests of their own."""
     from detres.data.check.run import check_annotations
 
-    report, _ = check_annotations(shared_data / name)
+    report, *_ = check_annotations(shared_data / name)
     assert {problem.kind for problem in report.problems} - {"category_gap"} <= allowed
 
 

@@ -62,8 +62,19 @@ def test_subset(shapes, tmp_path):
     assert counts(tmp_path / "out") == {"instances_train": 2, "instances_val": 2}
 
 
+def test_what_is_invalid_is_left_out_by_the_option_that_is_told(shapes, tmp_path, capsys):
+    file = Path(shapes) / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"] = None
+    (tmp_path / "val.json").write_text(json.dumps(content))
+    words = ["data", "convert", str(tmp_path / "val.json"), str(tmp_path / "out"), "--images", f"{shapes}/val"]
+    assert main(words) and "give --drop-invalid to leave out" in capsys.readouterr().err
+    assert not main([*words, "--drop-invalid"])
+
+
 @pytest.mark.parametrize("words, message", (
     (["split", "--parts", "train=x"], "must be NAME=SIZE"), (["split", "--parts", "a=1,a=2"], "must be NAME=SIZE"),
+    (["split", "--parts", "train=1.0"], "a fraction below 1 or a number"),
     (["convert", "--rename", "x"], "must be OLD=NEW"), (["convert", "--rename", "x=y"], "class must be one of"),
     (["convert", "--to", "voc", "--strict"], "must lose nothing"),
     (["subset", "--ids", "nothing"], "image must be in the data set")))

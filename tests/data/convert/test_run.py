@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from array import array
 from pathlib import Path
 
@@ -309,6 +310,42 @@ def test_files_of_the_same_name_get_another(tmp_path, to, folder):
     found = {record.path.resolve().relative_to(tmp_path / "data/train").as_posix(): record.annotations[0].box[0]
              for record in load(tmp_path / "out").records}
     assert found == pytest.approx({"x/1.png": 0, "y/1.png": 1, "y/1.bmp": 2})
+
+
+@pytest.mark.parametrize("to", ("yolo", "voc"))
+def test_an_image_without_suffix_gets_one(source, tmp_path, to):
+    file = source / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    content["images"][0]["file_name"] = "no.suffix"
+    shutil.copyfile(source / "train/plain.png", source / "train/no.suffix")
+    file.write_text(json.dumps(content))
+    convert([source], tmp_path / "out", Options(to))
+    dataset = load_dataset(SourceConfig(path=str(tmp_path / "out")), "train")
+    assert sorted(record.path.name for record in dataset.records)[0] == "no.png" and len(dataset.records) == 3
+
+
+def test_several_splits_to_train_on_are_all_there_in_yolo(source, tmp_path):
+    folder = source / "annotations"
+    for old, new in (("train", "train2014"), ("val", "train2017")):
+        (folder / f"instances_{old}.json").rename(folder / f"instances_{new}.json")
+        (source / old).rename(source / new)
+    result = convert([source], tmp_path / "out", Options("yolo"))
+    assert any(line.endswith("train, val and test: 2 are joined") for line in result.losses.lines())
+    assert len(load_dataset(SourceConfig(path=str(tmp_path / "out")), "train").records) == 6
+
+
+def test_class_names_of_blanks_in_voc(source, tmp_path):
+    file = source / "annotations/instances_train.json"
+    content = json.loads(file.read_text())
+    content["categories"][0]["name"] = " zebra"
+    file.write_text(json.dumps(content))
+    result = convert([file], tmp_path / "out", Options("voc"))
+    assert any("blanks at their ends: those of 1" in line for line in result.losses.lines())
+    content["categories"][0]["name"] = "  "
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="--rename '  =NEW'"):
+        convert([file], tmp_path / "other", Options("voc"))
+    convert([file], tmp_path / "other", Options("voc", classes=ClassChange({"  ": "new"})))
 
 
 def test_yolo_clips_boxes(source, tmp_path):
