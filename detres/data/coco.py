@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from detres.data.coco_json import file_names, is_lvis, parse, rest
+from detres.data.coco_json import file_names, is_lvis, is_panoptic, parse, rest
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
 from detres.data.index import ImageFiles, Places, cached
 from detres.data.kinds import severity
@@ -29,7 +29,6 @@ from detres.data.records import Records
 # Files beside the instances in COCO's annotation folder; `detres data shapes` adds shapes.json.
 _OTHER_TASKS = ("captions", "person_keypoints", "panoptic", "stuff", "semantic", "image_info", "image_sources",
                 "shapes")
-
 
 _REPORTS = ("changes.json", "conversion.json")
 _KNOWN = ("id", "image_id", "category_id", "bbox", "segmentation", "area", "iscrowd", "keypoints", "num_keypoints",
@@ -89,8 +88,10 @@ def no_garbage_collection() -> Iterator[None]:
 
 
 def _read(file: Path, images: str | None, files: ImageFiles, keep_extra: bool = False) -> tuple[Dataset, Problems]:
-    content = parse(file)
-    problems = Problems(file.stem)
+    content, problems = parse(file), Problems(file.stem)
+    if is_panoptic(content):
+        raise ValueError(f"COCO annotation file must be of instances, got the panoptic format ({file}). `detres data "
+                         "convert` makes instances of it.")
     categories = parse_categories(content["categories"], file, problems)
     images_by_id = parse_images(content["images"], file, images, problems, files, keep_extra)
     label_of = {category["id"]: label for label, category in enumerate(categories)}
@@ -103,7 +104,8 @@ def _read(file: Path, images: str | None, files: ImageFiles, keep_extra: bool = 
     extra = {"categories": [rest(category, ("id", "name", "keypoints", "skeleton")) for category in categories],
              **rest(content, ("images", "annotations", "categories"))} if keep_extra else None
     dataset = Dataset(file.stem, "lvis" if is_lvis(content) else "coco",
-                      tuple(category["name"] for category in categories), tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
+                      tuple(category["name"] for category in categories),
+                      tuple(category["id"] for category in categories), records, names, pairs, skeleton=skeleton,
                       keypoint_classes=tuple(category["name"] for category in categories if category.get("keypoints")),
                       extra=extra)
     problems.located.append((dataset, Places.of(file, reader.seen)))

@@ -64,6 +64,11 @@ def pack(entry: Any) -> Any:
     return entry
 
 
+def is_panoptic(content: dict[str, Any]) -> bool:
+    first = next(iter(content.get("annotations", ())), None)
+    return isinstance(first, dict) and "segments_info" in first
+
+
 def is_lvis(content: dict[str, Any]) -> bool:
     """Whether the first category and image have LVIS' keys: how frequent it is, and which classes it does not have."""
     first = [next(iter(content[key]), None) for key in ("categories", "images")]

@@ -227,3 +227,9 @@ def test_a_union_of_splits_has_the_images_of_both(coco, files):
     content["categories"] = content["categories"][::-1] + [{"id": 91, "name": "yak"}]
     with pytest.raises(ValueError, match="same categories .*valminusminival2014 than in instances_train2017"):
         joined()
+
+
+def test_panoptic_files_hold_no_instances(coco):
+    coco.content["annotations"] = [{"image_id": 7, "file_name": "a.png", "segments_info": []}]
+    with pytest.raises(ValueError, match="got the panoptic format"):
+        coco.load()

@@ -76,8 +76,8 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
     """
     from detres.data.check import fix_coco, fix_voc, fix_yolo
 
-    path, out = Path(report.path).expanduser().resolve(), Path(out).expanduser().resolve()
-    _check_out(path, out)
+    path, out = Path(os.path.abspath(Path(report.path).expanduser())), Path(out).expanduser().resolve()
+    _check_out(path.resolve(), out)
     fixes = {"coco": fix_coco, "lvis": fix_coco, "voc": fix_voc, "yolo": fix_yolo}[_format(report)]
     out.mkdir(parents=True, exist_ok=True)
     changes = Changes(out)

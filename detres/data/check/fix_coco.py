@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import re
 import shutil
 from array import array
@@ -27,13 +28,13 @@ def copy(path: Path, splits: Sequence[SplitSummary], images: Path | None, out: P
     root = path if path.is_dir() else path.parent
     for split in splits:
         if split.format:
-            file = Path(split.file).resolve()
+            file = Path(os.path.abspath(Path(split.file).expanduser()))  # its folder may be a link
             target = out / file.relative_to(root)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, target)
             folder = _folder(file, parse(file)["images"], images)
             if folder is not None:
-                link(_place(folder.resolve(), root, target, out, images is not None), folder)
+                link(_place(Path(os.path.abspath(folder)), root, target, out, images is not None), folder)
     return out if path.is_dir() else out / path.name
 
 
@@ -49,7 +50,7 @@ def _place(folder: Path, root: Path, target: Path, out: Path, given: bool) -> Pa
     if not given and folder.is_relative_to(root) and not (out / folder.relative_to(root)).is_dir():
         return out / folder.relative_to(root)
     place = target.parent / "images"
-    if place.is_symlink() and place.resolve() != folder:
+    if place.is_symlink() and place.resolve() != folder.resolve():
         place = target.parent / "_".join(part for part in re.split(r"[_.\-]+", target.stem) if part)
     return place
 

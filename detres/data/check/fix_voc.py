@@ -17,7 +17,8 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def copy(path: Path, splits: Sequence[SplitSummary], images: Path | None, out: Path) -> Path:
-    """Each root with its XML files, image sets and what lies beside them, and links to all other folders; returns what stands for `path`."""
+    """Each root with its XML files, image sets and what lies beside them, and links to all other folders; returns what
+    stands for `path`."""
     for root in [path] if voc.is_root(path) else voc.find_roots(path):
         target = out / root.relative_to(path)
         shutil.copytree(root / "Annotations", target / "Annotations", copy_function=shutil.copyfile)

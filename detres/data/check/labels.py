@@ -118,7 +118,8 @@ def _pairs(objects: Objects) -> Iterator[Problem]:
         for row, other, value in zip(rows, first[chosen][places], iou[chosen][places]):
             box, twin = objects.box(row), f"{_named(objects, other)} (IoU {value:.2f}"
             if kind == "object_twice":
-                yield objects.of_object(row, kind, objects.box_field, box, f"must be of another object than {twin}: delete one)")
+                yield objects.of_object(row, kind, objects.box_field, box,
+                                        f"must be of another object than {twin}: delete one)")
             else:
                 names = [objects.class_name(row), objects.class_name(other)]
                 yield objects.of_object(row, kind, "classes", [*names, box],

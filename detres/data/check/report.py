@@ -114,7 +114,8 @@ def print_fix(after: Report, changes: Changes) -> None:
     console = Console(file=sys.stdout, highlight=False)
     console.print()
     count = len(changes.made)
-    _print(console, f"{count:,} change{'s'[:count != 1]} in {changes.root}, listed in changes.json and changes.csv", 0, "bold")
+    _print(console, f"{count:,} change{'s'[:count != 1]} in {changes.root}, listed in changes.json and changes.csv", 0,
+           "bold")
     for line in summary(changes):
         _print(console, line, 2, hang=2)
     if after.problems:

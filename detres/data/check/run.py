@@ -104,7 +104,8 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
                 missing = {problem.image for problem in found if problem.kind == "image_missing" and images_needed}
                 nowhere = images_needed and any(problem.kind == "images_nowhere" for problem in found)
                 datasets += [] if nowhere else [(split.name, without_images(dataset, missing))]
-    return Report(str(path), tuple(summaries), problems, recognise(path)[0].mendable, images and str(images)), datasets, located
+    report = Report(str(path), tuple(summaries), problems, recognise(path)[0].mendable, images and str(images))
+    return report, datasets, located
 
 
 def in_files(problems: Iterable[Problem], located: Mapping[str, Locate]) -> list[Problem]:

@@ -101,13 +101,18 @@ def test_another_layout_is_converted(coco, scale, out):
         assert entry["bbox"] == pytest.approx(box)
 
 
-@pytest.mark.parametrize("layout", ["elsewhere", "inside", "beside", "roboflow", "file"])
+@pytest.mark.parametrize("layout", ["elsewhere", "links", "inside", "beside", "roboflow", "file"])
 def test_the_copy_finds_its_images(coco, out, layout):
     coco.first["bbox"] = [10, 10, -20, 30]
     save(coco)
     path, images = coco.root, None
     if layout == "elsewhere":
         images = (coco.root / "train2017").rename(out.parent / "photos")
+    if layout == "links":
+        path = out.parent / "links"
+        path.mkdir()
+        for name in ("annotations", "train2017"):
+            (path / name).symlink_to(coco.root / name)
     if layout == "inside":  # where it is not looked for
         images = (coco.root / "train2017").rename(coco.root / "photos")
     if layout == "file":
