@@ -91,10 +91,11 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
     for _ in range(PASSES):
         after, datasets, located = check_annotations(target, images_needed=read_images, workers=workers)
         made = len(changes.made)
-        fixes.apply([*after.problems, *_of_copy(seen, after.splits)], changes)
-        seen = []
-        if len(changes.made) == made:
+        # These first and alone: with another size of the image, boxes are not outside of it.
+        fixes.apply(_of_copy(seen, after.splits) if seen else after.problems, changes)
+        if len(changes.made) == made and not seen:
             break
+        seen = []
     changes.write()
     return replace(after, problems=after.problems + in_files(check_labels(datasets), located)), changes
 

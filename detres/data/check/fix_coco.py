@@ -235,6 +235,18 @@ def _size(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> Non
             fix.set(problem, entry, key, value)
 
 
+def _exchanged(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> None:
+    """Width and height, if the file has them the other way round; of a file of another size, boxes lie elsewhere."""
+    try:
+        exchanged = read_size(fix.folder / entry["file_name"]) == (entry["width"], entry["height"])
+    except (ImageError, KeyError, TypeError):
+        exchanged = False
+    if exchanged:
+        _size(fix, problem, entry, name, place)
+    else:
+        fix.drop(problem, name, place)
+
+
 def _same_image(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> None:
     """Twice the same file is one too many; of two files, it is not known which one the annotations are of."""
     first = fix.image_places[entry["id"]]
@@ -273,7 +285,7 @@ MENDS: dict[str, Callable[[_Fix, Problem, Any, str, int], None]] = {
     "box_past_edge": _clip, "box_mask_differs": _better, "area_differs": _better,
     "bad_area": _delete, "bad_keypoints": _delete, "bad_iscrowd": _crowd,
     "bad_segmentation": _polygons, "polygon_odd": _polygons, "polygon_short": _polygons,
-    "polygon_not_finite": _polygons, "image_size": _size, "duplicate_image": _same_image, "bad_category": _name,
+    "polygon_not_finite": _polygons, "image_size": _size, "image_differs": _exchanged, "duplicate_image": _same_image, "bad_category": _name,
     "duplicate_category": _merge,
 }
 

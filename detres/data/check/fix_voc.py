@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 from detres.data import voc
 from detres.data.check.fix import Changes, by_file, link
 from detres.data.check.run import SplitSummary
+from detres.data.images import read_size
 from detres.data.kinds import severity
 from detres.data.problems import Problem
 
@@ -42,14 +43,34 @@ def apply(problems: Sequence[Problem], changes: Changes) -> None:
         for problem in found:
             if problem.kind in LAYOUTS:
                 _convert(problem, changes)
-            elif problem.annotation_id is None and problem.image is not None and severity(problem.kind) == "error":
+            elif (problem.annotation_id is None and problem.image is not None and severity(problem.kind) == "error"
+                  and not (problem.kind == "image_differs" and _exchange_sides(problem, changes))):
                 _take_out(problem, changes)
+
+
+def _root(problem: Problem) -> Path | None:
+    file = Path(problem.file)
+    return next((folder for folder in (file, *file.parents) if voc.is_root(folder)), None)
+
+
+def _exchange_sides(problem: Problem, changes: Changes) -> bool:
+    """Of an image whose file has width and height the other way round; whether it has."""
+    file = _root(problem) / "Annotations" / f"{problem.image}.xml"
+    tree = _parse(file)
+    image = _root(problem) / "JPEGImages" / tree.getroot().findtext("filename", "").strip()
+    height, width = _size(tree.getroot())
+    if not image.is_file() or read_size(image) != (width, height):
+        return False
+    for side, old, new in (("width", width, height), ("height", height, width)):
+        tree.getroot().find(f"size/{side}").text = str(new)
+        changes.add(problem, side, old, new, file)
+    tree.write(file, encoding="utf-8")
+    return True
 
 
 def _take_out(problem: Problem, changes: Changes) -> None:
     """The image, of all image sets of its root; of one in which it is twice, but for the first line."""
-    file = Path(problem.file)
-    root = next((folder for folder in (file, *file.parents) if voc.is_root(folder)), None)
+    file, root = Path(problem.file), _root(problem)
     twice = problem.kind == "duplicate_image" and file.suffix == ".txt"
     for image_set in [file] if twice else sorted((root / "ImageSets/Main").glob("*.txt")) if root else []:
         lines = image_set.read_text(encoding="utf-8", errors="replace").splitlines()

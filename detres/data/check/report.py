@@ -124,8 +124,11 @@ def print_fix(after: Report, changes: Changes) -> None:
         _print(console, f"{KINDS[kind].title}: {len(problems):,} {KINDS[kind].severity}{'s'[:len(problems) > 1]}", 4,
                hang=2)
     status = after.exit_status
-    verdict = "✓ the copy is safe to train on" if status == 0 else "✗ the copy has errors that only you can mend"
-    _print(console, verdict, 0, ("green", "red", "red")[status])
+    emptied = [split.name for split in after.splits if split.format and not split.annotations]
+    verdict = "✗ the copy has errors that only you can mend" if status else (
+        f"! the copy has no errors, but no objects are left in {', '.join(emptied)}: look at the changes" if emptied else
+        "✓ the copy is safe to train on")
+    _print(console, verdict, 0, "red" if status else "yellow" if emptied else "green")
 
 
 def _verdict(report: Report, fix: bool) -> str:

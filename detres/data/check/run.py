@@ -24,6 +24,9 @@ from detres.data.problems import InvalidDataError, Locate, Problem, Problems
 from detres.data.splits import Split, find_splits
 
 LARGE = 50e6  # bytes that take long enough to say so
+LAYOUTS = frozenset({"boxes_xyxy", "boxes_xywh", "boxes_normalised", "boxes_in_pixels"})
+FOLLOWING = frozenset({"box_mask_differs", "area_differs", "mask_empty", "box_under_pixel", "box_speck", "object_twice",
+                       "object_two_classes", "class_fills_images", "class_exchanged"})  # where boxes are no such boxes
 IMAGE_KINDS = frozenset({"image_missing", "images_nowhere"})  # not looked for with read_images=False
 
 
@@ -75,6 +78,8 @@ def check_data(path: str | Path, images: str | Path | None = None, *, read_image
     """
     report, datasets, located = check_annotations(path, images, images_needed=read_images, workers=workers)
     labels = [*check_labels(datasets), *(check_against(detections, datasets) if detections else ())]
+    mistaken = {problem.split for problem in report.problems if problem.kind in LAYOUTS}
+    labels = [problem for problem in labels if problem.split not in mistaken or problem.kind not in FOLLOWING]
     found = [*(check_images(datasets, workers) if read_images else ()), *in_files(labels, located)]
     broken = {(problem.split, problem.image) for problem in report.problems if severity(problem.kind) == "error"}
     found = [problem for problem in found  # an image is not empty if it is that its objects cannot be read
@@ -97,8 +102,10 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
         for split in splits:
             dataset, found, locate = _read(split, workers)
             summaries.append(_summary(split, dataset))
+            mistaken = any(problem.kind in LAYOUTS for problem in found)
             problems += [replace(problem, split=split.name) for problem in found
-                         if images_needed or problem.kind not in IMAGE_KINDS]
+                         if (images_needed or problem.kind not in IMAGE_KINDS)
+                         and not (mistaken and problem.kind in FOLLOWING)]
             located |= {split.name: locate} if locate else {}
             if dataset is not None:
                 missing = {problem.image for problem in found if problem.kind == "image_missing" and images_needed}

@@ -217,6 +217,21 @@ def test_images_of_voc_and_yolo_that_cannot_be_decoded_are_left_out(tmp_path, fi
     assert check_data(out / "yolo", workers=1).exit_status == 0
 
 
+def test_sizes_with_width_and_height_exchanged_are_turned_and_objects_kept(coco, tmp_path, files, out):
+    for image in coco.content["images"]:
+        image["width"], image["height"] = image["height"], image["width"]
+    save(coco)
+    after, changes = fix(coco.root, out / "coco")
+    assert [(change.field, change.kind) for change in changes.made] == [
+        ("height", "image_differs"), ("width", "image_differs")] * 2
+    assert (after.exit_status, after.splits[0].annotations) == (0, 3)
+    files.voc(tmp_path / "voc", {"a": files.object(box=(25, 1, 39, 20))}, {"train": "a\n"},
+              "<size><width>30</width><height>40</height></size>")
+    after, changes = fix(tmp_path / "voc", out / "voc")
+    assert [(change.field, change.old, change.new) for change in changes.made] == [("width", 30, 40), ("height", 40, 30)]
+    assert (after.exit_status, after.splits[0].annotations) == (0, 1)
+
+
 def test_images_that_cannot_be_decoded_are_left_out(coco, out):
     save(coco)
     (coco.root / "train2017/a.png").write_bytes((coco.root / "train2017/a.png").read_bytes()[:300])
@@ -224,6 +239,14 @@ def test_images_that_cannot_be_decoded_are_left_out(coco, out):
     assert after.exit_status == 0 and check_data(out).exit_status == 0
     assert [record.id for record in load_dataset(SourceConfig(path=str(out)), "train").records] == [3]
     assert len(changes.made) == 3  # the image and its two objects
+
+
+def test_a_split_of_which_nothing_is_left_is_told(coco, capsys, out):
+    for entry in coco.content["annotations"]:
+        entry["image_id"] = 99
+    save(coco)
+    assert main(["data", "check", str(coco.root), "--fix", str(out)]) == 0
+    assert "no objects are left in instances_train2017" in " ".join(capsys.readouterr().out.split())
 
 
 def test_on_the_command_line(coco, capsys, out):
