@@ -22,6 +22,7 @@ from detres.data.formats import recognise
 from detres.data.kinds import KINDS
 from detres.data.problems import Problem
 
+ENTRIES = ("images", "annotations", "categories", "object", "row", "file")  # fields of changes to more than a value
 PASSES = 8  # what is mended can show what was hidden: in practice two
 
 
@@ -146,9 +147,11 @@ def by_file(problems: Sequence[Problem]) -> dict[Path, list[Problem]]:
 
 
 def summary(changes: Changes) -> list[str]:
-    """Lines such as '12 x boxes without area: 12 deleted'."""
+    """Lines such as 'boxes without area: 12 deleted'."""
     counts: dict[str, Counter[str]] = {}
     for change in changes.made:
-        counts.setdefault(change.why, Counter())["deleted" if change.new is None else "corrected"] += 1
+        whole = change.field in ENTRIES or change.field.startswith("line ")
+        what = "corrected" if change.new is not None else "deleted" if whole else "values taken away"
+        counts.setdefault(change.why, Counter())[what] += 1
     return [f"{why}: " + ", ".join(f"{count:,} {what}" for what, count in found.items())
             for why, found in counts.items()]

@@ -314,16 +314,19 @@ def _from_fractions(fix: _Fix, problem: Problem) -> None:
             width, height = sizes[image_id]
             fix.set(problem, entry, "bbox", [x * width, y * height, w * width, h * height], image=image_id,
                     annotation=entry.get("id"))
-            _scale_polygons(fix, problem, entry, (width, height))
+            _scale_mask(fix, problem, entry, (width, height))
 
 
-def _scale_polygons(fix: _Fix, problem: Problem, entry: dict[str, Any], size: tuple[int, int]) -> None:
-    given = entry.get("segmentation")
+def _scale_mask(fix: _Fix, problem: Problem, entry: dict[str, Any], size: tuple[int, int]) -> None:
+    """Polygons and area, where these are fractions, too."""
+    given, area = entry.get("segmentation"), entry.get("area")
     if isinstance(given, list) and all(isinstance(polygon, list) and all(is_number(value) and 0 <= value <= 1
                                                                          for value in polygon) for polygon in given):
         scaled = [[value * size[i % 2] for i, value in enumerate(polygon)] for polygon in given]
         fix.set(problem, entry, "segmentation", scaled, image=entry.get("image_id"), annotation=entry.get("id"))
-    fix.set(problem, entry, "area", None, image=entry.get("image_id"), annotation=entry.get("id"))
+    if is_number(area) and area <= 1:
+        fix.set(problem, entry, "area", area * size[0] * size[1], image=entry.get("image_id"),
+                annotation=entry.get("id"))
 
 
 def _one_pose(fix: _Fix, problem: Problem) -> None:

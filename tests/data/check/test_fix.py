@@ -91,7 +91,7 @@ def test_another_layout_is_converted(coco, scale, out):
     boxes = [[50, 30, 28, 28], [40, 5, 39, 45], [30, 10, 25, 69]]
     for entry, (x, y, w, h) in zip(coco.content["annotations"], boxes):
         width, height = (60, 80) if entry["image_id"] == 3 else (80, 60)
-        entry |= {"segmentation": None, "iscrowd": 0, "area": None, "bbox": [x, y, x + w, y + h] if scale == "corners"
+        entry |= {"segmentation": None, "iscrowd": 0, "area": w * h, "bbox": [x, y, x + w, y + h] if scale == "corners"
                   else [x / width, y / height, w / width, h / height]}
     save(coco)
     after, changes = fix(coco.root, out)
@@ -99,6 +99,7 @@ def test_another_layout_is_converted(coco, scale, out):
     mended = json.loads((out / "annotations/instances_train2017.json").read_text())
     for entry, box in zip(mended["annotations"], boxes):
         assert entry["bbox"] == pytest.approx(box)
+    assert mended["annotations"][0]["area"] == boxes[0][2] * boxes[0][3], "pixels, as they were"
 
 
 @pytest.mark.parametrize("layout", ["elsewhere", "links", "inside", "beside", "roboflow", "file"])
