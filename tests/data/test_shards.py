@@ -274,6 +274,11 @@ def test_in_memory_of_fsspec_and_copies_on_disk(written, original, tmp_path):
     copies = list(tmp_path.glob("*/*.tar"))
     assert 2 <= len(copies) < len(list(written.glob("train-*.tar")))
     assert sum(copy.stat().st_size for copy in copies) <= limit
+    with pytest.raises(FileNotFoundError, match="file must exist, got none at memory://bucket/other.index"):
+        load("memory://bucket/other.index")
+    system.pipe_file("/bucket/val.index", b"nonsense")
+    with pytest.raises(ValueError, match=r"got memory://bucket/val.index. Delete it"):
+        load("memory://bucket", "val")
     system.rm("/bucket", recursive=True)
     with pytest.raises(FileNotFoundError):
         load("memory://bucket")
