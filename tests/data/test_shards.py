@@ -262,11 +262,14 @@ def test_damaged_shards(copy):
         load(copy, "val")
 
 
-def test_in_memory_of_fsspec_and_copies_on_disk(written, original, tmp_path):
+def test_in_memory_of_fsspec_and_copies_on_disk(written, original, tmp_path, monkeypatch):
     system = fsspec.filesystem("memory")
     for file in written.iterdir():
         system.pipe_file(f"/bucket/{file.name}", file.read_bytes())
     assert_same(load("memory://bucket"), original)
+    for cache in ("", str(written / "train.index")):  # none; a file, where no folder can be made
+        monkeypatch.setenv("DETRES_CACHE", cache)
+        assert_same(load("memory://bucket"), original)
     assert_same(load(f"file://{written}"), original)
     limit = 60_000
     dataset = load("memory://bucket", shard_cache=str(tmp_path), shard_cache_gb=limit / 1e9)
