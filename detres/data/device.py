@@ -157,7 +157,8 @@ def recolour(images: Tensor, colours: Tensor) -> Tensor:
     safe = range_.clamp(min=1)
     hue = torch.where(value == red, (green - blue) / safe,
                       torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)) + turn * 6 / 256
-    place = (torch.tensor([5, 3, 1], device=images.device)[:, None, None] + hue) % 6  # of each channel on the wheel
+    places = 5 - 2 * torch.arange(3, device=images.device)  # of the channels on the wheel
+    place = (places[:, None, None] + hue) % 6
     images = _bytes(value - (range_ * stretch).minimum(value) * place.minimum(4 - place).clamp(0, 1))
     order = colours[:, 5:, None, None].long().expand_as(images)
     return _bytes(images * late).gather(1, order)

@@ -202,26 +202,28 @@ def save_records(file: Path, header: dict[str, Any], records: Records) -> None:
             raise
 
 
-def map_records(file: Path, store: ShardStore | None = None) -> tuple[dict[str, Any], Records]:
-    """The header and the records of a file. Raises OSError, and ValueError for anything but a whole file."""
+def map_records(file: Path, store: ShardStore | None = None, name: str = "") -> tuple[dict[str, Any], Records]:
+    """The header and the records of a file. Raises OSError, and ValueError for anything but a whole file, which it calls
+    by `name`."""
+    name = name or str(file)
     size = os.stat(file).st_size
     with open(file, "rb") as stream:
         head = stream.read(_HEAD.size)
         magic, length, crc = _HEAD.unpack(head) if len(head) == _HEAD.size else (b"", 0, 0)
         content = stream.read(length) if magic == _MAGIC and length <= size else b""
     if not content or zlib.crc32(content) != crc:
-        raise ValueError(f"index must be a file of detres, of this version, got {file}. Delete it.")
+        raise ValueError(f"index must be a file of detres, of this version, got {name}. Delete it.")
     header = decode(content)
     if header["layout"] != _LAYOUT:
-        raise ValueError(f"index must be of this version of detres, got another's ({file}). Delete it.")
+        raise ValueError(f"index must be of this version of detres, got another's ({name}). Delete it.")
     offset, arrays = _HEAD.size + length, []
     for (count, crc), kind in zip(header["arrays"], (IMAGE, ANNOTATION, np.dtype("u1"))):
         offset += -offset % 64
         if offset + count > size:
-            raise ValueError(f"index must be whole, got {size} bytes ({file}). Delete it.")
+            raise ValueError(f"index must be whole, got {size} bytes ({name}). Delete it.")
         array = np.memmap(file, kind, "r", offset, count // kind.itemsize) if count else np.zeros(0, kind)
         if zlib.crc32(array) != crc:  # half a second for 10^6 objects; else a flipped bit is a wrong label
-            raise ValueError(f"index must be as it was written, got damaged bytes ({file}). Delete it.")
+            raise ValueError(f"index must be as it was written, got damaged bytes ({name}). Delete it.")
         arrays.append(np.asarray(array))
         offset += count
     return header, Records(*arrays, store)

@@ -162,15 +162,23 @@ def local_copy(store: ShardStore, name: str) -> Path:
             raise FileNotFoundError(f"file must exist, got none at {file}. Check the path.")
         return file
     mark = stamp(url)
-    file = cache_file("shards", url, mark) or _temporary() / hashlib.blake2b(f"{url} {mark}".encode()).hexdigest()
+    file = cache_file("shards", url, mark)
+    if file is None or not _is_writable(file.parent):
+        file = _temporary() / hashlib.blake2b(f"{url} {mark}".encode()).hexdigest()
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
         system, path = system_of(url)
         part = file.with_name(f"{file.name}.{os.getpid()}.part")
         system.get_file(path, str(part))
         os.replace(part, file)
         make_room(file.parent.iterdir(), COPIES, file)
     return file
+
+
+def _is_writable(folder: Path) -> bool:
+    """Makes it, if it can be made."""
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    return os.access(folder, os.W_OK)
 
 
 @cache

@@ -56,8 +56,10 @@ def _read(source: SourceConfig, root: str, name: str, shards: Sequence[str], pro
     try:
         file = local_copy(store, f"{name}.index")
     except FileNotFoundError:
+        if not shards:  # the index was asked for
+            raise
         return _scanned(store, name, shards, problems)
-    header, records = index.map_records(file, store)
+    header, records = index.map_records(file, store, store.url(f"{name}.index"))
     sizes = dict(header["shards"])
     _check_sizes(store, {shard: size for shard, size in sizes.items() if not shards or shard in shards})
     if shards:

@@ -151,17 +151,21 @@ def test_what_it_cannot_do_is_refused(dataset, augment, named):
         both(dataset, AugmentConfig.model_validate(augment), count=1)
 
 
-def test_nothing_depends_on_the_device_s_values(dataset):
-    """No tensor is read by the host, so that it need not wait: on "meta" there is nothing to read."""
+def test_nothing_depends_on_the_device_s_values(dataset, monkeypatch):
+    """No tensor is read by the host, so that it need not wait: on "meta" there is nothing to read. Nor is one made of the
+    host's numbers, which waits for the copy."""
     data = DataConfig(workers=0, on_device=True, augment=AUGMENTS["colours"])
     stored = next(iter(build_loader(dataset, INPUT, data, batch_size=8, training=True, with_masks=True)))
-    found = prepare(stored.to("meta"))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "tensor", None)
+        found = prepare(stored.to("meta"))
     assert found.images.pixels.device.type == "meta" and found.targets.masks.shape == prepare(stored).targets.masks.shape
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_is_as_on_the_cpu(dataset):
-    data = DataConfig(workers=0, on_device=True, augment=AUGMENTS["jitter"])
+@pytest.mark.parametrize("name", ["jitter", "colours"])
+def test_on_a_gpu_it_is_as_on_the_cpu(dataset, name):
+    data = DataConfig(workers=0, on_device=True, augment=AUGMENTS[name])
     stored = next(iter(build_loader(dataset, INPUT, data, batch_size=8, training=True, with_masks=True,
                                     device_type="cuda")))
     expected = prepare(stored)
@@ -170,5 +174,6 @@ def test_on_a_gpu_it_is_as_on_the_cpu(dataset):
         found = prepare(stored.to("cuda", non_blocking=True))
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert (found.images.pixels.cpu().float() - expected.images.pixels.float()).abs().mean() < 1e-3
+    difference = (found.images.pixels.cpu().float() - expected.images.pixels.float()).abs().mean()
+    assert difference < (0.1 if name == "colours" else 1e-3)  # rounding turns hues that lie between two
     assert overlap(found.targets.masks.cpu(), expected.targets.masks).min() > 0.99

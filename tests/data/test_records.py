@@ -136,11 +136,11 @@ def test_workers_share_the_records():
     # In a process of its own: what other tests left behind in this one's memory would be counted, too.
     told = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=True).stdout
     tuples, flat = json.loads(told)
-    assert tuples[0] > 40e6, "else the test shows nothing"
+    assert tuples[0] > 25e6, "else the test shows nothing"
     assert max(flat) < tuples[0] / 2 and flat[1] - flat[0] < 5e5  # Python writes some pages of its own
 
 
 if __name__ == "__main__":
-    as_tuple = some(30_000)
+    as_tuple = some(20_000)
     as_arrays = Records.of(as_tuple)
-    print(json.dumps([private_growth(as_tuple), private_growth(as_arrays)]))
+    print(json.dumps([private_growth(as_tuple, epochs=1), private_growth(as_arrays)]))

@@ -262,11 +262,14 @@ def test_damaged_shards(copy):
         load(copy, "val")
 
 
-def test_in_memory_of_fsspec_and_copies_on_disk(written, original, tmp_path):
+def test_in_memory_of_fsspec_and_copies_on_disk(written, original, tmp_path, monkeypatch):
     system = fsspec.filesystem("memory")
     for file in written.iterdir():
         system.pipe_file(f"/bucket/{file.name}", file.read_bytes())
     assert_same(load("memory://bucket"), original)
+    for cache in ("", str(written / "train.index")):  # none; a file, where no folder can be made
+        monkeypatch.setenv("DETRES_CACHE", cache)
+        assert_same(load("memory://bucket"), original)
     assert_same(load(f"file://{written}"), original)
     limit = 60_000
     dataset = load("memory://bucket", shard_cache=str(tmp_path), shard_cache_gb=limit / 1e9)
@@ -274,6 +277,11 @@ def test_in_memory_of_fsspec_and_copies_on_disk(written, original, tmp_path):
     copies = list(tmp_path.glob("*/*.tar"))
     assert 2 <= len(copies) < len(list(written.glob("train-*.tar")))
     assert sum(copy.stat().st_size for copy in copies) <= limit
+    with pytest.raises(FileNotFoundError, match="file must exist, got none at memory://bucket/other.index"):
+        load("memory://bucket/other.index")
+    system.pipe_file("/bucket/val.index", b"nonsense")
+    with pytest.raises(ValueError, match=r"got memory://bucket/val.index. Delete it"):
+        load("memory://bucket", "val")
     system.rm("/bucket", recursive=True)
     with pytest.raises(FileNotFoundError):
         load("memory://bucket")
