@@ -6,8 +6,12 @@ import argparse
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from detres.cli_parser import Parser, add_source, command, count, positive
+
+if TYPE_CHECKING:
+    from detres.data.convert.lost import Losses
 
 EXAMPLES = {
     "data convert": """
@@ -49,8 +53,9 @@ def _add_split(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("--parts", type=_parts, default="train=0.8,val=0.2", metavar="NAME=SIZE,...",
                         help="fractions below 1, or numbers of images; a name alone gets the rest (default: train=0.8,"
                              "val=0.2)")
-    parser.add_argument("--group-by", metavar="REGEX", help="keep images together whose file names agree in this, or "
-                                                            "in its first group: frames of a video, crops of a scan")
+    parser.add_argument("--group-by", type=_pattern, metavar="REGEX",
+                        help="keep images together whose file names agree in this, or in its first group: frames of a "
+                             "video, crops of a scan")
     parser.add_argument("--group-lookalikes", action="store_true", help="keep pictures together that look the same: "
                                                                         "copies, other sizes, the next frame")
     parser.add_argument("--seed", type=count, default=0, metavar="S", help="(default: 0)")
@@ -58,7 +63,7 @@ def _add_split(commands: argparse._SubParsersAction, name: str) -> None:
 
 def _add_merge(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _merge, "make one data set of several",
-                     "Splits of the same name are joined; classes are matched by name, and ids counted anew where they "
+                     "Splits of the same name, or all for training, are joined; classes are matched by name, and ids counted anew where they "
                      "clash. An image that is listed twice becomes one with the objects of both.")
     parser.add_argument("data", metavar="DATA", nargs="+", help="data sets in any format that detres reads")
     _add_target(parser)
@@ -118,6 +123,14 @@ def _size(text: str) -> float:
     return value
 
 
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"must be a regular expression, got '{text}': {error}") from None
+    return text
+
+
 def _names(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
@@ -132,7 +145,7 @@ def _renaming(args: argparse.Namespace) -> dict[str, str]:
     return pairs
 
 
-def _written(args: argparse.Namespace, change: Callable[[list], list] = list) -> None:
+def _written(args: argparse.Namespace, change: Callable[[list, Losses], list] | None = None) -> None:
     from detres.data.convert.classes import ClassChange
     from detres.data.convert.run import Options, convert
     from detres.data.problems import InvalidDataError
@@ -160,7 +173,8 @@ def _merge(args: argparse.Namespace) -> None:
 def _split(args: argparse.Namespace) -> None:
     from detres.data.convert.sets import joined, split
 
-    _written(args, lambda parts: split(joined(parts), args.parts, args.group_by, args.group_lookalikes, args.seed))
+    _written(args, lambda parts, losses: split(joined(parts), args.parts, args.group_by, args.group_lookalikes, args.seed,
+                                             losses))
 
 
 def _subset(args: argparse.Namespace) -> None:
@@ -169,7 +183,7 @@ def _subset(args: argparse.Namespace) -> None:
     listed = args.ids and Path(args.ids).is_file()
     ids = Path(args.ids).read_text(encoding="utf-8").splitlines() if listed else _names(args.ids)
     ids = [name.strip() for name in ids if name.strip()]
-    _written(args, lambda parts: subset(parts, args.take, ids, args.with_objects, args.seed))
+    _written(args, lambda parts, _: subset(parts, args.take, ids, args.with_objects, args.seed))
 
 
 COMMANDS = {"convert": _add_convert, "split": _add_split, "merge": _add_merge, "subset": _add_subset}

@@ -62,7 +62,8 @@ class Result:
 
 
 def convert(paths: Sequence[str | Path], out: str | Path, options: Options = Options(), *, images: str | None = None,
-            semantic: str | None = None, change: Callable[[list[Part]], list[Part]] = list) -> Result:
+            semantic: str | None = None, change: Callable[[list[Part], Losses], list[Part]] | None = None
+            ) -> Result:
     """Reads data sets, merges them if they are several, applies the change of classes and `change`, and writes the
     result to `out`, which appears at once when it is complete.
 
@@ -80,7 +81,8 @@ def convert(paths: Sequence[str | Path], out: str | Path, options: Options = Opt
         raise ValueError(f"--masks must be {' or '.join(allowed)} for {to}, got {options.masks}. Change it, or leave it "
                          "out.")
     masks = options.masks or allowed[0]
-    parts = change(changed(parts, options.classes))
+    parts = changed(parts, options.classes)
+    parts = change(parts, losses) if change else parts
     if len({part.name for part in parts}) < len(parts):
         raise ValueError(f"splits must differ in name, got {[part.name for part in parts]}. Rename their files.")
     _write(parts, out, writer, to, masks, options, losses, [str(path) for path in paths])

@@ -17,10 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from detres.data.check.lookalikes import find_lookalikes, thumbnail
+from detres.data.coco import names_split
 from detres.data.convert.classes import unified
 from detres.data.convert.lost import Losses
 from detres.data.convert.parts import Part
-from detres.data.dataset import Dataset, ImageRecord
+from detres.data.dataset import SPLITS, Dataset, ImageRecord
 from detres.data.images import read_image
 
 SAME = 0.01  # pixels that boxes of one object may differ by: what formats round
@@ -46,13 +47,30 @@ def joined(parts: Sequence[Part], name: str = "train") -> Part:
 
 
 def merged(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[Part]:
-    """Splits of the same name joined. An image file that is listed twice becomes one image with the objects of both, of
-    which equal ones count once."""
-    parts = unified([part for own in data_sets for part in own])
+    """Splits of the same name, or for the same purpose, joined. An image file that is listed twice becomes one image
+    with the objects of both, of which equal ones count once."""
+    parts = unified([part for own in _by_role(data_sets, losses) for part in own])
     names = list(dict.fromkeys(part.name for part in parts))
     found = [joined([part for part in parts if part.name == name], name) for name in names]
     _tell_copies([record for part in found for record in part.dataset.records], losses)
     return [_without_doubles(part, losses) for part in found]
+
+
+def _by_role(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[list[Part]]:
+    """With splits called train, val or test, where data sets differ in their names and one has a single split for it."""
+    if len({frozenset(part.name for part in own) for own in data_sets}) == 1:
+        return [list(own) for own in data_sets]
+    found = [_called_by_role(own) for own in data_sets]
+    names = {old.name: new.name for own, called in zip(data_sets, found) for old, new in zip(own, called)
+             if old.name != new.name}
+    told = ", ".join(f"{old} is {new}" for old, new in names.items()).replace("{", "{{").replace("}", "}}")
+    losses.change(f"{{}} splits have another name, so that they join: {told}", len(names))
+    return found
+
+
+def _called_by_role(parts: Sequence[Part]) -> list[Part]:
+    roles = [next((role for role in SPLITS if names_split(Path(part.name), role, None)), None) for part in parts]
+    return [replace(part, name=role) if role and roles.count(role) == 1 else part for part, role in zip(parts, roles)]
 
 
 def _without_doubles(part: Part, losses: Losses) -> Part:
@@ -127,12 +145,13 @@ def _keys(record: ImageRecord) -> tuple[str, str, str]:
 
 
 def split(part: Part, sizes: Mapping[str, float | None], group_by: str | None = None, lookalikes: bool = False,
-          seed: int = 0) -> list[Part]:
+          seed: int = 0, losses: Losses | None = None) -> list[Part]:
     """New splits of these sizes: a fraction below 1, a number of images, or None for the rest.
 
     Each gets its share of every class as well as that is possible (Sechidis, Tsoumakas and Vlahavas 2011). Images whose
     names agree in the regular expression `group_by` (in its first group, if it has one) stay together, as do, with
-    `lookalikes`, pictures that look the same (`check.lookalikes`). Then sizes are met as groups allow.
+    `lookalikes`, pictures that look the same (`check.lookalikes`). Then sizes are met as groups allow; what is
+    in none of them is told to `losses`. Raises ValueError for a split that no group fits in.
     """
     records = part.dataset.records
     groups = _groups(records, group_by, lookalikes)
@@ -140,6 +159,13 @@ def split(part: Part, sizes: Mapping[str, float | None], group_by: str | None = 
     assigned = stratified(_counts(part.dataset, groups), np.bincount(groups), np.array(list(wanted.values())), seed)
     of_image = assigned[groups]
     keeps = {name: np.flatnonzero(of_image == k).tolist() for k, name in enumerate(wanted)}
+    if empty := [name for name, keep in keeps.items() if not keep]:
+        units = int(groups.max(initial=-1)) + 1
+        raise ValueError(f"splits must have an image at least, got none for {', '.join(empty)} of {len(records)} images "
+                         f"in {units} group{'s'[:units != 1]}. Change --parts, or how images are grouped.")
+    if losses:
+        losses.change("{} images are in none of the splits (a name without a size in --parts gets the rest)",
+                    len(records) - sum(map(len, keeps.values())))
     return [replace(part.with_records((records[i] for i in keep), keep), name=name) for name, keep in keeps.items()]
 
 
@@ -162,6 +188,9 @@ def _numbers(sizes: Mapping[str, float | None], images: int) -> dict[str, int]:
 def _groups(records: Sequence[ImageRecord], pattern: str | None, lookalikes: bool) -> np.ndarray:
     """(N,) the unit of each image, 0 to U - 1."""
     keys = [_key(record, pattern, i) for i, record in enumerate(records)]
+    if pattern and records and all(key.startswith("i ") for key in keys):
+        raise ValueError(f"--group-by must match names of files, got {pattern!r}, which is in none of {len(records)}, such "
+                         f"as {records[0].path.name!r}. Correct it.")
     if lookalikes:
         keys = _united(keys, _like(records))
     return np.unique(keys, return_inverse=True)[1].reshape(-1)

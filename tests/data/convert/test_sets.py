@@ -65,6 +65,18 @@ class TestSplit:
         assert videos[0].isdisjoint(videos[1]) and len(videos[0] | videos[1]) == 10
         assert abs(len(parts[1].dataset.records) - 12) <= 4
 
+    @pytest.mark.parametrize("pattern, reason", (("frame", "got 'frame', which is in none of 4, such as '0.png'"),
+                                                 ("png", "got none for val of 4 images in 1 group")))
+    def test_groups_that_do_not_divide(self, tmp_path, pattern, reason):
+        whole = part(tmp_path, [(f"{i}.png", []) for i in range(4)])
+        with pytest.raises(ValueError, match=reason):
+            split(whole, {"train": 0.5, "val": 0.5}, group_by=pattern)
+
+    def test_what_is_in_no_split_is_told(self, tmp_path):
+        losses = Losses()
+        split(part(tmp_path, [(f"{i}.png", []) for i in range(10)]), {"train": 0.8}, losses=losses)
+        assert losses.lines()[0].startswith("changed: 2 images are in none of the splits")
+
     def test_pictures_that_look_the_same_stay_together(self, tmp_path):
         rng = np.random.default_rng(0)
         for i in range(6):
@@ -111,6 +123,20 @@ class TestMerge:
                 for i, own in enumerate((("train", "val"), ("val", "test")))]
         assert [(one.name, len(one.dataset.records)) for one in merged(sets, Losses())] == [
             ("train", 1), ("val", 2), ("test", 1)]
+
+    def test_splits_for_the_same_purpose(self, tmp_path):
+        """Under its name, if the data sets have others for them."""
+        sets = [[part(tmp_path, [(f"{i}/{name}.png", [])], name=name) for name in own]
+                for i, own in enumerate((("train2017",), ("balloon_train", "val_x")))]
+        losses = Losses()
+        assert [(one.name, len(one.dataset.records)) for one in merged(sets, losses)] == [("train", 2), ("val", 1)]
+        assert losses.lines() == ["changed: 3 splits have another name, so that they join: train2017 is train, "
+                                  "balloon_train is train, val_x is val"]
+
+    def test_two_splits_for_a_purpose_keep_their_names(self, tmp_path):
+        sets = [[part(tmp_path, [(f"{i}/{name}.png", [])], name=name) for name in own]
+                for i, own in enumerate((("train_a", "train_b"), ("train",)))]
+        assert [one.name for one in merged(sets, Losses())] == ["train_a", "train_b", "train"]
 
     def test_an_image_that_is_listed_twice(self, tmp_path):
         one, two = part(tmp_path, [("1.png", [0]), ("2.png", [0])]), part(tmp_path, [("2.png", [0, 1]), ("3.png", [])])
