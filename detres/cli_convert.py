@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -145,21 +146,29 @@ def _renaming(args: argparse.Namespace) -> dict[str, str]:
     return pairs
 
 
+@contextmanager
+def drop_option() -> Iterator[None]:
+    """Invalid data is told with the option of these commands."""
+    from detres.data.problems import InvalidDataError
+
+    try:
+        yield
+    except InvalidDataError as error:
+        error.drop = "give --drop-invalid"
+        raise
+
+
 def _written(args: argparse.Namespace, change: Callable[[list, Losses], list] | None = None) -> None:
     from detres.data.convert.classes import ClassChange
     from detres.data.convert.run import Options, convert
-    from detres.data.problems import InvalidDataError
 
     classes = ClassChange(_renaming(args), _names(args.classes))
     options = Options(args.to, args.masks, args.placing or "reference", classes, args.strict,
                       "drop" if args.drop_invalid else "error")
     paths = args.data if isinstance(args.data, list) else [args.data]
-    try:
+    with drop_option():
         print(convert(paths, args.out, options, images=args.images, semantic=getattr(args, "semantic", None),
                       change=change))
-    except InvalidDataError as error:
-        error.drop = "give --drop-invalid"
-        raise
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -180,7 +189,11 @@ def _split(args: argparse.Namespace) -> None:
 def _subset(args: argparse.Namespace) -> None:
     from detres.data.convert.sets import subset
 
+    if not (args.take or args.ids or args.classes or args.with_objects):
+        args.parser.error("what to choose must be said by --take, --ids, --classes or --with-objects")
     listed = args.ids and Path(args.ids).is_file()
+    if args.ids and args.ids.endswith(".txt") and not listed:
+        raise FileNotFoundError(f"file of --ids must exist, got {args.ids} (seen from {Path.cwd()}). Check the path.")
     ids = Path(args.ids).read_text(encoding="utf-8").splitlines() if listed else _names(args.ids)
     ids = [name.strip() for name in ids if name.strip()]
     _written(args, lambda parts, _: subset(parts, args.take, ids, args.with_objects, args.seed))

@@ -81,8 +81,7 @@ def _add_check(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _check, "find all that is wrong with a data set",
                      "Nothing of it is changed. Exit status: 0 if training would be safe, 1 if not, 2 if nothing could "
                      "be read; with --fix, of the copy.")
-    parser.add_argument("data", type=Path, metavar="DATA", help="folder, annotation file or data.yaml")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of images, if it is not found by itself")
+    add_source(parser)
     parser.add_argument("--no-images", action="store_true", help="look at annotations only: no image needs to be there")
     parser.add_argument("--detections", type=Path, metavar="FILE", help="look for wrong and missing labels with what a "
                         "model found: COCO results, as detres eval --save FILE writes them, on images that it was not "
@@ -95,10 +94,12 @@ def _add_check(commands: argparse._SubParsersAction, name: str) -> None:
 
 
 def _check(args: argparse.Namespace) -> int:
-    from detres.data.check.fix import write_clean_copy
+    from detres.data.check.fix import check_out, write_clean_copy
     from detres.data.check.report import print_fix, print_json, print_report, to_json
     from detres.data.check.run import check_data
 
+    if args.fix is not None:  # before hours of reading, not after them
+        check_out(Path(args.data).expanduser().resolve(), args.fix.expanduser().resolve())
     options = {"read_images": not args.no_images, "workers": args.workers}
     report = check_data(args.data, args.images, detections=args.detections, **options)
     if not args.json:
@@ -119,20 +120,23 @@ def _add_shard(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _shard, "write a data set as tar shards",
                      "Images and annotations of each split in shuffled order, as WebDataset has them, with an index. "
                      "Train on them by data.train=OUT, from wherever OUT is copied to.")
-    parser.add_argument("data", metavar="DATA", help="data set: a folder, a YAML file or an annotation file")
+    add_source(parser)
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards")
-    parser.add_argument("--images", metavar="DIR", help="folder of images, if it is not found by itself")
     parser.add_argument("--shard-size", type=size, default="500MB", metavar="BYTES",
                         help="at most, such as 500MB or 2GB (default: 500MB)")
     parser.add_argument("--seed", type=count, default=0, metavar="S", help="of the order of images (default: 0)")
+    parser.add_argument("--drop-invalid", action="store_true", help="leave out what is invalid, instead of stopping")
 
 
 def _shard(args: argparse.Namespace) -> None:
     from detres.data.shard_writer import write_splits
 
-    for name, images, shards in write_splits(args.data, args.out, args.images, args.shard_size, args.seed):
-        print(f"{name}: {images} images in {len(shards)} shard{'s'[:len(shards) != 1]}, "
-              f"{sum(shard.stat().st_size for shard in shards) / 1e6:.1f} MB ({args.out})")
+    on_invalid = "drop" if args.drop_invalid else "error"
+    with cli_convert.drop_option():
+        for name, images, shards in write_splits(args.data, args.out, args.images, args.shard_size, args.seed,
+                                                 on_invalid):
+            print(f"{name}: {images} images in {len(shards)} shard{'s'[:len(shards) != 1]}, "
+                  f"{sum(shard.stat().st_size for shard in shards) / 1e6:.1f} MB ({args.out})")
 
 
 def _add_stats(commands: argparse._SubParsersAction, name: str) -> None:
@@ -140,7 +144,7 @@ def _add_stats(commands: argparse._SubParsersAction, name: str) -> None:
                      "Images, annotations and classes of each split; sizes and shapes of boxes; objects an image; and "
                      "what they say of anchors and input size. Reads annotations only, no image.")
     add_source(parser)
-    parser.add_argument("--out", type=Path, nargs="+", default=[], metavar="FILE",
+    parser.add_argument("--out", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
                         help="write a page of plots: .png, .pdf, .svg, or .html with the tables")
     parser.add_argument("--all", action="store_true", help="list all classes, not only the largest and smallest")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -154,12 +158,12 @@ def _add_view(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="fields of the config of --augment, such as data.augment.flip=0")
     which = parser.add_argument_group("which images")
-    which.add_argument("--split", nargs="+", default=[], metavar="NAME", help="such as train or instances_val2017")
-    which.add_argument("--class", nargs="+", default=[], dest="classes", metavar="NAME",
+    which.add_argument("--split", nargs="+", action="extend", default=[], metavar="NAME", help="such as train or instances_val2017")
+    which.add_argument("--class", nargs="+", action="extend", default=[], dest="classes", metavar="NAME",
                        help="with objects of these classes; no others are drawn")
-    which.add_argument("--problem", nargs="+", default=[], metavar="KIND",
+    which.add_argument("--problem", nargs="+", action="extend", default=[], metavar="KIND",
                        help="with problems of these kinds, as `detres data check --json` calls them; or any")
-    which.add_argument("--image", nargs="+", default=[], metavar="ID", help="by id or file name")
+    which.add_argument("--image", nargs="+", action="extend", default=[], metavar="ID", help="by id or file name")
     which.add_argument("--num", type=positive, metavar="N",
                        help="at most (default: 12; with --html 500, with --augment 4)")
     which.add_argument("--sort", choices=("random", "most", "smallest", "file"), default="random",
@@ -193,14 +197,17 @@ def _view(args: argparse.Namespace) -> None:
 
         config = load_config(args.augment, args.overrides).config
         files = [write_augmented(args.data, args.images, choice, config, args.draws, args.out)]
+    elif not (selection := select(args.data, args.images, choice, with_problems=bool(args.html))).entries:
+        print("No image fits these options: nothing written.")
+        return
     elif args.html:
         from detres.data.view_html import write_page
 
-        files = [write_page(select(args.data, args.images, choice, with_problems=True), args.html, args.data)]
+        files = [write_page(selection, args.html, args.data)]
     else:
         from detres.data.view_sheet import write_sheets
 
-        files = write_sheets(select(args.data, args.images, choice), args.out)
+        files = write_sheets(selection, args.out)
     print("\n".join(f"Wrote {file}" for file in files))
 
 
@@ -210,5 +217,5 @@ def _stats(args: argparse.Namespace) -> None:
     show_stats(args.data, args.images, args.out, as_json=args.json, all_classes=args.all)
 
 
-COMMANDS = {"shapes": _add_shapes, "check": _add_check, "shard": _add_shard, "stats": _add_stats, "view": _add_view,
-            **cli_convert.COMMANDS}
+COMMANDS = {"check": _add_check, "stats": _add_stats, "view": _add_view, **cli_convert.COMMANDS, "shard": _add_shard,
+            "shapes": _add_shapes}

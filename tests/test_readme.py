@@ -31,7 +31,7 @@ def test_commands_and_python_run(tmp_path, monkeypatch):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     commands = [line for block in blocks("sh") for line in block.splitlines() if line.startswith("detres ")]
-    assert len(commands) == 6
+    assert len(commands) == 9
     for command in commands:
         words = shlex.split(command, comments=True)[1:]
         short = ["train.steps=2", "train.batch_size=2", "train.reference_batch_size=2", "train.warmup_steps=1"]

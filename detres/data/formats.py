@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from detres.config import SourceConfig
 from detres.data import cityscapes, coco, cvat, ilsvrc_det, labelme, localization, loose, openimages, shards, voc, yolo
 from detres.data.dataset import SPLITS, Dataset, Role
+from detres.data.images import IMAGE_SUFFIXES
 from detres.data.problems import OnInvalid
 
 Place = tuple[str, str | Path, str | None]  # name of a split, and the path and split that mean it to `load_dataset`
@@ -37,6 +38,10 @@ def recognise(path: str | Path) -> tuple[Format, Any]:
     for format in FORMATS:
         if found := format.find(path):
             return format, found
+    if path.is_dir() and (images := sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())):
+        raise FileNotFoundError(f"data set must have annotations, got {path} with {images:,} images and none that detres "
+                                "knows. Give the annotation file or folder, with these images as --images (in a config "
+                                "data.*.images).")
     layouts = "; ".join(f"{format.layout} ({format.name})" for format in (*FORMATS, SHARDS))
     raise FileNotFoundError(f"data set must be in one of the formats that detres reads, got {path}. Looked for: "
                             f"{layouts}. Give the folder that holds these, or the annotation file itself.")

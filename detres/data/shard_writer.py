@@ -18,6 +18,7 @@ from detres.data import index
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import read_file
 from detres.data.masks import PNGSegment, compressed
+from detres.data.problems import OnInvalid
 from detres.data.records import Records
 from detres.data.shard_files import BLOCK, ShardImage
 from detres.data.splits import find_splits
@@ -45,13 +46,13 @@ def write_shards(dataset: Dataset, out: Path, name: str, shard_size: int, seed: 
     return shards
 
 
-def write_splits(data: str, out: Path, images: str | None, shard_size: int, seed: int = 0
-                 ) -> Iterator[tuple[str, int, list[Path]]]:
-    """Write all splits of a data set; yields name, number of images and shards of each as it is done."""
+def write_splits(data: str, out: Path, images: str | None, shard_size: int, seed: int = 0,
+                 on_invalid: OnInvalid = "error") -> Iterator[tuple[str, int, list[Path]]]:
+    """Write all splits of a data set; yields name, number of images and shards of each as it is done. All are read
+    before the first is written, so that nothing is left of data that are refused."""
     splits = find_splits(data, images)
     roles = [split.role for split in splits]
-    for split in splits:
-        dataset = split.load()
+    for split, dataset in [(split, split.load(on_invalid)) for split in splits]:
         name = split.role if roles.count(split.role) == 1 else re.sub(r"\W+", "_", split.name)
         yield name, len(dataset.records), write_shards(dataset, out, name, shard_size, seed)
 

@@ -41,6 +41,12 @@ def plot_stats(columns: Sequence[Columns], stats: Sequence[SplitStats], title: s
     return figure
 
 
+def _bins(columns: Sequence[Columns]) -> int:
+    """Fewer for few objects, of which each would be a spike of its own."""
+    fewest = min((len(c.object_sides) for c in columns if len(c.object_sides)), default=0)
+    return int(np.clip(2 * fewest**0.5, 8, BINS))
+
+
 def _short(name: str, limit: int = 18) -> str:
     """Fit for an axis: dollars would be read as formulas."""
     name = name if len(name) <= limit else name[:limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
@@ -81,13 +87,15 @@ def _classes(axes, stats: Sequence[SplitStats]) -> None:
 def _box_sides(axes, columns: Sequence[Columns]) -> None:
     sides = [_sides(c) for c in columns if len(c.object_sides)]
     low, high = (min(map(np.min, sides)), max(map(np.max, sides))) if sides else (1, 1000)
-    edges = np.geomspace(max(low, 1), max(high, 2 * max(low, 1)), BINS + 1)
+    edges = np.geomspace(max(low, 1), max(high, 2 * max(low, 1)), _bins(columns) + 1)
     _curves(axes, columns, _sides, edges, "box side, px (dashed: COCO's small, medium, large)",
             "objects", log=True)
     for border in (SMALL**0.5, MEDIUM**0.5):
         axes.axvline(border, color="0.45", linewidth=0.8, linestyle="--")
     axes.set_xlim(edges[0], edges[-1])
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if edges[0] <= tick <= edges[-1]]
+    if len(ticks) < 4:
+        ticks = [tick for tick in range(10, 5000, 10) if edges[0] <= tick <= edges[-1]][:12]
     axes.set_xticks(ticks, list(map(str, ticks)))
 
 
@@ -136,9 +144,9 @@ def _image_sizes(axes, columns: Sequence[Columns]) -> None:
         color = COLORS[i % len(COLORS)]
         axes.scatter(sizes[:, 1], sizes[:, 0], s=discs, color=color, alpha=0.35, linewidths=0)
         axes.scatter([], [], s=50, color=color, label=_short(split.name, 30))
-    axes.margins(0.1)  # for the larger discs
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    height, width = np.concatenate([c.sizes for c in columns]).max(0, initial=1)
+    axes.set_xlim(0, 1.12 * width)  # room for the larger discs
+    axes.set_ylim(0, 1.2 * height)
     axes.set_ylabel("height", fontsize=8)
     _clean(axes, "image width and height, px (large disc: many)")
 
@@ -152,4 +160,4 @@ def _centers(figure, columns: Sequence[Columns]) -> None:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(_short(split.name), fontsize=9, color=COLORS[i % len(COLORS)])
-    figure.suptitle("middles of boxes in their image", fontsize=10)
+    figure.suptitle("box centres in the image", fontsize=10)

@@ -129,7 +129,10 @@ def _quantiles(stats: Sequence[SplitStats]) -> Table:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    """Three digits, also where the last are zeros, so that those of a row compare; whole numbers stay whole."""
+    if value >= 100 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.{1 if value >= 10 else 2}f}"
 
 
 def _classes(stats: Sequence[SplitStats], names: Sequence[str], listed: int | None) -> Table:
@@ -174,8 +177,8 @@ def advice(fits: dict[str, Sequence[AnchorFit]]) -> list[str]:
     """What the shapes of objects say of anchors and input size; nothing where no setting tried is better."""
     texts = []
     for name, (plain, *better) in ((name, found) for name, found in fits.items() if len(found) > 1):
-        texts.append(f"{name}: {plain.poor:.0%} of the objects overlap no anchor of the default config by {POOR_IOU:g} "
-                     "(IoU), even one in their middle. Better:")
+        texts.append(f"{name}: {plain.poor:.0%} of the objects have an IoU below {POOR_IOU:g} with every anchor of the "
+                     "default config, even one centred on them. Fewer:")
         texts += [f"  {fit.poor:4.0%} with {fit.overrides}" for fit in better]
     return texts
 

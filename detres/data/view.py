@@ -206,7 +206,7 @@ def size_note(record: ImageRecord, size: tuple[int, int]) -> str:
 def problem_text(problem: Problem) -> str:
     """For people who see the image: which annotation, and what of it."""
     where = f"annotation {problem.annotation_id}: " if problem.annotation_id is not None else ""
-    value = problem.value if isinstance(problem.value, str) else repr(problem.value)
+    value = problem.value if isinstance(problem.value, str) else repr(problem.value).replace("'", "")
     got = value if len(value) <= 60 else f"{value[:60]}..."
     return f"{where}{problem.field} {problem.reason.split(' (')[0]}; got {got}"
 
@@ -225,7 +225,9 @@ def problem_box(problem: Problem, record: ImageRecord | None) -> tuple[float, fl
 
 
 def _four(value: Any) -> list[float] | None:
-    """Of numbers, or of texts of numbers."""
+    """Of numbers, or of texts of numbers; also after the classes of an object that has several."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[-1], (list, tuple)):
+        value = value[-1]
     try:
         found = [float(item) for item in value] if isinstance(value, (list, tuple)) else []
     except (TypeError, ValueError, OverflowError):

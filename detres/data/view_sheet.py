@@ -24,6 +24,7 @@ GAP = 12
 CAPTION = 13  # size of the letters
 LINES = 6  # of a caption
 ALERT = (220, 0, 30)  # frames what is wrong
+FRAME = 16  # pixels: the least side of a frame
 
 Tile = tuple[Image.Image, list[str]]  # with the lines of its caption, of which all but the first are in ALERT
 
@@ -137,11 +138,17 @@ def tile_scale(height: int, width: int) -> float:
 def _frame(picture: Image.Image, box: np.ndarray) -> None:
     """Mark a box, xyxy; of one outside the picture, the nearest part of the edge."""
     x1, y1, x2, y2 = np.clip(box, 0, np.tile(np.array(picture.size) - 1, 2)).tolist()
-    (x1, x2), (y1, y2) = sorted((x1, x2)), sorted((y1, y2))
+    (x1, x2), (y1, y2) = (_at_least(*sorted(ends)) for ends in ((x1, x2), (y1, y2)))
     pen = ImageDraw.Draw(picture)
     for width, color in ((7, (255, 255, 255)), (3, ALERT)):
         grown = (width - 1) / 2
         pen.rectangle((x1 - grown, y1 - grown, x2 + grown, y2 + grown), outline=color, width=width)
+
+
+def _at_least(low: float, high: float) -> tuple[float, float]:
+    """Both ends moved out where a frame would be a dot."""
+    short = max(0, (FRAME - high + low) / 2)
+    return low - short, high + short
 
 
 # Layout

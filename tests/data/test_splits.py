@@ -41,3 +41,20 @@ def test_nothing_there(tmp_path):
     (tmp_path / "annotations/panoptic_val.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="got none .*detres data convert"):
         find_splits(tmp_path)
+
+
+def test_a_folder_of_images_alone_is_told_as_such(tmp_path):
+    for name in ("a.jpg", "b.PNG"):
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match="must have annotations, got .* with 2 images and none that detres knows"):
+        find_splits(tmp_path)
+
+
+def test_the_panoptic_format_is_no_list_of_objects(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    file = tmp_path / "annotations/panoptic_val.json"
+    file.write_text('{"images": [], "categories": [], "annotations": [{"image_id": 1, "segments_info": []}]}')
+    with pytest.raises(FileNotFoundError, match="got none .*detres data convert"):
+        find_splits(tmp_path)
+    with pytest.raises(ValueError, match="got segments of the panoptic format.*detres data convert"):
+        find_splits(file)[0].load()

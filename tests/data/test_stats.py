@@ -149,3 +149,10 @@ def test_real_data(shared_data, tmp_path, capsys, name, images, annotations, cla
     assert [split.images for split in stats] == images and [split.annotations for split in stats] == annotations
     assert len(stats[0].classes) == classes and np.isfinite([list(q) for q in stats[0].quantiles.values()]).all()
     assert max(map(len, capsys.readouterr().out.split("Wrote")[0].splitlines())) <= 80
+
+
+def test_pages_may_be_asked_for_one_by_one(tmp_path):
+    root = write_shapes(tmp_path / "data", 2, options=ShapesOptions("easy", size=(64, 96)), progress=False)
+    files = [tmp_path / "a.png", tmp_path / "a.svg"]
+    assert not cli.main(["data", "stats", str(root), "--out", str(files[0]), "--out", str(files[1])])
+    assert all(file.is_file() for file in files)

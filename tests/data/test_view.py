@@ -401,3 +401,15 @@ def test_real_data(shared_data, tmp_path, name):
     data = json.loads(Page((tmp_path / "a.html").read_text(encoding="utf-8")).scripts[0])
     assert len(data["images"]) == 4 and not any(image["error"] for image in data["images"])
     assert [len(image["objects"]) for image in data["images"]] == [len(e.record.annotations) for e in selection.entries]
+
+
+def test_an_object_of_two_classes_has_its_box():
+    two = Problem("a.jpg", 1, None, "classes", ["chair", "couch", [1, 2, 8, 9]], "must be one", "object_two_classes")
+    assert problem_box(two, None) == (1, 2, 8, 9) and problem_text(two) == (
+        "classes must be one; got [chair, couch, [1, 2, 8, 9]]")
+
+
+def test_nothing_to_show_is_told(root, tmp_path, capsys):
+    for options in (["--out", str(tmp_path / "a.png")], ["--html", str(tmp_path / "a.html")]):
+        assert not cli.main(["data", "view", str(root), "--problem", "image_cmyk", *options])
+        assert "No image fits" in capsys.readouterr().out and not list(tmp_path.glob("a.*"))

@@ -78,7 +78,7 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
     from detres.data.check import fix_coco, fix_voc, fix_yolo
 
     path, out = Path(os.path.abspath(Path(report.path).expanduser())), Path(out).expanduser().resolve()
-    _check_out(path.resolve(), out)
+    check_out(path.resolve(), out)
     fixes = {"coco": fix_coco, "lvis": fix_coco, "voc": fix_voc, "yolo": fix_yolo}[_format(report)]
     out.mkdir(parents=True, exist_ok=True)
     changes = Changes(out)
@@ -101,7 +101,8 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
     return replace(after, problems=after.problems + in_files(check_labels(datasets), located)), changes
 
 
-def _check_out(path: Path, out: Path) -> None:
+def check_out(path: Path, out: Path) -> None:
+    """Raises ValueError if a copy of the data set cannot be written there; both paths are resolved."""
     root = path if path.is_dir() else path.parent
     if out == root or path.is_dir() and out.is_relative_to(root):
         raise ValueError(f"the copy must be outside of the data set, got {out} (of {path}). Give another folder.")

@@ -43,6 +43,10 @@ def print_report(report: Report, every: bool = False, file: TextIO | None = None
     if report.splits:
         console.print(_splits(report))
         console.print()
+    if not report.splits:  # nothing was found at the path
+        for problem in report.problems:
+            _print(console, f"✗ {problem.value}", 0, "red", hang=2)
+        return
     for kind, problems in grouped(report.problems):
         _print_kind(console, kind, problems, report, every)
         console.print()

@@ -103,6 +103,15 @@ def test_exit_statuses(coco, capsys, monkeypatch):
     coco.load()
     assert main(["data", "check", str(coco.root)]) == 0
     assert main(["data", "check", str(coco.root / "nowhere")]) == 2
-    assert "Nothing could be read" in capsys.readouterr().out
+    assert "✗ data set must exist, got" in capsys.readouterr().out
     coco.file.write_text("{")
     assert check_data(coco.file).exit_status == 2 and main(["data", "check", str(coco.file), "--fix", "x"]) == 2
+
+
+def test_a_copy_that_cannot_be_written_is_refused_before_anything_is_read(coco, tmp_path_factory, capsys):
+    coco.load()
+    out = tmp_path_factory.mktemp("out")
+    (out / "file").touch()
+    assert main(["data", "check", str(coco.root), "--fix", str(out)]) == 1
+    told = capsys.readouterr()
+    assert "must be a new or empty folder" in told.err and not told.out

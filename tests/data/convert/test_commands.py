@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,19 @@ def test_merge_and_rename(shapes, tmp_path):
     assert {"what": "16 image files have the content of another: both are kept", "count": 16} in report["changed"]
 
 
+@pytest.mark.parametrize("command", ("convert", "shard"))
+def test_data_that_are_refused_leave_nothing_and_name_the_option(shapes, tmp_path, capsys, command):
+    broken = shutil.copytree(shapes, tmp_path / "broken")
+    file = broken / "annotations/instances_val.json"
+    content = json.loads(file.read_text())
+    content["annotations"][0]["bbox"][2] = 0
+    file.write_text(json.dumps(content))
+    arguments = ["data", command, str(broken), str(tmp_path / "out")]
+    assert main(arguments) == 1 and not (tmp_path / "out").exists()
+    assert "or give --drop-invalid to leave out" in capsys.readouterr().err
+    assert main([*arguments, "--drop-invalid"]) == 0 and len(counts(tmp_path / "out")) == 2
+
+
 def test_subset(shapes, tmp_path):
     (tmp_path / "ids.txt").write_text("".join(f"{record.path.stem}\n" for split in find_splits(shapes)
                                               for record in split.load().records[:2]))
@@ -91,3 +105,12 @@ def test_the_guide_runs_as_written(run_guide, tmp_path, capsys):
     printed = re.search(r"prints\n\n```\n(.*?)```", (ROOT / "docs/convert.md").read_text(), re.DOTALL)[1]
     assert len(commands) >= 10 and printed in capsys.readouterr().out
     assert counts(Path("datasets/shapes-yolo")) == {"train": 40, "val": 8}
+
+
+@pytest.mark.parametrize("options, reason", (([], "what to choose must be said"), (["--ids", "no.txt"], "must exist")))
+def test_a_subset_of_nothing(shapes, tmp_path, capsys, options, reason):
+    try:
+        assert main(["data", "subset", shapes, str(tmp_path / "out"), *options]) == 1
+    except SystemExit as end:
+        assert end.code == 2
+    assert reason in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -66,7 +66,7 @@ class TestSplit:
         assert abs(len(parts[1].dataset.records) - 12) <= 4
 
     @pytest.mark.parametrize("pattern, reason", (("frame", "got 'frame', which is in none of 4, such as '0.png'"),
-                                                 ("png", "got none for val of 4 images in 1 group")))
+                                                 ("png", "got none for train of 4 images in 1 group")))
     def test_groups_that_do_not_divide(self, tmp_path, pattern, reason):
         whole = part(tmp_path, [(f"{i}.png", []) for i in range(4)])
         with pytest.raises(ValueError, match=reason):
