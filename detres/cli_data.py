@@ -100,6 +100,9 @@ def _check(args: argparse.Namespace) -> int:
 
     if args.fix is not None:  # before hours of reading, not after them
         check_out(Path(args.data).expanduser().resolve(), args.fix.expanduser().resolve())
+    if args.detections and not args.detections.is_file():
+        raise FileNotFoundError(f"--detections must be a file, got {args.detections} (seen from {Path.cwd()}). Check the "
+                                "path.")
     options = {"read_images": not args.no_images, "workers": args.workers}
     report = check_data(args.data, args.images, detections=args.detections, **options)
     if not args.json:

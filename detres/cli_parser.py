@@ -20,8 +20,17 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
-            message += nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
+            message += self._inner(choice[1]) or nearest(choice[1], re.findall(r"[\w-]+", choice[2]))
         self.exit(2, f"{self.prog}: error: {message}\nSee {self.prog} --help.\n")
+
+    def _inner(self, name: str) -> str:
+        """The command of a command that is called so: `detres check` means `detres data check`."""
+        found = [f"{parser.prog} {name}" for parser in self._commands().values() if name in parser._commands()]
+        return f". Did you mean {found[0]}?" if found else ""
+
+    def _commands(self) -> dict[str, Parser]:
+        groups = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return groups[0].choices if groups else {}
 
     def check_rest(self, rest: Sequence[str]) -> None:
         """Refuses what is left over if it begins with a dash."""

@@ -73,8 +73,6 @@ class InvalidDataError(ValueError):
         self.name, self.problems, self.path = name, list(problems), path
         self.drop = "set data.on_invalid=drop"  # what leaves out, in the command that the error ends
 
-    drop = "set data.on_invalid=drop"  # how to leave out what they concern; commands without a config have an option
-
     def __str__(self) -> str:
         drop = "" if any(problem.kind in FATAL for problem in self.problems) else (
             f", or {self.drop} to leave out what they concern")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from detres.data import coco
 from detres.data.dataset import Dataset, Role, load_dataset
 from detres.data.formats import recognise
 from detres.data.problems import OnInvalid
+
+log = logging.getLogger("detres")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,22 @@ def find_splits(path: str | Path, images: str | None = None) -> tuple[Split, ...
                                 f"{format.name} ({format.layout}). Name one; panoptic data become objects by "
                                 "`detres data convert DATA OUT --to coco`.")
     return tuple(_split(name, place, images, split) for name, place, split in places)
+
+
+def load_readable(splits: Sequence[Split]) -> list[tuple[str, Dataset]]:
+    """What is valid of each split, by its name. A split that cannot be read hides none of the others: it is left out,
+    and the log says so. Raises as `load_dataset` if there is no other."""
+    found: list[tuple[str, Dataset]] = []
+    errors: list[Exception] = []
+    for split in splits:
+        try:
+            found.append((split.name, split.load("drop")))
+        except (OSError, ValueError) as error:
+            errors.append(error)
+            if len(errors) == len(splits):
+                raise
+            log.warning("%s is left out: %s", split.name, error)
+    return found
 
 
 def _split(name: str, path: str | Path, images: str | None, split: str | None) -> Split:

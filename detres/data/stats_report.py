@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from detres.data.dataset import SPLITS
-from detres.data.splits import find_splits
+from detres.data.splits import find_splits, load_readable
 from detres.data.stats import (POOR_IOU, QUANTILES, AnchorFit, ClassCount, Columns, SplitStats, anchor_fits,
                                columns_of, split_stats)
 from detres.data.stats_plots import plot_stats
@@ -42,7 +42,7 @@ def show_stats(path: str | Path, images: str | None = None, out: Sequence[Path] 
 
     _check_suffixes(out)
     splits = sorted(find_splits(path, images), key=lambda split: list(SPLITS).index(split.role))
-    columns = [columns_of(split.name, split.load("drop")) for split in splits]
+    columns = [columns_of(name, dataset) for name, dataset in load_readable(splits)]
     stats = list(map(split_stats, columns))
     fits = {c.name: anchor_fits(c) for c in columns}
     if as_json:

@@ -14,7 +14,7 @@ from detres.cli_parser import nearest
 from detres.data.dataset import SPLITS, Dataset, ImageRecord
 from detres.data.kinds import KINDS
 from detres.data.problems import Problem
-from detres.data.splits import Split, find_splits
+from detres.data.splits import Split, find_splits, load_readable
 
 Order = Literal["random", "most", "smallest", "file"]
 ANY = "any"  # stands for all kinds of problems
@@ -60,7 +60,7 @@ def select(path: str | Path, images: str | None, choice: Choice, with_problems: 
     """Raises as `find_splits`, and ValueError for names that are not there, with those that are."""
     splits = choose_splits(find_splits(path, images), choice.splits)
     problems = _problems(path, images, choice.problems) if choice.problems or with_problems else {}
-    return select_from([(split.name, split.load("drop")) for split in splits], choice, problems)
+    return select_from(load_readable(splits), choice, problems)
 
 
 def select_from(datasets: Sequence[tuple[str, Dataset]], choice: Choice,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 from detres.data.shapes import ShapesOptions, write_shapes
-from detres.data.splits import find_splits
+from detres.data.splits import find_splits, load_readable
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,13 @@ def test_the_panoptic_format_is_no_list_of_objects(tmp_path):
         find_splits(tmp_path)
     with pytest.raises(ValueError, match="got segments of the panoptic format.*detres data convert"):
         find_splits(file)[0].load()
+
+
+def test_a_split_that_cannot_be_read_hides_no_other(shapes, tmp_path, caplog):
+    folder = shutil.copytree(shapes, tmp_path / "data")
+    (folder / "annotations/instances_val.json").write_text("{")
+    assert [name for name, _ in load_readable(find_splits(folder))] == ["instances_train"]
+    assert "instances_val is left out: annotation file must be JSON" in caplog.text
+    (folder / "annotations/instances_train.json").write_text("{")
+    with pytest.raises(ValueError, match="must be JSON"):
+        load_readable(find_splits(folder))

@@ -92,7 +92,7 @@ def _shares(problems: Sequence[Problem], report: Report) -> str:
 
 
 def _told(problem: Problem, report: Report, in_full: bool) -> str:
-    value = shortened(problem.value, 200 if in_full else 60)
+    value = _value(problem.value, 200 if in_full else 60)
     if problem.kind == "unreadable":
         told = Path(problem.file).name in str(problem.value)
         return f"{'' if told else f'{problem.file}: '}{problem.value}"
@@ -100,6 +100,12 @@ def _told(problem: Problem, report: Report, in_full: bool) -> str:
         return f"{_where(problem, report)}: {problem.field} {problem.reason}; got {value}"
     better = f", better {shortened(problem.better)}" if problem.better is not None else ""
     return f"{_where(problem, report)}: {problem.field} {'missing' if problem.value is None else value}{better}"
+
+
+def _value(value: Any, limit: int) -> str:
+    """Plain words without quotation marks, which show where others begin and end."""
+    plain = isinstance(value, str) and value.isprintable() and "" != value == value.strip() and len(value) <= limit
+    return value if plain else shortened(value, limit)
 
 
 def _where(problem: Problem, report: Report) -> str:
@@ -129,6 +135,7 @@ def print_fix(after: Report, changes: Changes) -> None:
                hang=2)
     status = after.exit_status
     emptied = [split.name for split in after.splits if split.format and not split.annotations]
+    emptied += [Path(change.file).name for change in changes.made if change.kind == "unreadable"]
     verdict = "✗ the copy has errors that only you can mend" if status else (
         f"! the copy has no errors, but no objects are left in {', '.join(emptied)}: look at the changes" if emptied else
         "✓ the copy is safe to train on")

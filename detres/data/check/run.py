@@ -17,12 +17,13 @@ from detres.data.check.geometry import check_geometry
 from detres.data.check.images import check_images
 from detres.data.check.labels import check_labels
 from detres.data.coco import no_garbage_collection
-from detres.data.dataset import Annotation, Dataset, read_all, without_images
+from detres.data.dataset import SPLITS, Annotation, Dataset, read_all, without_images
 from detres.data.formats import recognise
 from detres.data.kinds import severity
 from detres.data.problems import InvalidDataError, Locate, Problem, Problems
 from detres.data.splits import Split, find_splits
 
+ROLES = [*SPLITS]  # in the order in which splits are told
 LARGE = 50e6  # bytes that take long enough to say so
 LAYOUTS = frozenset({"boxes_xyxy", "boxes_xywh", "boxes_normalised", "boxes_in_pixels"})
 FOLLOWING = frozenset({"box_mask_differs", "area_differs", "mask_empty", "box_under_pixel", "box_speck", "object_twice",
@@ -95,7 +96,7 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
     problems: list[Problem] = []
     summaries, datasets, located = [], [], {}
     try:
-        splits = find_splits(path, None if images is None else str(images))
+        splits = sorted(find_splits(path, None if images is None else str(images)), key=lambda split: ROLES.index(split.role))
     except (OSError, ValueError) as error:
         return Report(str(path), (), [unreadable(str(path), error)]), [], {}
     with no_garbage_collection():

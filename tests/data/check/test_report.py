@@ -115,3 +115,30 @@ def test_a_copy_that_cannot_be_written_is_refused_before_anything_is_read(coco, 
     assert main(["data", "check", str(coco.root), "--fix", str(out)]) == 1
     told = capsys.readouterr()
     assert "must be a new or empty folder" in told.err and not told.out
+
+
+def test_detections_that_are_not_there_are_told_before_anything_is_read(coco, capsys):
+    assert main(["data", "check", str(coco.root), "--detections", "none.json"]) == 1
+    assert capsys.readouterr().err.startswith("detres: error: --detections must be a file, got none.json")
+
+
+def test_words_need_no_quotation_marks(monkeypatch):
+    values = ("5 images", " blank ", "", "two\nlines")
+    shown = text(Report("/d", SPLITS, [problem("bad_box", value=value) for value in values]), monkeypatch, every=True)
+    assert [line.rpartition("got ")[2] for line in shown.splitlines() if "got " in line] == [
+        "5 images", "' blank '", "''", "'two\\nlines'"]
+
+
+def test_training_is_told_first(coco):
+    coco.load()
+    for name in ("instances_val2017", "instances_test2017"):
+        (coco.file.parent / f"{name}.json").write_text(coco.file.read_text())
+    assert [split.name for split in check_data(coco.root, read_images=False).splits] == [
+        "instances_train2017", "instances_val2017", "instances_test2017"]
+
+
+def test_a_split_that_is_gone_from_the_copy_is_told(coco, tmp_path_factory, capsys):
+    coco.load()
+    (coco.file.parent / "instances_val2017.json").write_text("{")
+    assert main(["data", "check", str(coco.root), "--no-images", "--fix", str(tmp_path_factory.mktemp("clean"))]) == 0
+    assert "no objects are left in instances_val2017.json" in " ".join(capsys.readouterr().out.split())
