@@ -64,8 +64,9 @@ def _add_split(commands: argparse._SubParsersAction, name: str) -> None:
 
 def _add_merge(commands: argparse._SubParsersAction, name: str) -> None:
     parser = command(commands, name, EXAMPLES, _merge, "make one data set of several",
-                     "Splits of the same name, or all for training, are joined; classes are matched by name, and ids counted anew where they "
-                     "clash. An image that is listed twice becomes one with the objects of both.")
+                     "Splits of the same name, or all for training, are joined; classes are matched by name, and ids "
+                     "counted anew where they clash. An image that is listed twice becomes one with the objects of "
+                     "both.")
     parser.add_argument("data", metavar="DATA", nargs="+", help="data sets in any format that detres reads")
     _add_target(parser)
     parser.set_defaults(images=None)
@@ -182,8 +183,8 @@ def _merge(args: argparse.Namespace) -> None:
 def _split(args: argparse.Namespace) -> None:
     from detres.data.convert.sets import joined, split
 
-    _written(args, lambda parts, losses: split(joined(parts), args.parts, args.group_by, args.group_lookalikes, args.seed,
-                                             losses))
+    _written(args, lambda parts, losses: split(joined(parts), args.parts, args.group_by, args.group_lookalikes,
+                                               args.seed, losses))
 
 
 def _subset(args: argparse.Namespace) -> None:

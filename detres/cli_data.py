@@ -101,8 +101,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.fix is not None:  # before hours of reading, not after them
         check_out(Path(args.data).expanduser().resolve(), args.fix.expanduser().resolve())
     if args.detections and not args.detections.is_file():
-        raise FileNotFoundError(f"--detections must be a file, got {args.detections} (seen from {Path.cwd()}). Check the "
-                                "path.")
+        raise FileNotFoundError(f"--detections must be a file, got {args.detections} (seen from {Path.cwd()}). Check "
+                                "the path.")
     options = {"read_images": not args.no_images, "workers": args.workers}
     report = check_data(args.data, args.images, detections=args.detections, **options)
     if not args.json:
@@ -161,7 +161,8 @@ def _add_view(commands: argparse._SubParsersAction, name: str) -> None:
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value",
                         help="fields of the config of --augment, such as data.augment.flip=0")
     which = parser.add_argument_group("which images")
-    which.add_argument("--split", nargs="+", action="extend", default=[], metavar="NAME", help="such as train or instances_val2017")
+    which.add_argument("--split", nargs="+", action="extend", default=[], metavar="NAME",
+                       help="such as train or instances_val2017")
     which.add_argument("--class", nargs="+", action="extend", default=[], dest="classes", metavar="NAME",
                        help="with objects of these classes; no others are drawn")
     which.add_argument("--problem", nargs="+", action="extend", default=[], metavar="KIND",

@@ -111,7 +111,8 @@ def test_no_command_and_version(capsys):
 
 
 @pytest.mark.parametrize("argv, expected", [
-    (["trian"], "Did you mean train?"), (["check", "a"], "Did you mean detres data check?"), (["data", "shape"], "Did you mean shapes?"),
+    (["trian"], "Did you mean train?"), (["check", "a"], "Did you mean detres data check?"),
+    (["data", "shape"], "Did you mean shapes?"),
     (["train", "a.yaml", "--resum"], "unknown option --resum. Did you mean --resume?"),
     (["train", "a.yaml", "--num-gpu=2"], "unknown option --num-gpu=2. Did you mean --num-gpus?"),
     (["train"], "required: config\n"), (["eval", "a", "--metrics", "vco"], "Did you mean voc?"),

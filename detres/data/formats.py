@@ -39,9 +39,9 @@ def recognise(path: str | Path) -> tuple[Format, Any]:
         if found := format.find(path):
             return format, found
     if path.is_dir() and (images := sum(file.suffix.lower() in IMAGE_SUFFIXES for file in path.iterdir())):
-        raise FileNotFoundError(f"data set must have annotations, got {path} with {images:,} images and none that detres "
-                                "knows. Give the annotation file or folder, with these images as --images (in a config "
-                                "data.*.images).")
+        raise FileNotFoundError(f"data set must have annotations, got {path} with {images:,} images and none that "
+                                "detres knows. Give the annotation file or folder, with these images as --images (in a "
+                                "config data.*.images).")
     layouts = "; ".join(f"{format.layout} ({format.name})" for format in (*FORMATS, SHARDS))
     raise FileNotFoundError(f"data set must be in one of the formats that detres reads, got {path}. Looked for: "
                             f"{layouts}. Give the folder that holds these, or the annotation file itself.")

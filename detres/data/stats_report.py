@@ -83,7 +83,8 @@ def tables(stats: Sequence[SplitStats], width: int, listed: int | None) -> list[
         total.update({row.name: row.instances for row in split.classes})
     names = [name for name, _ in total.most_common()]
     split_width = min(SPLIT, max([12, *(len(split.name) for split in stats)]))
-    return [*(_counts(part) for part in _parts(stats, (width - FIGURE) // (split_width + 2))), _quantiles(stats),
+    return [*(_counts(part) for part in _parts(stats, (width - FIGURE) // (split_width + 2))),
+            _quantiles(stats, width),
             *(_classes(part, names, listed) for part in _parts(stats, (width - NAME) // (SPLIT_OF_CLASSES + 2)))]
 
 
@@ -119,13 +120,15 @@ def _share(count: int, total: int) -> str:
     return f"{count:,} {f'{count / total:.0%}' if total else '':>4}"
 
 
-def _quantiles(stats: Sequence[SplitStats]) -> Table:
+def _quantiles(stats: Sequence[SplitStats], width: int) -> Table:
+    """Without the outermost where `width` is not enough for all."""
+    kept = slice(None) if width >= NAME + 7 * len(QUANTILES) else slice(1, -1)
     rows = []
     for name in dict.fromkeys(name for split in stats for name in split.quantiles):
-        found = [(split.name, *map(_number, split.quantiles[name])) for split in stats if name in split.quantiles]
+        found = [(split.name, *map(_number, split.quantiles[name][kept])) for split in stats if name in split.quantiles]
         rows += [(name, *found[0][1:])] if len(stats) == 1 else [
-            (name, *[""] * len(QUANTILES)), *((f"  {_cut(split, NAME)}", *numbers) for split, *numbers in found)]
-    return Table("Quantiles", ("", *(f"{q:.0%}" for q in QUANTILES)), rows)
+            (name, *[""] * len(QUANTILES[kept])), *((f"  {_cut(split, NAME)}", *numbers) for split, *numbers in found)]
+    return Table("Quantiles", ("", *(f"{q:.0%}" for q in QUANTILES[kept])), rows)
 
 
 def _number(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -206,7 +207,8 @@ def size_note(record: ImageRecord, size: tuple[int, int]) -> str:
 def problem_text(problem: Problem) -> str:
     """For people who see the image: which annotation, and what of it."""
     where = f"annotation {problem.annotation_id}: " if problem.annotation_id is not None else ""
-    value = problem.value if isinstance(problem.value, str) else repr(problem.value).replace("'", "")
+    value = problem.value.tolist() if isinstance(problem.value, array) else problem.value
+    value = value if isinstance(value, str) else repr(value).replace("'", "")
     got = value if len(value) <= 60 else f"{value[:60]}..."
     return f"{where}{problem.field} {problem.reason.split(' (')[0]}; got {got}"
 

@@ -48,7 +48,7 @@ def test_nothing_there(tmp_path):
 def test_a_folder_of_images_alone_is_told_as_such(tmp_path):
     for name in ("a.jpg", "b.PNG"):
         (tmp_path / name).touch()
-    with pytest.raises(FileNotFoundError, match="must have annotations, got .* with 2 images and none that detres knows"):
+    with pytest.raises(FileNotFoundError, match="must have annotations, got .* with 2 images and none that detres"):
         find_splits(tmp_path)
 
 

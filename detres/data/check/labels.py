@@ -231,7 +231,8 @@ def _coverage(splits: Sequence[Objects]) -> Iterator[Problem]:
             yield train[0].of_class("class_not_trained", name, 0, "must have objects to train on (other splits have "
                                     f"{sum(has.values())} images with some)")
         elif 0 < trained <= RARE:
-            yield train[0].of_class("class_rare", name, f"{trained} image{'s'[:trained != 1]}", f"must be in more than {RARE} images "
+            yield train[0].of_class("class_rare", name, f"{trained} image{'s'[:trained != 1]}",
+                                    f"must be in more than {RARE} images "
                                     "to be learned well")
         for objects in annotated:
             if trained and not objects.trains and not has[id(objects)]:

@@ -96,7 +96,8 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
     problems: list[Problem] = []
     summaries, datasets, located = [], [], {}
     try:
-        splits = sorted(find_splits(path, None if images is None else str(images)), key=lambda split: ROLES.index(split.role))
+        splits = find_splits(path, None if images is None else str(images))
+        splits = sorted(splits, key=lambda split: ROLES.index(split.role))
     except (OSError, ValueError) as error:
         return Report(str(path), (), [unreadable(str(path), error)]), [], {}
     with no_garbage_collection():

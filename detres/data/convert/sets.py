@@ -57,7 +57,7 @@ def merged(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[Part]:
 
 
 def _by_role(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[list[Part]]:
-    """With splits called train, val or test, where data sets differ in their names and one has a single split for it."""
+    """With splits called train, val or test, where data sets differ in their names, and each has but one for it."""
     if len({frozenset(part.name for part in own) for own in data_sets}) == 1:
         return [list(own) for own in data_sets]
     found = [_called_by_role(own) for own in data_sets]
@@ -161,8 +161,8 @@ def split(part: Part, sizes: Mapping[str, float | None], group_by: str | None = 
     keeps = {name: np.flatnonzero(of_image == k).tolist() for k, name in enumerate(wanted)}
     if empty := [name for name, keep in keeps.items() if not keep]:
         units = int(groups.max(initial=-1)) + 1
-        raise ValueError(f"splits must have an image at least, got none for {', '.join(empty)} of {len(records)} images "
-                         f"in {units} group{'s'[:units != 1]}. Change --parts, or how images are grouped.")
+        raise ValueError(f"splits must have an image at least, got none for {', '.join(empty)} of {len(records)} "
+                         f"images in {units} group{'s'[:units != 1]}. Change --parts, or how images are grouped.")
     if losses:
         losses.change("{} images are in none of the splits (a name without a size in --parts gets the rest)",
                     len(records) - sum(map(len, keeps.values())))
@@ -189,8 +189,8 @@ def _groups(records: Sequence[ImageRecord], pattern: str | None, lookalikes: boo
     """(N,) the unit of each image, 0 to U - 1."""
     keys = [_key(record, pattern, i) for i, record in enumerate(records)]
     if pattern and records and all(key.startswith("i ") for key in keys):
-        raise ValueError(f"--group-by must match names of files, got {pattern!r}, which is in none of {len(records)}, such "
-                         f"as {records[0].path.name!r}. Correct it.")
+        raise ValueError(f"--group-by must match names of files, got {pattern!r}, which is in none of {len(records)}, "
+                         f"such as {records[0].path.name!r}. Correct it.")
     if lookalikes:
         keys = _united(keys, _like(records))
     return np.unique(keys, return_inverse=True)[1].reshape(-1)
