@@ -58,7 +58,7 @@ def test_the_panoptic_format_is_no_list_of_objects(tmp_path):
     file.write_text('{"images": [], "categories": [], "annotations": [{"image_id": 1, "segments_info": []}]}')
     with pytest.raises(FileNotFoundError, match="got none .*detres data convert"):
         find_splits(tmp_path)
-    with pytest.raises(ValueError, match="got segments of the panoptic format.*detres data convert"):
+    with pytest.raises(ValueError, match="got the panoptic format.*detres data convert"):
         find_splits(file)[0].load()
 
 

@@ -118,6 +118,13 @@ def test_tables_fit_80_columns(splits):
     assert len(classes) == -(-splits // 2)  # two beside each other
 
 
+def test_quantiles_fit_60_columns():
+    stats = [split_stats(columns_of(name, made([boxes(1, (0, 0, 9, 9))]))) for name in ("train", "val")]
+    narrow, wide = (next(as_text(table) for table in tables(stats, width, 10) if table.title == "Quantiles")
+                    for width in (60, 80))
+    assert "99%" in wide and "99%" not in narrow and max(map(len, narrow.splitlines())) <= 60
+
+
 def test_text_of_a_table():
     text = as_text(Table("Things", ("", "a", "b"), [("one", "1", "22"), ("three", "3", "4")]))
     rule = "\N{BOX DRAWINGS LIGHT HORIZONTAL}" * 13
