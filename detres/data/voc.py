@@ -97,10 +97,12 @@ def read_loose(files: Sequence[Path], role: str, split: str | None = None, image
         tree, image_id = trees[file], file.relative_to(root).with_suffix("").as_posix()
         if isinstance(tree, str):
             problems.add(file, image_id, None, "file", tree, "must be an XML file (correct or delete it)", "bad_xml")
-        elif (path := finder.find(file, tree.filename)) is None:
+            continue
+        if (path := finder.find(file, tree.filename)) is None:  # its objects are checked all the same
             problems.add(file, image_id, None, "filename", tree.filename, f"must be an image file (in {finder.folder}: "
                          "add it, or give the folder as data.*.images)", "image_missing")
-        elif size := voc_xml.size_of(tree, path, image_id, problems):
+        if size := voc_xml.size_of(tree, path, image_id, problems):
+            path = path or finder.folder / (tree.filename or image_id)
             readable.append((ImageRecord(image_id, path, *size), tree))
     label_of = {name: label for label, name in enumerate(classes)}
     records, locate = voc_xml.records(readable, label_of, _continuous, problems)
