@@ -117,7 +117,8 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
 
 def _without_files(problems: Sequence[Problem], dataset: Dataset | None) -> list[Problem]:
     """Without those of image files, but where the image could not be read for it."""
-    read = {None, *(dataset.records.ids() if dataset and any(problem.kind in IMAGE_KINDS for problem in problems) else ())}
+    told = any(problem.kind in IMAGE_KINDS for problem in problems)
+    read = {None, *(dataset.records.ids() if dataset and told else ())}
     return [problem for problem in problems if problem.kind not in IMAGE_KINDS or problem.image not in read]
 
 
