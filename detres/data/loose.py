@@ -96,12 +96,16 @@ class Builder:
         self.items: list[Item] = []
 
     def image(self, file: Path, name: str, size: tuple[int, int] | None = None) -> int | None:
-        """The row of a new image; None, and a problem, if it cannot be used. `size`: height and width."""
+        """The row of a new image; None, and a problem, if it cannot be used. `size`: height and width. One with a size
+        and no file is there, so that its objects are checked, too: `load_dataset` takes it out."""
         path = self.images.find(file, name)
         if path is None:
             self.problems.add(file, name, None, "image", name, f"must be an image file (in {self.images.folder}: add "
                               "it, or give the folder as data.*.images)", "image_missing")
-            return None
+            if size is None:
+                return None
+            self.records.append(ImageRecord(name, self.images.folder / name, *size))
+            return len(self.records) - 1
         try:
             size = size or read_size(path)
         except ImageError as error:

@@ -57,6 +57,9 @@ def read_voc(roots: Sequence[Path], role: str, split: str | None = None, images:
         if role != "train" and file.stem == "test" and own.keys().isdisjoint(listed):
             log.warning("%s test: without annotations, so detections can be saved but not measured", root.name)
             own = {image_id: voc_xml.Tree(root / f"Annotations/{image_id}.xml") for image_id in listed}
+        if not folder.is_dir():
+            problems.add(file, None, None, "images", str(folder), "must be a folder (give it as data.*.images)",
+                         "images_nowhere")
         readable += _readable(file, folder, root / "Annotations", own, seen, problems)
     label_of = {name: label for label, name in enumerate(classes)}
     records, locate = voc_xml.records(readable, label_of, _continuous, problems, keep_extra)
@@ -97,10 +100,12 @@ def read_loose(files: Sequence[Path], role: str, split: str | None = None, image
         tree, image_id = trees[file], file.relative_to(root).with_suffix("").as_posix()
         if isinstance(tree, str):
             problems.add(file, image_id, None, "file", tree, "must be an XML file (correct or delete it)", "bad_xml")
-        elif (path := finder.find(file, tree.filename)) is None:
+            continue
+        if (path := finder.find(file, tree.filename)) is None:  # its objects are checked all the same
             problems.add(file, image_id, None, "filename", tree.filename, f"must be an image file (in {finder.folder}: "
                          "add it, or give the folder as data.*.images)", "image_missing")
-        elif size := voc_xml.size_of(tree, path, image_id, problems):
+        if size := voc_xml.size_of(tree, path, image_id, problems):
+            path = path or finder.folder / (tree.filename or image_id)
             readable.append((ImageRecord(image_id, path, *size), tree))
     label_of = {name: label for label, name in enumerate(classes)}
     records, locate = voc_xml.records(readable, label_of, _continuous, problems)
@@ -143,7 +148,8 @@ def _image_set(roots: Sequence[Path], names: Sequence[str], task: str) -> tuple[
 def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, voc_xml.Tree | str],
               seen: set[str], problems: Problems) -> Iterator[tuple[ImageRecord, voc_xml.Tree]]:
     """The images of a list file that can be used, still without annotations. `seen`: ids of all lists so far."""
-    images = image_files(folder, image_set)
+    there = folder.is_dir()
+    images = image_files(folder, image_set) if there else {}
     stems = {path.stem: path for path in images.values()}
     for image_id in image_ids(image_set):
         tree = trees.get(image_id, "no such file")
@@ -155,7 +161,7 @@ def _readable(image_set: Path, folder: Path, xml_folder: Path, trees: dict[str, 
                          f"must be an XML file (correct it, or take the image out of {image_set.name})", "bad_xml")
         else:
             path = stems.get(image_id) or images.get(tree.filename)
-            if path is None:  # its objects are checked all the same; `load_dataset` takes it out
+            if path is None and there:  # its objects are checked all the same; `load_dataset` takes it out
                 problems.add(tree.file, image_id, None, "filename", tree.filename,
                              f"must be an image file (in {folder})", "image_missing")
             if size := voc_xml.size_of(tree, path, image_id, problems):

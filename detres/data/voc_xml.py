@@ -54,14 +54,15 @@ def size_of(tree: Tree, path: Path | None, image_id: str, problems: Problems) ->
     height, width = (int(side) if side.isdecimal() and len(side) < 7 else 0 for side in tree.size)
     if height and width:
         return height, width
-    if path is None:
-        return None
-    try:
-        return read_size(path)
-    except ImageError as error:
-        problems.add(tree.file, image_id, None, "size", tree.size,
-                     f"must be stated, or the image be readable ({error})", "image_size")
-        return None
+    why = "it is not there"
+    if path is not None:
+        try:
+            return read_size(path)
+        except ImageError as error:
+            why = str(error)
+    problems.add(tree.file, image_id, None, "size", tree.size, f"must be stated, or the image be readable ({why})",
+                 "image_size")
+    return None
 
 
 @dataclass(frozen=True)

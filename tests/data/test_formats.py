@@ -170,6 +170,24 @@ class TestLooseVoc:
             load(tmp_path)
 
 
+def test_annotations_are_checked_without_images(tmp_path, put):
+    """Where sizes are stated; without them, it is told that nothing was looked at."""
+    from detres.data.check.run import check_data
+
+    put("cvat/annotations.xml", '<annotations><image id="0" name="a.png" width="40" height="30">'
+        '<box label="x" xtl="1" ytl="2" xbr="3" ybr="4"/></image></annotations>')
+    put("voc/a.xml", "<annotation><filename>a.jpg</filename><size><width>40</width><height>30</height></size><object>"
+        "<name>x</name><bndbox><xmin>1</xmin><ymin>2</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></object></annotation>")
+    put("open/a.csv", "ImageID,LabelName,XMin,XMax,YMin,YMax\na,x,.1,.2,.1,.2\n")
+    for name, status, count in (("cvat", 0, 1), ("voc", 0, 1), ("open", 1, 0)):
+        report = check_data(tmp_path / name, read_images=False)
+        assert (report.exit_status, report.splits[0].annotations) == (status, count), name
+        assert check_data(tmp_path / name).exit_status == 1, "the file is not there"
+        with pytest.raises(InvalidDataError):
+            load(tmp_path / name)
+        assert not len(load_dataset(SourceConfig(path=str(tmp_path / name)), "train", "drop").records)
+
+
 def test_no_clean_copy_of_loose_files(tmp_path, put):
     from detres.data.check.fix import write_clean_copy
     from detres.data.check.run import check_data

@@ -7,6 +7,7 @@ import logging
 import pytest
 
 from detres.config import SourceConfig
+from detres.data.check.run import check_data
 from detres.data.dataset import InvalidDataError, load_dataset
 from detres.data.voc import VOC_CLASSES
 
@@ -122,3 +123,15 @@ def test_bccd_has_two_boxes_of_no_size(shared_data, caplog):
     test = load(shared_data / "bccd", "test")
     assert (len(test.records), sum(len(record.annotations) for record in test.records)) == (72, 945)
     assert caplog.text.count("left out what is invalid (1 found)") == 2
+
+
+def test_a_missing_folder_of_images_hides_nothing_of_the_rest(tmp_path, files):
+    files.voc(tmp_path, {"a": files.object(box=(5, 5, 5, 9)), "b": files.object()}, {"train": "a\nb\nc\n"})
+    (tmp_path / "JPEGImages").rename(tmp_path / "pictures")
+    report = check_data(tmp_path, workers=1)
+    assert {problem.kind for problem in report.problems} >= {"images_nowhere", "bad_xml", "box_empty"}
+    kinds = {problem.kind for problem in check_data(tmp_path, read_images=False, workers=1).problems}
+    assert {"bad_xml", "box_empty"} <= kinds and "images_nowhere" not in kinds
+    with pytest.raises(InvalidDataError, match="must be a folder"):
+        load_dataset(SourceConfig(path=str(tmp_path)), "train", "drop")
+    assert check_data(tmp_path, tmp_path / "pictures", workers=1).splits[0].annotations == 1

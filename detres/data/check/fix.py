@@ -9,10 +9,12 @@ from __future__ import annotations
 import csv
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from detres.data.check.images import UNUSABLE
@@ -80,10 +82,19 @@ def write_clean_copy(report: Report, images: str | Path | None, out: str | Path,
     path, out = Path(os.path.abspath(Path(report.path).expanduser())), Path(out).expanduser().resolve()
     check_out(path.resolve(), out)
     fixes = {"coco": fix_coco, "lvis": fix_coco, "voc": fix_voc, "yolo": fix_yolo}[_format(report)]
-    out.mkdir(parents=True, exist_ok=True)
-    changes = Changes(out)
     given = None if images is None else Path(images).expanduser().resolve()
-    target = fixes.copy(path, report.splits, given, out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        target = fixes.copy(path, report.splits, given, out)
+        return _mended(fixes, report, target, Changes(out), read_images, workers)
+    except BaseException:  # half a copy looks like a whole one
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+
+
+def _mended(fixes: ModuleType, report: Report, target: Path, changes: Changes, read_images: bool, workers: int | None
+            ) -> tuple[Report, Changes]:
+    """The copy at `target`, checked and mended until nothing is left to mend."""
     for problem in report.problems:
         if problem.kind == "unreadable":
             changes.add(problem, "file", problem.value, None)

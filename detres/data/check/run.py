@@ -8,7 +8,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,9 +105,9 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
             dataset, found, locate = _read(split, workers)
             summaries.append(_summary(split, dataset))
             mistaken = any(problem.kind in LAYOUTS for problem in found)
+            found = found if images_needed else _without_files(found, dataset)
             problems += [replace(problem, split=split.name) for problem in found
-                         if (images_needed or problem.kind not in IMAGE_KINDS)
-                         and not (mistaken and problem.kind in FOLLOWING)]
+                         if not (mistaken and problem.kind in FOLLOWING)]
             located |= {split.name: locate} if locate else {}
             if dataset is not None:
                 missing = {problem.image for problem in found if problem.kind == "image_missing" and images_needed}
@@ -115,6 +115,13 @@ def check_annotations(path: str | Path, images: str | Path | None = None, *, ima
                 datasets += [] if nowhere else [(split.name, without_images(dataset, missing))]
     report = Report(str(path), tuple(summaries), problems, recognise(path)[0].mendable, images and str(images))
     return report, datasets, located
+
+
+def _without_files(problems: Sequence[Problem], dataset: Dataset | None) -> list[Problem]:
+    """Without those of image files, but where the image could not be read for it."""
+    told = any(problem.kind in IMAGE_KINDS for problem in problems)
+    read = {None, *(dataset.records.ids() if dataset and told else ())}
+    return [problem for problem in problems if problem.kind not in IMAGE_KINDS or problem.image not in read]
 
 
 def in_files(problems: Iterable[Problem], located: Mapping[str, Locate]) -> list[Problem]:

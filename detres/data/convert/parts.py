@@ -128,6 +128,14 @@ def _with_masks(record: ImageRecord, folder: Path) -> ImageRecord:
     return replace(record, annotations=items)
 
 
+def entries_with_more(parts: Sequence[Part], kept: Sequence[str] = ()) -> int:
+    """Of a file of COCO or VOC: those with keys that detres does not use, but for the `kept` ones of objects."""
+    records = sum(bool(record.extra) for part in parts for record in part.dataset.records)
+    items = sum(bool(item.extra and item.extra.keys() - {*kept}) for part in parts for _, item in part.objects())
+    extra = parts[0].dataset.extra or {}
+    return records + items + len(extra.keys() - {"categories"}) + sum(map(bool, extra.get("categories", ())))
+
+
 # Images
 
 

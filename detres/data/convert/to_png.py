@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from detres.data.convert.lost import Losses
-from detres.data.convert.parts import Images, Part
+from detres.data.convert.parts import Images, Part, entries_with_more
 from detres.data.dataset import Annotation, ImageRecord
 from detres.data.label_maps import IGNORED
 from detres.data.masks import rasterize
@@ -114,9 +114,10 @@ def write_panoptic(parts: Sequence[Part], out: Path, images: Images, losses: Los
         categories = [{"id": number, "name": name, "isthing": 1} for name, number in zip(part.dataset.classes, things)]
         categories += [{"id": number, "name": part.semantic.classes[k], "isthing": 0} for k, number in stuff.items()]
         content = {"images": listed, "annotations": entries, "categories": categories}
-        folder.with_suffix(".json").write_bytes(msgspec.json.encode(content))
+        (folder.parent / f"{folder.name}.json").write_bytes(msgspec.json.encode(content))
     items = [item for part in parts for _, item in part.objects()]
     losses.lose("{} objects without a mask left out", sum(not item.segmentation for item in items))
+    losses.lose("further keys (licence, attributes ...) of {} entries left out", entries_with_more(parts))
     losses.lose("keypoints of {} objects left out", sum(bool(item.keypoints) for item in items))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from detres.data.convert.lost import Losses
-from detres.data.convert.parts import Images, Part
+from detres.data.convert.parts import Images, Part, entries_with_more
 from detres.data.convert.to_png import semantic_classes, write_list, write_masks
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.voc import VOC_CLASSES
@@ -40,6 +40,8 @@ def _tell(parts: Sequence[Part], losses: Losses, png: bool) -> None:
                 sum(abs(item.area - _box_area(item)) > 1e-6 * item.area for item in items))
     losses.change("VOC has no crowds: {} are difficult objects now, which do not train either",
                   sum(item.crowd for item in items))
+    losses.lose("VOC has no further keys (licence, supercategory ...): those of {} entries left out",
+                entries_with_more(parts, ("pose", "truncated", "occluded")))
     used = {dataset.classes[item.label] for item in items}
     losses.lose("VOC's names have no blanks at their ends: those of {} classes are left out",
                 sum(name != name.strip() for name in used))

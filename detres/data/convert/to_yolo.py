@@ -13,7 +13,7 @@ import yaml
 from detres.data.coco import names_split
 from detres.data.convert.lost import Losses
 from detres.data.convert.masks import joined, to_polygons
-from detres.data.convert.parts import Images, Part
+from detres.data.convert.parts import Images, Part, entries_with_more
 from detres.data.dataset import SPLITS, Annotation, ImageRecord
 from detres.data.masks import mask_area
 
@@ -53,6 +53,8 @@ def _tell(parts: Sequence[Part], losses: Losses) -> None:
     losses.lose("YOLO has no difficult objects: {} left out, as in the usual scripts",
                 sum(item.difficult and not item.crowd for item in items))
     losses.lose("keypoints of {} objects left out", sum(bool(item.keypoints) for item in items))
+    losses.lose("YOLO has no further keys (licence, supercategory ...): those of {} entries left out",
+                entries_with_more(parts))
     dataset = parts[0].dataset
     losses.change("YOLO numbers classes from 0: the ids of {} are left out",
                   0 if dataset.category_ids == tuple(range(len(dataset.classes))) else len(dataset.classes))

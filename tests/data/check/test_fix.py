@@ -11,7 +11,7 @@ import yaml
 
 from detres.cli import main
 from detres.config import SourceConfig
-from detres.data.check.fix import write_clean_copy
+from detres.data.check.fix import Changes, write_clean_copy
 from detres.data.check.run import check_data
 from detres.data.dataset import load_dataset
 from detres.data.masks import mask_area
@@ -240,6 +240,15 @@ def test_images_that_cannot_be_decoded_are_left_out(coco, out):
     assert after.exit_status == 0 and check_data(out).exit_status == 0
     assert [record.id for record in load_dataset(SourceConfig(path=str(out)), "train").records] == [3]
     assert len(changes.made) == 3  # the image and its two objects
+
+
+def test_nothing_is_left_of_a_copy_that_failed(coco, out, monkeypatch):
+    coco.first["bbox"] = [10, 10, -20, 30]
+    save(coco)
+    monkeypatch.setattr(Changes, "write", lambda self: (_ for _ in ()).throw(OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        fix(coco.root, out)
+    assert not out.exists() and len(list((coco.root / "train2017").iterdir())) == 2
 
 
 def test_a_split_of_which_nothing_is_left_is_told(coco, capsys, out):
