@@ -16,9 +16,11 @@ from detres.data.dataset import load_dataset
 PAGE = (Path(__file__).resolve().parents[1] / "docs/loading.md").read_text(encoding="utf-8")
 
 
-def test_commands_run(run_guide, tmp_path):
+def test_commands_run(run_guide, tmp_path, monkeypatch):
+    monkeypatch.setattr("detres.engine.train.plot_curves", lambda *_, **options: None)
     short = ["train.steps=2", "train.batch_size=2", "train.reference_batch_size=2", "train.eval_every=2",
-             "data.workers=1"]
+             "data.workers=1", "model.backbone.width=8", "model.fpn.channels=16", "model.box_head.fc_dim=16",
+             "model.mask_head.channels=16", "model.rpn.post_nms_topk_test=5"]
     assert len(run_guide("docs/loading.md", short)) >= 4
     assert (tmp_path / "runs/sharded/results.json").is_file()
     assert len(list((tmp_path / "shards").glob("train-*.tar"))) > 1

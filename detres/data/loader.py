@@ -245,9 +245,10 @@ class _Reader:
         return out, [resize_for_eval(raw.image, scale) for scale in self.pyramid], raw.semantic
 
     def _partners(self, number: int) -> np.ndarray:
-        """Of shards only those in the image's own, which is being read."""
+        """Of shards those in the image's own, which is being read; of all, if nothing trains in that one."""
         block = self.records.images["block"]
-        return self.partners if self.records.store is None else self.partners[block[self.partners] == block[number]]
+        own = self.partners[block[self.partners] == block[number]] if self.records.store else self.partners
+        return own if len(own) else self.partners
 
     def _transformed(self, number: int, rng: np.random.Generator) -> tuple[Sample, Sample]:
         """A record as it is on disk, and after the transforms of single images."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 
@@ -84,15 +84,12 @@ class Scan:
             self.problems.add(place, image_id, None, "id", image_id, "must differ from other images' (give it another)",
                               "duplicate_image", member.name)
             return
-        size = content.get("height"), content.get("width")
-        if not all(type(side) is int and side > 0 for side in size):
-            try:
-                size = open_image(tar.extractfile(member).read(), str(path)).shape[:2]
-            except ImageError as error:
-                self.problems.add(place, image_id, None, "image", str(error), "must be readable, as no size is stated",
-                                  "image_missing", member.name)
-                return
-        self.images[image_id] = ImageRecord(image_id, path, *size)
+        try:
+            self.images[image_id] = ImageRecord(image_id, path, *_size(content, path, tar.extractfile(member)))
+        except ImageError as error:
+            self.problems.add(place, image_id, None, "image", str(error), "must be readable, as no size is stated",
+                              "image_missing", member.name)
+            return
         for entry in content["annotations"]:
             entry = dict(entry) if isinstance(entry, dict) else {}
             entry.setdefault("id", len(self.annotations) + 1)
@@ -118,6 +115,12 @@ class Scan:
                                  f"several of the other ({self.store.root}). Correct them, or give {self.name}.json "
                                  "with COCO's categories beside the shards, whose ids then count.")
         return [{"id": number, "name": name} for number, name in sorted(named)]
+
+
+def _size(content: dict[str, Any], path: ShardImage, file: IO[bytes]) -> Sequence[int]:
+    """Height and width, as stated, else from the file. Raises ImageError."""
+    size = content.get("height"), content.get("width")
+    return size if all(type(side) is int and side > 0 for side in size) else open_image(file.read(), str(path)).shape[:2]
 
 
 def _check_end(tar: tarfile.TarFile, stream: Any) -> None:

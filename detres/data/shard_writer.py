@@ -24,6 +24,7 @@ from detres.data.shard_files import BLOCK, ShardImage
 from detres.data.splits import find_splits
 from detres.progress import track
 
+
 def write_shards(dataset: Dataset, out: Path, name: str, shard_size: int, seed: int = 0, progress: bool = True
                  ) -> list[Path]:
     """Write a data set as shards of at most `shard_size` bytes each, and their index; the shards' paths.

@@ -389,6 +389,10 @@ def test_images_are_combined_with_those_of_their_shard(written):
         seen.clear()
         reader.sample(Key(0, number))
         assert len(seen) == 4 and len(set(dataset.records.images["block"][seen])) == 1
+    object.__setattr__(reader, "partners", np.flatnonzero(dataset.records.images["block"] != 0))  # skip_empty left none
+    seen.clear()
+    reader.sample(Key(0, int(np.argmin(dataset.records.images["block"]))))
+    assert len(seen) == 4, "a picture of what does not train"
 
 
 def test_a_few_shards_at_a_time():
