@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from detres.config import SourceConfig
 from detres.data.label_maps import LabelMap
 from detres.data.masks import PNGSegment
-from detres.data.problems import InvalidDataError, OnInvalid, Problem, Problems
+from detres.data.problems import InvalidDataError, OnInvalid, Problem, Problems, source_words
 
 if TYPE_CHECKING:
     from detres.data.records import Records
@@ -124,8 +124,7 @@ def load_dataset(source: SourceConfig, role: Role, on_invalid: OnInvalid = "erro
             and the log says how many of what.
         ValueError: an annotation file that is no annotation file.
     """
-    images = "" if source.images is None else f" --images {source.images}"
-    problems = Problems(source.path, f"{source.path}{images}")
+    problems = Problems(source.path, source_words(source.path, source.images))
     dataset = read_all(source, role, problems, keep_extra)
     problems.name = dataset.name
     problems.close(on_invalid)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shlex
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -63,6 +64,11 @@ def shortened(value: Any, limit: int = 100) -> str:
     except (RecursionError, ValueError):  # nested too deep, or a whole number of thousands of digits
         text = f"a {type(value).__name__} that is too long to tell"
     return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"
+
+
+def source_words(path: str, images: str | None) -> str:
+    """A data set as commands take it: to be told, and copied."""
+    return " ".join([shlex.quote(path), *(["--images", shlex.quote(images)] if images else ())])
 
 
 class InvalidDataError(ValueError):

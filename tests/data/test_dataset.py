@@ -58,3 +58,12 @@ def test_drop_says_how_many_of_what(coco, caplog):
     assert [[item.id for item in record.annotations] for record in dataset.records] == [[], [3]]
     assert "(2 found)" in caplog.text and "1 x bbox must have a width" in caplog.text
     assert "1 x category_id must be the id of a category" in caplog.text
+
+
+def test_the_command_that_is_told_can_be_copied(coco, tmp_path):
+    coco.content["annotations"][0]["bbox"] = None
+    with pytest.raises(InvalidDataError):
+        coco.load()
+    source = SourceConfig(path=str(coco.root), images=str((coco.root / "train2017").rename(tmp_path / "my photos")))
+    with pytest.raises(InvalidDataError, match=f"detres data check {coco.root} --images '{tmp_path}/my photos'$"):
+        load_dataset(source, "train")

@@ -5,7 +5,6 @@ A broken file, category table, image or split hides nothing of the others.
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from detres.data.coco import no_garbage_collection
 from detres.data.dataset import SPLITS, Annotation, Dataset, read_all, without_images
 from detres.data.formats import recognise
 from detres.data.kinds import severity
-from detres.data.problems import InvalidDataError, Locate, Problem, Problems
+from detres.data.problems import InvalidDataError, Locate, Problem, Problems, source_words
 from detres.data.splits import Split, find_splits
 
 ROLES = [*SPLITS]  # in the order in which splits are told
@@ -54,7 +53,7 @@ class Report:
     @property
     def source(self) -> str:
         """The data set as commands take it."""
-        return " ".join([shlex.quote(self.path), *(["--images", shlex.quote(self.images)] if self.images else ())])
+        return source_words(self.path, self.images)
 
     @property
     def exit_status(self) -> int:

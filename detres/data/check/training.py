@@ -22,7 +22,7 @@ from detres.data.check.images import check_images
 from detres.data.dataset import Dataset, without_images
 from detres.data.index import as_plain, code
 from detres.data.kinds import severity
-from detres.data.problems import OnInvalid, Problem, Problems
+from detres.data.problems import OnInvalid, Problem, Problems, source_words
 from detres.data.records import decode, encode
 from detres.data.shard_files import ShardImage
 
@@ -44,8 +44,7 @@ def check_files(datasets: Sequence[Dataset], sources: Sequence[SourceConfig], on
     checked = list(datasets)
     for split, dataset in splits:
         source, own = sources[int(split)], [problem for problem in problems if problem.split == split]
-        images = "" if source.images is None else f" --images {source.images}"
-        Problems(dataset.name, f"{source.path}{images}", own).close(on_invalid)
+        Problems(dataset.name, source_words(source.path, source.images), own).close(on_invalid)
         unusable = {problem.image for problem in own if severity(problem.kind) == "error"}
         checked[int(split)] = without_images(dataset, unusable)
     return checked
