@@ -52,6 +52,8 @@ def merged(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[Part]:
     parts = unified([part for own in _by_role(data_sets, losses) for part in own])
     names = list(dict.fromkeys(part.name for part in parts))
     found = [joined([part for part in parts if part.name == name], name) for name in names]
+    losses.lose("sections such as info are those of the first data set: those of {} others left out",
+                sum(_other_sections([part for part in parts if part.name == name]) for name in names))
     _tell_copies([record for part in found for record in part.dataset.records], losses)
     return [_without_doubles(part, losses) for part in found]
 
@@ -71,6 +73,13 @@ def _by_role(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[list[P
 def _called_by_role(parts: Sequence[Part]) -> list[Part]:
     roles = [next((role for role in SPLITS if names_split(Path(part.name), role, None)), None) for part in parts]
     return [replace(part, name=role) if role and roles.count(role) == 1 else part for part, role in zip(parts, roles)]
+
+
+def _other_sections(parts: Sequence[Part]) -> int:
+    """Of how many the sections beside images, annotations and categories are not those of the first."""
+    first, *others = ({key: value for key, value in (part.dataset.extra or {}).items() if key != "categories"}
+                      for part in parts)
+    return sum(bool(own) and own != first for own in others)
 
 
 def _without_doubles(part: Part, losses: Losses) -> Part:

@@ -69,9 +69,11 @@ def _list(value: Any) -> Any:
 def _image_ids(parts: Sequence[Part], losses: Losses) -> dict[str, list[int]]:
     """Of each part: as they are if they are whole numbers and differ over all parts, else from 1 on."""
     old = [record.id for part in parts for record in part.dataset.records]
-    keep = all(isinstance(number, int) for number in old) and len(set(old)) == len(old)
+    numbers = all(isinstance(number, int) for number in old)
+    keep = numbers and len(set(old)) == len(old)
     new = iter(old if keep else range(1, len(old) + 1))
-    losses.change("ids of {} images are numbers now; the names are in file_name", 0 if keep else len(old))
+    losses.change("ids of {} images are counted from 1, as some are there twice" if numbers else
+                  "ids of {} images are numbers now; the names are in file_name", 0 if keep else len(old))
     return {part.name: [next(new) for _ in part.dataset.records] for part in parts}
 
 

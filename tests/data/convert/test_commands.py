@@ -69,6 +69,12 @@ def test_data_that_are_refused_leave_nothing_and_name_the_option(shapes, tmp_pat
     assert main([*arguments, "--drop-invalid"]) == 0 and len(counts(tmp_path / "out")) == 2
 
 
+def test_ids_that_clash_are_counted_anew(shapes, tmp_path, capsys):
+    main(["data", "convert", shapes, str(tmp_path / "copy"), "--copy-images"])
+    assert not main(["data", "merge", shapes, str(tmp_path / "copy"), str(tmp_path / "out")])
+    assert "changed: ids of 32 images are counted from 1" in capsys.readouterr().out
+
+
 def test_subset(shapes, tmp_path):
     (tmp_path / "ids.txt").write_text("".join(f"{record.path.stem}\n" for split in find_splits(shapes)
                                               for record in split.load().records[:2]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -117,6 +119,14 @@ class TestMerge:
         [whole] = merged([[one], [two]], Losses())
         assert whole.dataset.classes == ("a", "b", "c") and whole.dataset.category_ids == (3, 5, 6)
         assert [whole.dataset.classes[item.label] for _, item in whole.objects()] == ["a", "b", "b", "c"]
+
+    def test_sections_of_others_are_told(self, tmp_path):
+        sets = [[part(tmp_path, [(f"{name}.png", [])])] for name in "abc"]
+        sets = [[replace(own, dataset=replace(own.dataset, extra={"info": info, "categories": [{}, {}]}))]
+                for [own], info in zip(sets, (1, 1, 2))]
+        losses = Losses()
+        merged(sets, losses)
+        assert [(count, "sections" in text) for text, count in losses.lost.items()] == [(1, True)]
 
     def test_splits_by_name(self, tmp_path):
         sets = [[part(tmp_path, [(f"{i}/{name}.png", [])], name=name) for name in own]
