@@ -11,7 +11,8 @@ pass. Runs of different loaders alternate, and the table has medians.
 Loaders end at different points. Ours gives bytes at the size of training, padded to a batch, and normalises in the
 model; torchvision's gives floats at the size of the file, and resizes, normalises and pads in the model; the plain one resizes
 by OpenCV (not antialiased), pads, and knows no objects. So there are two tables: as far as each loader goes; and to
-floats that go into the backbone, with `GeneralizedRCNNTransform` or our normalisation in the loader's processes.
+floats that go into the backbone, where the process that trains does the model's part, as it does in a training:
+`GeneralizedRCNNTransform`, or our normalisation.
 
 torchvision's script draws masks for all models; its rows "boxes" leave them out. Its masks have the size of the file
 where the loader ends.
@@ -62,12 +63,13 @@ class TorchvisionReader:
 
     records: Sequence[ImageRecord]
     masks: bool
-    to_input: bool
 
     def __getitems__(self, keys: Keys) -> Any:
         rng = np.random.default_rng(keys[0].number)
-        images, targets = zip(*(self._sample(self.records[key.number], rng) for key in keys))
-        return TRANSFORM(list(images), list(targets)) if self.to_input else (images, targets)
+        return [self._sample(self.records[key.number], rng) for key in keys]
+
+    def finish(self, batch: Any) -> Any:
+        return TRANSFORM(*map(list, zip(*batch)))
 
     def _sample(self, record: ImageRecord, rng: np.random.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         image, target = Image.open(record.path).convert("RGB"), self._target(record)
@@ -97,7 +99,6 @@ TRANSFORM = GeneralizedRCNNTransform(800, 1333, [0.485, 0.456, 0.406], [0.229, 0
 @dataclass(frozen=True)
 class PlainReader:
     records: Sequence[ImageRecord]
-    to_input: bool
 
     def __getitems__(self, keys: Keys) -> torch.Tensor:
         images = [self._image(self.records[key.number], key.number % 2 == 0) for key in keys]
@@ -105,8 +106,10 @@ class PlainReader:
         padded = np.zeros((len(images), *size), np.uint8)
         for place, image in zip(padded, images):
             place[:image.shape[0], :image.shape[1]] = image
-        batch = torch.from_numpy(padded).permute(0, 3, 1, 2)
-        return normalised(batch) if self.to_input else batch
+        return torch.from_numpy(padded).permute(0, 3, 1, 2)
+
+    def finish(self, batch: torch.Tensor) -> torch.Tensor:
+        return normalised(batch)
 
     def _image(self, record: ImageRecord, mirrored: bool) -> np.ndarray:
         image = cv2.cvtColor(cv2.imread(str(record.path)), cv2.COLOR_BGR2RGB)
@@ -115,11 +118,13 @@ class PlainReader:
 
 
 @dataclass(frozen=True)
-class NormalisedReader:
+class DetresReader:
     reader: Any
 
     def __getitems__(self, keys: Keys) -> Any:
-        batch = self.reader.__getitems__(keys)
+        return self.reader.__getitems__(keys)
+
+    def finish(self, batch: Any) -> Any:
         return normalised(batch.images.pixels), batch.targets
 
 
@@ -128,28 +133,29 @@ def normalised(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.float() - mean) / std
 
 
-def detres(dataset: Dataset, masks: bool, to_input: bool = False, side: int = 800, **data: Any) -> Any:
+def detres(dataset: Dataset, masks: bool, side: int = 800, **data: Any) -> DetresReader:
     augment = AugmentConfig(resize=data.pop("resize", "pillow"))
     loader = build_loader(dataset, InputConfig(min_size=side), DataConfig(workers=0, augment=augment, **data),
                           batch_size=BATCH, training=True, with_masks=masks)
-    return NormalisedReader(loader.reader) if to_input else loader.reader
+    return DetresReader(loader.reader)
+
+
+TO_INPUT = "to the model's input"
 
 
 def loaders(dataset: Dataset) -> dict[str, dict[str, Any]]:
     """Tables of readers by name."""
-    def table(to_input: bool) -> dict[str, Any]:
-        return {
-            "detres, boxes": detres(dataset, False, to_input),
-            "detres, masks": detres(dataset, True, to_input),
-            "detres, boxes, resize=torch": detres(dataset, False, to_input, resize="torch"),
-            "detres, masks, resize=torch": detres(dataset, True, to_input, resize="torch"),
-            "torchvision, boxes": TorchvisionReader(dataset.records, False, to_input),
-            "torchvision, masks": TorchvisionReader(dataset.records, True, to_input),
-            "OpenCV, no objects": PlainReader(dataset.records, to_input)}
-
+    whole = {
+        "detres, boxes": detres(dataset, False),
+        "detres, masks": detres(dataset, True),
+        "detres, boxes, resize=torch": detres(dataset, False, resize="torch"),
+        "detres, masks, resize=torch": detres(dataset, True, resize="torch"),
+        "torchvision, boxes": TorchvisionReader(dataset.records, False),
+        "torchvision, masks": TorchvisionReader(dataset.records, True),
+        "OpenCV, no objects": PlainReader(dataset.records)}
     return {
-        "as far as each loader goes": table(False),
-        "to the model's input": table(True),
+        "as far as each loader goes": whole,
+        TO_INPUT: whole,
         "short side 160, as far as the loader goes": {
             "detres, masks at 160": detres(dataset, True, side=160),
             "detres, masks at 160, reduced_decode": detres(dataset, True, side=160, reduced_decode=True)},
@@ -158,17 +164,18 @@ def loaders(dataset: Dataset) -> dict[str, dict[str, Any]]:
             "detres, masks, on_device": detres(dataset, True, on_device=True)}}
 
 
-def measure(reader: Any, batches: Sequence[Keys], workers: int) -> float:
+def measure(reader: Any, batches: Sequence[Keys], workers: int, to_input: bool) -> float:
     """CPU milliseconds an image without workers, else images a second by the clock."""
     stream = itertools.islice(itertools.cycle(batches), SKIPPED + MEASURED + 8 * max(1, workers))
     loader = iter(DataLoader(reader, batch_sampler=list(stream), num_workers=workers, collate_fn=as_is,
                              worker_init_fn=one_thread, multiprocessing_context="fork" if workers else None))
+    finish = reader.finish if to_input else as_is
     clock: Callable[[], float] = time.perf_counter if workers else time.process_time
     for _ in range(SKIPPED):
-        read(next(loader))
+        read(finish(next(loader)))
     start = clock()
     for _ in range(MEASURED):
-        read(next(loader))
+        read(finish(next(loader)))
     seconds = clock() - start
     return MEASURED * BATCH / seconds if workers else seconds / MEASURED / BATCH * 1e3
 
@@ -245,7 +252,7 @@ def report(title: str, readers: dict[str, Any], batches: Sequence[Keys], runs: i
     found: dict[tuple[str, int], list[float]] = {}
     for _ in range(runs):
         for name, workers in itertools.product(readers, (0, 1, 2)):
-            found.setdefault((name, workers), []).append(measure(readers[name], batches, workers))
+            found.setdefault((name, workers), []).append(measure(readers[name], batches, workers, title == TO_INPUT))
     print(f"\n{title}\n{'':38}{'ms':>8}{'images/s':>12}{'1 worker':>12}{'2 workers':>12}", flush=True)
     for name in readers:
         ms, one, two = (statistics.median(found[name, workers]) for workers in (0, 1, 2))
