@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
@@ -15,11 +16,13 @@ from PIL import Image
 
 from detres.config import SourceConfig
 from detres.data import coco, panoptic
+from detres.data.convert.lost import Losses
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES, read_file
+from detres.data.kinds import KINDS, severity
 from detres.data.label_maps import IGNORED, read_values
 from detres.data.masks import run_code
-from detres.data.problems import OnInvalid
+from detres.data.problems import OnInvalid, Problems
 from detres.data.semantic import load_semantic
 from detres.data.splits import Split, find_splits
 
@@ -48,17 +51,17 @@ class Part:
         return ((record, item) for record in self.dataset.records for item in record.annotations)
 
 
-def load_parts(path: str | Path, images: str | None = None, semantic: str | None = None,
+def load_parts(path: str | Path, losses: Losses, images: str | None = None, semantic: str | None = None,
                on_invalid: OnInvalid = "error") -> list[Part]:
     """The splits at a path, of instances or of COCO's panoptic format. `semantic`: a data set with label maps of the
-    same images, matched by the names of their files. Raises as `load_dataset`, and ValueError for images without a map.
+    same images, matched by the names of their files. What is dropped as invalid is counted in `losses`. Raises as `load_dataset`, and ValueError for images without a map.
     """
     local = Path(path).expanduser()
     if local.exists() and panoptic.is_source(local, "train", None):
         files = [local] if local.is_file() else coco.json_files(local)
         return [_panoptic(file, images, on_invalid) for file in files]
     splits = find_splits(path, images)
-    parts = [Part(_name(split.name, len(splits)), _loaded(split, on_invalid)) for split in splits]
+    parts = [Part(_name(split.name, len(splits)), _loaded(split, losses, on_invalid)) for split in splits]
     return [_with_semantic(part, split, semantic, on_invalid) for part, split in zip(parts, splits)]
 
 
@@ -88,9 +91,13 @@ def _with_semantic(part: Part, split: Split, path: str | None, on_invalid: OnInv
     return replace(part, semantic=replace(found, records=records))
 
 
-def _loaded(split: Split, on_invalid: OnInvalid) -> Dataset:
+def _loaded(split: Split, losses: Losses, on_invalid: OnInvalid) -> Dataset:
     """With LVIS' lists of ids as labels, and masks from VOC's PNG files."""
-    dataset = split.load(on_invalid, keep_extra=True)
+    problems = Problems(split.name, split.source.path)
+    dataset = split.load(problems, keep_extra=True)
+    problems.close(on_invalid)
+    for kind, count in Counter(problem.kind for problem in problems.found).items():
+        losses.lose(f"invalid, left out: {{}} ({KINDS[kind].title})", count if severity(kind) == "error" else 0)
     if dataset.format == "lvis":
         label_of = {number: label for label, number in enumerate(dataset.category_ids)}
         return replace(dataset, records=dataset.records.mapped(lambda record: _with_labels(record, label_of)))

@@ -20,7 +20,7 @@ from detres.data.convert.to_voc import write_voc
 from detres.data.convert.to_yolo import write_yolo
 from detres.data.problems import OnInvalid
 
-Writer = Callable[[Sequence[Part], Path, Images, Losses, str], None]
+Writer = Callable[[Sequence[Part], Path, Images, Losses, str], list[int]]  # objects written, of each part
 
 # Each with what `masks` may be, the first by default: "keep" as they are.
 TARGETS: dict[str, tuple[Writer, tuple[str, ...]]] = {
@@ -48,6 +48,7 @@ class Options:
 @dataclass(frozen=True)
 class Result:
     parts: list[Part]
+    written: list[int]  # objects of each part
     losses: Losses
     to: str
     out: Path
@@ -56,8 +57,8 @@ class Result:
         classes = len(self.parts[0].dataset.classes)
         lines = [f"{self.out}: {self.to}, {classes} class{'es'[:2 * (classes != 1)]}"]
         width = max(len(part.name) for part in self.parts)
-        lines += [f"  {part.name:{width}}  {len(part.dataset.records.rows()):,} objects in "
-                  f"{len(part.dataset.records):,} images" for part in self.parts]
+        lines += [f"  {part.name:{width}}  {count:,} objects in {len(part.dataset.records):,} images"
+                  for part, count in zip(self.parts, self.written)]
         return "\n".join([*lines, *self.losses.lines()])
 
 
@@ -73,7 +74,7 @@ def convert(paths: Sequence[str | Path], out: str | Path, options: Options = Opt
     """
     out, losses = Path(out).expanduser(), Losses()
     _check_out(out)
-    data_sets = [load_parts(path, images, semantic, options.on_invalid) for path in paths]
+    data_sets = [load_parts(path, losses, images, semantic, options.on_invalid) for path in paths]
     parts = merged(data_sets, losses) if len(data_sets) > 1 else unified(data_sets[0])
     to = options.to or _format_of(parts)
     writer, allowed = TARGETS[to]
@@ -85,8 +86,8 @@ def convert(paths: Sequence[str | Path], out: str | Path, options: Options = Opt
     parts = change(parts, losses) if change else parts
     if len({part.name for part in parts}) < len(parts):
         raise ValueError(f"splits must differ in name, got {[part.name for part in parts]}. Rename their files.")
-    _write(parts, out, writer, to, masks, options, losses, [str(path) for path in paths])
-    return Result(parts, losses, to, out)
+    written = _write(parts, out, writer, to, masks, options, losses, [str(path) for path in paths])
+    return Result(parts, written, losses, to, out)
 
 
 def _check_out(out: Path) -> None:
@@ -100,24 +101,25 @@ def _format_of(parts: Sequence[Part]) -> str:
 
 
 def _write(parts: Sequence[Part], out: Path, writer: Writer, to: str, masks: str, options: Options, losses: Losses,
-           sources: Sequence[str]) -> None:
-    """Into a folder beside `out`, which then takes its name."""
+           sources: Sequence[str]) -> list[int]:
+    """Into a folder beside `out`, which then takes its name. Returns what the writer does."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         images = Images(folder, options.images)
-        writer([_without_masks(part) for part in parts] if masks == "none" and to in ("coco", "lvis") else parts,
-               folder, images, losses, masks)
+        shown = [_without_masks(part) for part in parts] if masks == "none" and to in ("coco", "lvis") else parts
+        written = writer(shown, folder, images, losses, masks)
         if any(part.semantic for part in parts) and to not in ("voc", "panoptic"):
             write_semantic(parts, folder, images)
         losses.change("{} images have a number after their name, as others are called so", images.renamed)
         if options.strict:
             losses.refuse()
-        _report(parts, folder, to, losses, sources)
+        _report(parts, written, folder, to, losses, sources)
         folder.chmod(0o777 & ~_umask())
         if out.exists():
             out.rmdir()
         os.replace(folder, out)
+        return written
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -134,8 +136,9 @@ def _without_masks(part: Part) -> Part:
         replace(item, segmentation=None) for item in record.annotations)) for record in part.dataset.records)
 
 
-def _report(parts: Sequence[Part], out: Path, to: str, losses: Losses, sources: Sequence[str]) -> None:
+def _report(parts: Sequence[Part], written: Sequence[int], out: Path, to: str, losses: Losses,
+            sources: Sequence[str]) -> None:
     content = {"sources": list(sources), "to": to, "classes": list(parts[0].dataset.classes),
-               "splits": {part.name: {"images": len(part.dataset.records), "objects": len(part.dataset.records.rows())}
-                          for part in parts}, **losses.as_json()}
+               "splits": {part.name: {"images": len(part.dataset.records), "objects": count}
+                          for part, count in zip(parts, written)}, **losses.as_json()}
     (out / REPORT).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -20,21 +20,25 @@ from detres.data.masks import PNGSegment
 FREQUENT = ((10, "r"), (100, "c"))  # training images that a class is in, at most: rare, common; else frequent
 
 
-def write_coco(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> None:
+def write_coco(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> list[int]:
+    """Returns how many objects each part has there."""
     _write(parts, out, images, losses, masks, "instances")
     losses.change("COCO has no difficult objects: {} marked by a key `difficult`, which detres reads and others do not",
                   sum(item.difficult for part in parts for _, item in part.objects()))
+    return [len(part.dataset.records.rows()) for part in parts]
 
 
-def write_lvis(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> None:
+def write_lvis(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> list[int]:
     """Without crowds: their class counts as not fully labelled in the image. Where the data do not say which classes an
-    image is known not to have, it is labelled in full: all that it has no object of."""
+    image is known not to have, it is labelled in full: all that it has no object of. Returns how many objects each
+    part has there."""
     frequency = _frequency(parts)
     bare = [_without_crowds(part, losses) for part in parts]
     _write([_with_lists(part, old) for part, old in zip(bare, parts)], out, images, losses,
            "polygon" if masks == "keep" else masks, "lvis_v1", frequency)
     losses.lose("LVIS has no keypoints: those of {} objects left out",
                 sum(bool(item.keypoints) for part in parts for _, item in part.objects()))
+    return [len(part.dataset.records.rows()) for part in bare]
 
 
 def _write(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str, prefix: str,

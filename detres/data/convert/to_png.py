@@ -92,9 +92,10 @@ def paint(record: ImageRecord, items: Sequence[Annotation], losses: Losses) -> n
 # Panoptic
 
 
-def write_panoptic(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> None:
+def write_panoptic(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> list[int]:
     """annotations/panoptic_<split>.json and the folder of PNG files called so. Things are the objects, stuff the classes
-    of the label maps that are no things; pixels of neither are of no segment."""
+    of the label maps that are no things; pixels of neither are of no segment. Returns the things of each part."""
+    written = []
     for part in parts:
         ids = range(1, len(part.dataset.records) + 1)
         old = [record.id for record in part.dataset.records]
@@ -115,10 +116,12 @@ def write_panoptic(parts: Sequence[Part], out: Path, images: Images, losses: Los
         categories += [{"id": number, "name": part.semantic.classes[k], "isthing": 0} for k, number in stuff.items()]
         content = {"images": listed, "annotations": entries, "categories": categories}
         (folder.parent / f"{folder.name}.json").write_bytes(msgspec.json.encode(content))
+        written.append(sum(segment["category_id"] in things for entry in entries for segment in entry["segments_info"]))
     items = [item for part in parts for _, item in part.objects()]
     losses.lose("{} objects without a mask left out", sum(not item.segmentation for item in items))
     losses.lose("further keys (licence, attributes ...) of {} entries left out", entries_with_more(parts))
     losses.lose("keypoints of {} objects left out", sum(bool(item.keypoints) for item in items))
+    return written
 
 
 def _category_ids(part: Part, stuff: dict[int, int]) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.voc import VOC_CLASSES
 
 
-def write_voc(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> None:
-    """Boxes are written as the reader undoes it, 1 added to the left and upper edge; whole numbers without a point."""
+def write_voc(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> list[int]:
+    """Boxes are written as the reader undoes it, 1 added to the left and upper edge; whole numbers without a point.
+    Returns how many objects each part has there."""
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (out / folder).mkdir(parents=True)
     png = masks == "png"
@@ -28,6 +29,7 @@ def write_voc(parts: Sequence[Part], out: Path, images: Images, losses: Losses, 
     if png:
         write_list(out / "classes.txt", semantic_classes(parts[0]))
     _tell(parts, losses, png)
+    return [sum(not _is_click(item) for _, item in part.objects()) for part in parts]
 
 
 def _tell(parts: Sequence[Part], losses: Losses, png: bool) -> None:

@@ -20,12 +20,13 @@ from detres.data.masks import mask_area
 DIGITS = 12  # after the point: 1e-8 pixels of an image 10,000 pixels wide
 
 
-def write_yolo(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> None:
-    """Rows are polygons where there is a mask, else boxes; an image that has both has rectangles for boxes, as readers
+def write_yolo(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> list[int]:
+    """Returns how many objects each part has there. Rows are polygons where there is a mask, else boxes; an image that has both has rectangles for boxes, as readers
     take all rows of a file for the same kind."""
     names = dict(enumerate(parts[0].dataset.classes))
     folders: dict[str, list[str]] = defaultdict(list)  # by the key of data.yaml
-    for part in parts:
+    written = [0] * len(parts)
+    for place, part in enumerate(parts):
         folders[_key(part.name)].append(f"images/{part.name}")
         (out / "labels" / part.name).mkdir(parents=True)
         (out / "images" / part.name).mkdir(parents=True)
@@ -34,12 +35,14 @@ def write_yolo(parts: Sequence[Part], out: Path, images: Images, losses: Losses,
             rows = _rows(record, losses, masks)
             file = (out / "labels" / part.name / name).with_suffix(".txt")
             file.write_text("".join(f"{row}\n" for row in rows))
+            written[place] += len(rows)
     content = {"path": "."} | {key: own if len(own) > 1 else own[0] for key, own in folders.items()}
     losses.change("YOLO has one split for each of train, val and test: {} are joined",
                   sum(len(own) for own in folders.values() if len(own) > 1))
     text = yaml.safe_dump(content | {"names": names}, allow_unicode=True, sort_keys=False)
     (out / "data.yaml").write_text(text, encoding="utf-8")
     _tell(parts, losses)
+    return written
 
 
 def _key(name: str) -> str:

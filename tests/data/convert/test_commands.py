@@ -67,6 +67,11 @@ def test_data_that_are_refused_leave_nothing_and_name_the_option(shapes, tmp_pat
     assert main(arguments) == 1 and not (tmp_path / "out").exists()
     assert "or give --drop-invalid to leave out" in capsys.readouterr().err
     assert main([*arguments, "--drop-invalid"]) == 0 and len(counts(tmp_path / "out")) == 2
+    if command == "shard":
+        return
+    lost = json.loads((tmp_path / "out/conversion.json").read_text())["lost"]
+    assert {"what": "invalid, left out: 1 (boxes without area)", "count": 1} in lost
+    assert main([*arguments[:-1], str(tmp_path / "strict"), "--drop-invalid", "--strict"])
 
 
 def test_ids_that_clash_are_counted_anew(shapes, tmp_path, capsys):
