@@ -158,24 +158,26 @@ def names_split(file: Path, role: str, split: str | None) -> bool:
 def image_folder(file: Path, images: str | None, names: Sequence[Sequence[str]], problems: Problems) -> Path | None:
     """The folder that has the most images, by one of the names of each; the nearest such. None, told to `problems`: no
     folder."""
-    if images is not None:
-        folder = Path(images).expanduser()
-        if not folder.is_dir():
-            problems.add(file, None, None, "images", images, "must be a folder (check data.*.images)", "images_nowhere")
-        return folder if folder.is_dir() else None
+    folders = _beside(file, names) if images is None else [Path(images).expanduser()]
+    count = {folder: sum(any(os.path.isfile(folder / name) for name in own) for own in names)
+             for folder in folders if os.path.isdir(folder)}
+    best = max(count, key=lambda folder: count[folder], default=None)  # the first of equals
+    if best is None or names and not count[best]:
+        hint = "check data.*.images" if images else "give the folder as data.*.images"
+        problems.add(file, None, None, "images", images or names[0][0], "must be in the folder of images ("
+                     f"looked for in {', '.join(map(str, folders))}: {hint})", "images_nowhere")
+        return None
+    return best
+
+
+def _beside(file: Path, names: Sequence[Sequence[str]]) -> list[Path]:
+    """Where images of an annotation file are by custom."""
     parts = [part for part in re.split(r"[_.\-]+", file.stem) if part]
     subfolders = ["_".join(parts[start:]) for start in range(len(parts))] + parts
     subfolders += [part for own in names[:1] for part in own[0].split("_")[:-1]]  # COCO_val2014_000000000042.jpg
     subfolders = [f"{above}{sub}" for sub in [*subfolders, ""] for above in ("", "images/")]
     folders = [root / sub for root in (file.parent, file.parent.parent) for sub in subfolders]
-    folders = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
-    count = {folder: sum(any(os.path.isfile(folder / name) for name in own) for own in names) for folder in folders}
-    best = max(folders, key=lambda folder: count[folder])  # the first of equals
-    if names and not count[best]:
-        problems.add(file, None, None, "images", names[0][0], "must be in a folder beside the file (such as "
-                     f"{', '.join(map(str, folders))}: give the folder as data.*.images)", "images_nowhere")
-        return None
-    return best
+    return [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
 
 
 # Reading

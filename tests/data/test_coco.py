@@ -159,10 +159,13 @@ def test_images_that_are_nowhere_or_elsewhere(coco, tmp_path):
     coco.load()
     elsewhere = (coco.root / "train2017").rename(coco.root / "elsewhere")
     for on_invalid in ("error", "drop"):
-        with pytest.raises(InvalidDataError, match="in a folder beside the file .*give the folder as data.*got 'a.png'"):
+        with pytest.raises(InvalidDataError, match="in the folder of images .*give the folder as data.*got 'a.png'"):
             load_dataset(SourceConfig(path=str(coco.root)), "train", on_invalid)
     source = SourceConfig(path=str(coco.root), images=str(elsewhere))
     assert load_dataset(source, "train").records[0].path == elsewhere / "a.png"
+    wrong = SourceConfig(path=str(coco.root), images=str(tmp_path))
+    with pytest.raises(InvalidDataError, match=r"got 1 problem(.|\n)*check data"):
+        load_dataset(wrong, "train", "drop")
 
 
 def test_rasterize_is_pycocotools():

@@ -49,6 +49,9 @@ def joined(parts: Sequence[Part], name: str = "train") -> Part:
 def merged(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[Part]:
     """Splits of the same name, or for the same purpose, joined. An image file that is listed twice becomes one image
     with the objects of both, of which equal ones count once."""
+    named = [{name for part in own for name in part.dataset.classes} for own in data_sets]
+    losses.change("classes differ: {} are annotated in some of the data sets only, and are background in the images of "
+                  "others", len(set.union(*named) - set.intersection(*named)))
     parts = unified([part for own in _by_role(data_sets, losses) for part in own])
     names = list(dict.fromkeys(part.name for part in parts))
     found = [joined([part for part in parts if part.name == name], name) for name in names]

@@ -56,6 +56,15 @@ def test_merge_and_rename(shapes, tmp_path):
     assert {"what": "16 image files have the content of another: both are kept", "count": 16} in report["changed"]
 
 
+def test_merging_other_classes_is_told(shapes, tmp_path, capsys):
+    """What is annotated in one of them only is taught as background by the images of the other."""
+    assert not main(["data", "subset", str(shapes), str(tmp_path / "discs"), "--classes", "disc"])
+    assert not main(["data", "merge", str(shapes), str(tmp_path / "discs"), str(tmp_path / "out")])
+    assert "2 are annotated in some of the data sets only" in capsys.readouterr().out
+    assert not main(["data", "merge", str(shapes), str(shapes), str(tmp_path / "same")])
+    assert "annotated in some" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ("convert", "shard"))
 def test_data_that_are_refused_leave_nothing_and_name_the_option(shapes, tmp_path, capsys, command):
     broken = shutil.copytree(shapes, tmp_path / "broken")
