@@ -9,9 +9,9 @@ that makes. Then images a second with one and with two worker processes, by the 
 pass. Runs of different loaders alternate, and the table has medians.
 
 Loaders end at different points. Ours gives bytes at the size of training, padded to a batch, and normalises in the
-model; torchvision's gives floats at the size of the file, and resizes, normalises and pads in the model; the plain one resizes
-by OpenCV (not antialiased), pads, and knows no objects. So there are two tables: as far as each loader goes; and to
-floats that go into the backbone, where the process that trains does the model's part, as it does in a training:
+model; torchvision's gives floats at the size of the file, and resizes, normalises and pads in the model; the plain one
+resizes by OpenCV (not antialiased), pads, and knows no objects. So there are two tables: as far as each loader goes;
+and to floats that go into the backbone, where the process that trains does the model's part, as it does in a training:
 `GeneralizedRCNNTransform`, or our normalisation.
 
 torchvision's script draws masks for all models; its rows "boxes" leave them out. Its masks have the size of the file

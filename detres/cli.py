@@ -1,5 +1,5 @@
-"""`detres train`, `eval`, `predict` and the others in `COMMANDS`: arguments in, the library's functions called, errors in
-one message.
+"""`detres train`, `eval`, `predict` and the others in `COMMANDS`: arguments in, the library's functions called, errors
+in one message.
 
 Nothing heavy is imported before a command runs, so that help is instant.
 """

@@ -112,8 +112,8 @@ def _parts(text: str) -> dict[str, float | None]:
     except ValueError:
         sizes = {}
     if len(sizes) < len(pairs) or not all(re.fullmatch(r"[\w.-]+", name) for name in sizes):
-        raise argparse.ArgumentTypeError("must be NAME=SIZE or NAME, with commas between, and a size a fraction below 1 "
-                                         f"or a number of images, such as train=0.8,val=0.2, got '{text}'")
+        raise argparse.ArgumentTypeError("must be NAME=SIZE or NAME, with commas between, and a size a fraction "
+                                         f"below 1 or a number of images, such as train=0.8,val=0.2, got '{text}'")
     return sizes
 
 

@@ -48,7 +48,8 @@ def nearest(given: str, known: Sequence[str]) -> str:
 def command(commands: argparse._SubParsersAction, name: str, examples: Mapping[str, str],
             run: Callable[[argparse.Namespace], object], summary: str, more: str = "",
             rest: str | None = None) -> Parser:
-    """A subcommand; `run` may return an exit status. `rest` names the list that takes positional arguments which follow an option."""
+    """A subcommand; `run` may return an exit status. `rest` names the list that takes positional arguments which follow
+    an option."""
     epilog = f"examples:{examples[name]}"
     parser = commands.add_parser(name.split()[-1], help=summary, epilog=epilog,
                                  description=f"{summary[0].upper()}{summary[1:]}. {more}".strip())

@@ -203,8 +203,8 @@ def save_records(file: Path, header: dict[str, Any], records: Records) -> None:
 
 
 def map_records(file: Path, store: ShardStore | None = None, name: str = "") -> tuple[dict[str, Any], Records]:
-    """The header and the records of a file. Raises OSError, and ValueError for anything but a whole file, which it calls
-    by `name`."""
+    """The header and the records of a file. Raises OSError, and ValueError for anything but a whole file, which it
+    calls by `name`."""
     name = name or str(file)
     size = os.stat(file).st_size
     with open(file, "rb") as stream:

@@ -191,7 +191,7 @@ KINDS: dict[str, Kind] = {
     "class_unused": Kind("note", "classes without an object in any split", "an output that is never right",
                          "delete the class, or annotate its objects"),
     "image_near_copy": Kind("note", "images that are almost the same as another of their split",
-                            "together they weigh more, as frames of a video do", "keep one of them, unless it is meant"),
+                            "together they weigh more, as frames of a video do", "keep one, unless it is meant"),
     "image_exif": Kind("note", "images with an EXIF orientation",
                        "detres turns them, as annotated; tools that do not will misplace the boxes",
                        "store the pixels upright, without the tag"),

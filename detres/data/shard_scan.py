@@ -120,7 +120,9 @@ class Scan:
 def _size(content: dict[str, Any], path: ShardImage, file: IO[bytes]) -> Sequence[int]:
     """Height and width, as stated, else from the file. Raises ImageError."""
     size = content.get("height"), content.get("width")
-    return size if all(type(side) is int and side > 0 for side in size) else open_image(file.read(), str(path)).shape[:2]
+    if all(type(side) is int and side > 0 for side in size):
+        return size
+    return open_image(file.read(), str(path)).shape[:2]
 
 
 def _check_end(tar: tarfile.TarFile, stream: Any) -> None:

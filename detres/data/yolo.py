@@ -317,8 +317,8 @@ def read_loose(found: Loose, role: str, split: str | None = None, images: str | 
     if found.lists:
         name = next((name for name in ([split] if split else SPLITS[role]) if name in found.lists), None)
         if name is None:
-            raise FileNotFoundError(f"split must be one of {sorted(found.lists)}, got '{split or role}' ({found.root}). "
-                                    "Give it as data.*.split.")
+            raise FileNotFoundError(f"split must be one of {sorted(found.lists)}, got '{split or role}' "
+                                    f"({found.root}). Give it as data.*.split.")
         by_stem = {file.stem: file for file in found.files}
         wanted = [by_stem.get(Path(line).stem, Path(line).with_suffix(".txt")) for line in _lines(found.lists[name])]
     else:

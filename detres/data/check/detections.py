@@ -96,7 +96,8 @@ class _Compared:
     def _found(self, column: int) -> tuple[str, float]:
         return self.dataset.classes[self.label[column]], round(float(self.score[column]), 2)
 
-    def _problem(self, image: int, annotation_id: int | None, field: str, value: Any, reason: str, kind: str) -> Problem:
+    def _problem(self, image: int, annotation_id: int | None, field: str, value: Any, reason: str,
+                 kind: str) -> Problem:
         record = self.dataset.records[int(image)]
         return Problem(str(record.path), record.id, annotation_id, field, value, reason, kind, self.name)
 

@@ -285,7 +285,8 @@ MENDS: dict[str, Callable[[_Fix, Problem, Any, str, int], None]] = {
     "box_past_edge": _clip, "box_mask_differs": _better, "area_differs": _better,
     "bad_area": _delete, "bad_keypoints": _delete, "bad_iscrowd": _crowd,
     "bad_segmentation": _polygons, "polygon_odd": _polygons, "polygon_short": _polygons,
-    "polygon_not_finite": _polygons, "image_size": _size, "image_differs": _exchanged, "duplicate_image": _same_image, "bad_category": _name,
+    "polygon_not_finite": _polygons, "image_size": _size, "image_differs": _exchanged, "duplicate_image": _same_image,
+    "bad_category": _name,
     "duplicate_category": _merge,
 }
 

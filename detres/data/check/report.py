@@ -137,8 +137,8 @@ def print_fix(after: Report, changes: Changes) -> None:
     emptied = [split.name for split in after.splits if split.format and not split.annotations]
     emptied += [Path(change.file).name for change in changes.made if change.kind == "unreadable"]
     verdict = "✗ the copy has errors that only you can mend" if status else (
-        f"! the copy has no errors, but no objects are left in {', '.join(emptied)}: look at the changes" if emptied else
-        "✓ the copy is safe to train on")
+        f"! the copy has no errors, but no objects are left in {', '.join(emptied)}: look at the changes" if emptied
+        else "✓ the copy is safe to train on")
     _print(console, verdict, 0, "red" if status else "yellow" if emptied else "green")
 
 

@@ -13,7 +13,8 @@ from detres.data.dataset import Dataset, ImageRecord
 
 @dataclass(frozen=True)
 class ClassChange:
-    """`rename`: old name to new, several to one to merge them; `keep`, by old name or new, in this order, if not empty."""
+    """`rename`: old name to new, several to one to merge them; `keep`, by old name or new, in this order, unless
+    empty."""
 
     rename: Mapping[str, str] = field(default_factory=dict)
     keep: Sequence[str] = ()

@@ -54,7 +54,8 @@ class Part:
 def load_parts(path: str | Path, losses: Losses, images: str | None = None, semantic: str | None = None,
                on_invalid: OnInvalid = "error") -> list[Part]:
     """The splits at a path, of instances or of COCO's panoptic format. `semantic`: a data set with label maps of the
-    same images, matched by the names of their files. What is dropped as invalid is counted in `losses`. Raises as `load_dataset`, and ValueError for images without a map.
+    same images, matched by the names of their files. What is dropped as invalid is counted in `losses`. Raises as
+    `load_dataset`, and ValueError for images without a map.
     """
     local = Path(path).expanduser()
     if local.exists() and panoptic.is_source(local, "train", None):

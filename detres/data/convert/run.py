@@ -79,8 +79,8 @@ def convert(paths: Sequence[str | Path], out: str | Path, options: Options = Opt
     to = options.to or _format_of(parts)
     writer, allowed = TARGETS[to]
     if options.masks and options.masks not in allowed:
-        raise ValueError(f"--masks must be {' or '.join(allowed)} for {to}, got {options.masks}. Change it, or leave it "
-                         "out.")
+        raise ValueError(f"--masks must be {' or '.join(allowed)} for {to}, got {options.masks}. Change it, or leave "
+                         "it out.")
     masks = options.masks or allowed[0]
     parts = changed(parts, options.classes)
     parts = change(parts, losses) if change else parts

@@ -132,8 +132,8 @@ def contents(paths: set[Path]) -> dict[Path, str]:
 
 def subset(parts: Sequence[Part], count: int | None = None, ids: Sequence[str] = (), with_objects: bool = False,
            seed: int = 0) -> list[Part]:
-    """Of each split the images of `ids` (ids or file names, with or without the suffix), those that have objects, and of
-    these `count` at random, in their order. Raises ValueError for ids that no split has."""
+    """Of each split the images of `ids` (ids or file names, with or without the suffix), those that have objects, and
+    of these `count` at random, in their order. Raises ValueError for ids that no split has."""
     missing = set(ids) - {key for part in parts for record in part.dataset.records for key in _keys(record)}
     if missing:
         raise ValueError(f"image must be in the data set, got {len(missing)} that are not, such as "

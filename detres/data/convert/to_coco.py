@@ -82,8 +82,8 @@ def _image_ids(parts: Sequence[Part], losses: Losses) -> dict[str, list[int]]:
 
 
 def _category_ids(dataset: Dataset, losses: Losses) -> tuple[int, ...]:
-    """As they are, or from 1 on where they do not rise, as their order is that of the classes, or one is below 1: 0 means
-    background to many tools."""
+    """As they are, or from 1 on where they do not rise, as their order is that of the classes, or one is below 1: 0
+    means background to many tools."""
     ids = dataset.category_ids
     if min(ids, default=1) >= 1 and all(a < b for a, b in zip(ids, ids[1:])):
         return ids

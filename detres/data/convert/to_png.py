@@ -38,7 +38,7 @@ def semantic_classes(part: Part) -> tuple[str, ...]:
 
 def write_masks(part: Part, place: int, items: Sequence[Annotation], out: Path, image_id: str,
                  losses: Losses) -> None:
-    """SegmentationObject, the number of the object from 1 on, and SegmentationClass; crowds are ignored pixels (255)."""
+    """SegmentationObject, numbers of objects from 1 on, and SegmentationClass; crowds are ignored pixels (255)."""
     record = part.dataset.records[place]
     if len(items) > MOST:
         raise ValueError(f"VOC's PNG must have at most {MOST} objects, got {len(items)} ({record.path}). Leave out "
@@ -93,8 +93,9 @@ def paint(record: ImageRecord, items: Sequence[Annotation], losses: Losses) -> n
 
 
 def write_panoptic(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> list[int]:
-    """annotations/panoptic_<split>.json and the folder of PNG files called so. Things are the objects, stuff the classes
-    of the label maps that are no things; pixels of neither are of no segment. Returns the things of each part."""
+    """annotations/panoptic_<split>.json and the folder of PNG files called so. Things are the objects, stuff the
+    classes of the label maps that are no things; pixels of neither are of no segment. Returns how many things each part
+    has."""
     written = []
     for part in parts:
         ids = range(1, len(part.dataset.records) + 1)

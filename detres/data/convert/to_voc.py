@@ -21,7 +21,8 @@ def write_voc(parts: Sequence[Part], out: Path, images: Images, losses: Losses, 
         (out / folder).mkdir(parents=True)
     png = masks == "png"
     if blank := [name for name in parts[0].dataset.classes if not name.strip()]:
-        raise ValueError(f"names of classes must have letters in VOC, got {blank[0]!r}. Give --rename '{blank[0]}=NEW'.")
+        raise ValueError(f"names of classes must have letters in VOC, got {blank[0]!r}. Give --rename "
+                         f"'{blank[0]}=NEW'.")
     for part in parts:
         ids = [_write_image(part, place, out, images, losses, png) for place in range(len(part.dataset.records))]
         for task in ("Main", "Segmentation") if png else ("Main",):

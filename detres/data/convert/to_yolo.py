@@ -21,8 +21,8 @@ DIGITS = 12  # after the point: 1e-8 pixels of an image 10,000 pixels wide
 
 
 def write_yolo(parts: Sequence[Part], out: Path, images: Images, losses: Losses, masks: str) -> list[int]:
-    """Returns how many objects each part has there. Rows are polygons where there is a mask, else boxes; an image that has both has rectangles for boxes, as readers
-    take all rows of a file for the same kind."""
+    """Rows are polygons where there is a mask, else boxes; an image that has both has rectangles for boxes, as readers
+    take all rows of a file for the same kind. Returns how many objects each part has there."""
     names = dict(enumerate(parts[0].dataset.classes))
     folders: dict[str, list[str]] = defaultdict(list)  # by the key of data.yaml
     written = [0] * len(parts)
