@@ -91,6 +91,15 @@ class InvalidDataError(ValueError):
         return "\n".join(lines)
 
 
+def raise_all(errors: Sequence[InvalidDataError]) -> None:
+    """As one, if there is any: what is wrong with validation data need not wait until training data are mended."""
+    if errors:
+        paths = dict.fromkeys(error.path for error in errors if error.path)
+        raise InvalidDataError(" and ".join(error.name for error in errors),
+                               [problem for error in errors for problem in error.problems],
+                               "; detres data check ".join(paths))
+
+
 def _counts(problems: Sequence[Problem]) -> str:
     kinds = Counter(f"{problem.field} {problem.reason.split(' (')[0]}" for problem in problems)
     return "; ".join(f"{count} x {kind}" for kind, count in kinds.most_common())

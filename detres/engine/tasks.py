@@ -17,7 +17,7 @@ from detres.data.class_loader import build_class_loader
 from detres.data.dataset import Dataset, Role, load_dataset
 from detres.data.device import prepared
 from detres.data.loader import build_loader
-from detres.data.problems import OnInvalid
+from detres.data.problems import InvalidDataError, OnInvalid, raise_all
 from detres.data.transforms import scale_pyramid
 from detres.engine import distributed
 from detres.engine.interrupt import Interrupt
@@ -81,7 +81,13 @@ def _checked(data: DataConfig, load: Callable[[SourceConfig, Role, OnInvalid], D
              ) -> tuple[Dataset, Dataset | None]:
     """Training and validation data, with what `detres data check` would find wrong refused, dropped or told."""
     sources = [source for source in (data.train, data.val) if source is not None]
-    datasets = [load(source, role, data.on_invalid) for source, role in zip(sources, ("train", "val"))]
+    datasets, errors = [], []
+    for source, role in zip(sources, ("train", "val")):
+        try:
+            datasets.append(load(source, role, data.on_invalid))
+        except InvalidDataError as error:
+            errors.append(error)
+    raise_all(errors)
     if data.check_images:
         with distributed.first_on_each_machine():  # what the first finds is kept for the others
             datasets = check_files(datasets, sources, data.on_invalid)

@@ -22,7 +22,7 @@ from detres.data.check.images import check_images
 from detres.data.dataset import Dataset, without_images
 from detres.data.index import as_plain, code
 from detres.data.kinds import severity
-from detres.data.problems import OnInvalid, Problem, Problems, source_words
+from detres.data.problems import InvalidDataError, OnInvalid, Problem, Problems, raise_all, source_words
 from detres.data.records import decode, encode
 from detres.data.shard_files import ShardImage
 
@@ -41,12 +41,16 @@ def check_files(datasets: Sequence[Dataset], sources: Sequence[SourceConfig], on
     splits = [(str(number), dataset) for number, dataset in enumerate(datasets)
               if len(dataset.records) and not isinstance(dataset.records[0].path, ShardImage)]
     problems = _found(splits)
-    checked = list(datasets)
+    checked, errors = list(datasets), []
     for split, dataset in splits:
         source, own = sources[int(split)], [problem for problem in problems if problem.split == split]
-        Problems(dataset.name, source_words(source.path, source.images), own).close(on_invalid)
+        try:
+            Problems(dataset.name, source_words(source.path, source.images), own).close(on_invalid)
+        except InvalidDataError as error:
+            errors.append(error)
         unusable = {problem.image for problem in own if severity(problem.kind) == "error"}
         checked[int(split)] = without_images(dataset, unusable)
+    raise_all(errors)
     return checked
 
 

@@ -25,8 +25,8 @@ def shapes(tmp_path):
                         formats=("coco",), progress=False)
 
 
-def truncate(folder, number: int = 0) -> str:
-    image = sorted((folder / "train").glob("*.jpg"))[number]
+def truncate(folder, number: int = 0, split: str = "train") -> str:
+    image = sorted((folder / split).glob("*.jpg"))[number]
     image.write_bytes(image.read_bytes()[:-300])
     return image.name
 
@@ -43,11 +43,24 @@ def test_sound_images_pass(shapes):
 
 
 def test_all_damaged_files_are_told_at_once(shapes):
-    names = [truncate(shapes, number) for number in (0, 2)]
+    names = [truncate(shapes, number) for number in (0, 2)] + [truncate(shapes, split="val")]
     with pytest.raises(InvalidDataError) as refused:
         checked(shapes)
-    assert all(name in str(refused.value) for name in names) and "got 2 problems" in str(refused.value)
+    assert all(name in str(refused.value) for name in names) and "got 3 problems" in str(refused.value)
     assert str(refused.value).endswith(f"detres data check {shapes}")
+
+
+def test_errors_of_both_splits_are_told_at_once(shapes, tmp_path, capsys):
+    for split in ("train", "val"):
+        file = shapes / f"annotations/instances_{split}.json"
+        content = json.loads(file.read_text())
+        content["annotations"][0]["bbox"][2] = 0
+        file.write_text(json.dumps(content))
+    assert main(["train", "configs/demo.yaml", *SHORT, f"data.train={shapes}", f"data.val={shapes}",
+                 f"output={tmp_path / 'run'}"]) == 1
+    told = capsys.readouterr().err
+    assert "instances_train.json, image" in told and "instances_val.json, image" in told and "got 2 problems" in told
+    assert told.rstrip().endswith(f"detres data check {shapes}")
 
 
 def test_dropped_and_counted(shapes, caplog):
