@@ -60,7 +60,7 @@ def mutate(content, rng: random.Random):
             del parent[key]
         elif change == 1 and isinstance(parent, list):
             parent.insert(rng.randrange(len(parent) + 1), copy.deepcopy(old))
-        elif change == 2 and isinstance(old, (int, float)):
+        elif change == 2 and isinstance(old, (int, float)) and not abs(old) > 1e300:
             parent[key] = old * rng.choice([-1, 0, 0.01, 100, 1e12])
         elif change == 3 and isinstance(old, list):
             rng.shuffle(old)
@@ -175,4 +175,4 @@ def test_mutated_files_end_in_a_report(shapes, tmp_path, kind, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", list(MAKE))
 def test_thousands_of_mutated_files(shapes, tmp_path, kind):
-    assert fuzz(kind, shapes, tmp_path, range(10_000, 12_000)) >= {1, 2}
+    assert {0, 1} <= fuzz(kind, shapes, tmp_path, range(10_000, 12_000)) <= {0, 1, 2}
