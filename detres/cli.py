@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from detres import __version__, cli_data
-from detres.cli_parser import Parser, command, count, positive, probability
+from detres.cli_parser import Parser, command, positive, probability
 
 DESCRIPTION = """Object detection and segmentation on ResNet backbones.
 

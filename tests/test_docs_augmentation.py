@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 from detres.config import AugmentConfig, DataConfig, InputConfig, SamplingConfig
 from detres.config_file import format_config, load_config

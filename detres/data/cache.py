@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def cache_file(kind: str, *names: Any) -> Path | None:
@@ -17,6 +18,21 @@ def cache_file(kind: str, *names: Any) -> Path | None:
     folder = os.environ.get("DETRES_CACHE", f"{home}/detres")
     name = hashlib.blake2b(repr(names).encode(errors="surrogateescape"), digest_size=16).hexdigest()
     return Path(folder).expanduser() / kind / name if folder else None
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[IO[bytes]]:
+    """A stream for what takes the place of `file` once it is whole and on the disk; nothing is left if it fails."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as out:
+        try:
+            yield out
+            out.flush()
+            os.fsync(out.fileno())  # else, after a power failure, it may have its name and not its content
+            os.chmod(out.name, 0o644)
+            os.replace(out.name, file)
+        except BaseException:
+            os.unlink(out.name)
+            raise
 
 
 def make_room(files: Iterable[Path], limit: int, keep: Path) -> None:

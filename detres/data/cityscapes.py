@@ -120,20 +120,31 @@ def _class(label: str) -> int | None:
     return LABELS.index(name) if name in LABELS else None
 
 
-def paint(scene: Scene) -> np.ndarray:
-    """(H, W) int32 of the ids in *_instanceIds.png: 1000 x class + number of an instance, else the class, as of
-    groups."""
-    canvas = Image.new("I", (scene.width, scene.height))
-    draw, count = ImageDraw.Draw(canvas), Counter()
+def _numbered(scene: Scene) -> Iterator[tuple[int, np.ndarray]]:
+    """The id in *_instanceIds.png of each polygon: 1000 x class + number of an instance, else the class, as of groups.
+    A license plate has none: it is of the car."""
+    count: Counter[str] = Counter()
     for label, polygon in scene.objects:
         number = _class(label)
-        if number is None:  # a license plate is of the car
-            continue
         if label in WITH_INSTANCES:
             count[label] += 1
             number = 1000 * number + count[label] - 1
+        if number is not None:
+            yield number, polygon
+
+
+def paint(scene: Scene) -> np.ndarray:
+    """(H, W) int32 of the ids in *_instanceIds.png."""
+    canvas = Image.new("I", (scene.width, scene.height))
+    draw = ImageDraw.Draw(canvas)
+    for number, polygon in _numbered(scene):
         draw.polygon(polygon.ravel().tolist(), fill=number)
     return np.asarray(canvas)
+
+
+def _name(number: int) -> str:
+    """The class of an id."""
+    return LABELS[number if number < 1000 else number // 1000]
 
 
 def _instances(scenes: list[Scene]) -> tuple[ImageRecord, ...]:
@@ -152,29 +163,21 @@ def _visible(scene: Scene, first: int) -> Iterator[Annotation]:
         inside = ids[top:bottom, left:right] == number
         rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
         if len(rows):
-            crowd = number < 1000
-            name = LABELS[number if crowd else number // 1000]
             box = tuple(float(edge) for edge in (left + columns[0], top + rows[0], left + columns[-1] + 1,
                                                  top + rows[-1] + 1))
             code = run_code(inside, top, left, scene.height, scene.width)
-            yield Annotation(first, THINGS.index(name), box, code, area=float(np.count_nonzero(inside)), crowd=crowd)
+            yield Annotation(first, THINGS.index(_name(number)), box, code, area=float(np.count_nonzero(inside)),
+                             crowd=number < 1000)
             first += 1
 
 
 def _windows(scene: Scene) -> dict[int, tuple[int, int, int, int]]:
     """By id, the part of the image that the polygons of a thing may be in: left, top, right, bottom."""
-    count: Counter[str] = Counter()
     found: dict[int, np.ndarray] = {}
-    for label, polygon in scene.objects:
-        name = label if label in LABELS else label.removesuffix("group")
-        if name not in THINGS:
-            continue
-        number = LABELS.index(name)
-        if name == label:
-            count[label] += 1
-            number = 1000 * number + count[label] - 1
-        extent = np.array([np.floor(polygon.min(0)) - 1, -np.ceil(polygon.max(0)) - 2])
-        found[number] = np.minimum(found.get(number, extent), extent)
+    for number, polygon in _numbered(scene):
+        if _name(number) in THINGS:
+            extent = np.array([np.floor(polygon.min(0)) - 1, -np.ceil(polygon.max(0)) - 2])
+            found[number] = np.minimum(found.get(number, extent), extent)
     limits = np.array([scene.width, scene.height])
     return {number: tuple(np.clip(np.stack([low, -high]), 0, limits).astype(int).ravel().tolist())
             for number, (low, high) in found.items()}

@@ -155,6 +155,18 @@ def names_split(file: Path, role: str, split: str | None) -> bool:
     return any(re.fullmatch(rf"{name}\d*", token) for token in tokens for name in SPLITS[role])
 
 
+def role_of(name: str) -> str | None:
+    """The first of train, val and test that the name of a split names."""
+    return next((role for role in SPLITS if names_split(Path(name), role, None)), None)
+
+
+def pose_of(dataset: Dataset, name: str) -> dict[str, Any]:
+    """Keys of a category whose objects have keypoints: their names, and the skeleton, which counts from 1."""
+    if name not in dataset.keypoint_classes or not dataset.keypoint_names:
+        return {}
+    return {"keypoints": list(dataset.keypoint_names), "skeleton": [[a + 1, b + 1] for a, b in dataset.skeleton]}
+
+
 def image_folder(file: Path, images: str | None, names: Sequence[Sequence[str]], problems: Problems) -> Path | None:
     """The folder that has the most images, by one of the names of each; the nearest such. None, told to `problems`: no
     folder."""

@@ -47,6 +47,12 @@ class Annotation:
     size: tuple[float, float] | None = None
     extra: dict[str, Any] | None = None  # what else the file says, only if asked for: for conversion without loss
 
+    @property
+    def bbox(self) -> list[float]:
+        """x, y, width, height, as COCO has them; the sides with the bits of the file."""
+        x1, y1, x2, y2 = self.box
+        return [x1, y1, *(self.size or (x2 - x1, y2 - y1))]
+
 
 @dataclass(frozen=True, slots=True)
 class ImageRecord:

@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import struct
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from detres.data.cache import cache_file, make_room
+from detres.data.cache import cache_file, make_room, replacing
 from detres.data.dataset import Annotation, Dataset
 from detres.data.problems import Problem, Problems
 from detres.data.records import ANNOTATION, IMAGE, Records, decode, encode, plain
@@ -187,19 +186,11 @@ def save_records(file: Path, header: dict[str, Any], records: Records) -> None:
     """Write records, and what else there is to say as plain values, so that a reader sees all of it or nothing."""
     arrays = [np.ascontiguousarray(array) for array in (records.images, records.annotations, records.rest)]
     content = encode({**header, "layout": _LAYOUT, "arrays": [(array.nbytes, zlib.crc32(array)) for array in arrays]})
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as out:
-        try:
-            out.write(_HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content)
-            for array in arrays:
-                out.write(bytes(-out.tell() % 64))
-                out.write(array.data.cast("B") if array.nbytes else b"")
-            out.flush()
-            os.fsync(out.fileno())  # else, after a power failure, it may have its name and not its content
-            os.chmod(out.name, 0o644)
-            os.replace(out.name, file)
-        except BaseException:
-            os.unlink(out.name)
-            raise
+    with replacing(file) as out:
+        out.write(_HEAD.pack(_MAGIC, len(content), zlib.crc32(content)) + content)
+        for array in arrays:
+            out.write(bytes(-out.tell() % 64))
+            out.write(array.data.cast("B") if array.nbytes else b"")
 
 
 def map_records(file: Path, store: ShardStore | None = None, name: str = "") -> tuple[dict[str, Any], Records]:

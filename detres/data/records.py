@@ -129,8 +129,7 @@ class Records(Sequence):
 
     def rows(self) -> np.ndarray:
         """(A,) rows of `annotations`, image by image."""
-        first, counts = self.images["first"], self.counts()
-        return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
+        return ranges(self.images["first"], self.counts())
 
     def counts(self) -> np.ndarray:
         """(N,) annotations of each image."""
@@ -162,6 +161,11 @@ class Records(Sequence):
 
     def _decoded(self, start: int, end: int) -> list[Any]:
         return decode(self.rest[start:end].data)
+
+
+def ranges(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Whole numbers from each `first` on, as many as its count, one range after another."""
+    return np.arange(counts.sum()) + np.repeat(first - np.cumsum(counts) + counts, counts)
 
 
 # Packing

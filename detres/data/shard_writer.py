@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from detres.data import index
+from detres.data.coco import pose_of
 from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import read_file
 from detres.data.masks import PNGSegment, compressed
@@ -107,11 +108,8 @@ def _part(shard: Path) -> Path:
 
 
 def _categories(dataset: Dataset) -> list[dict[str, Any]]:
-    categories = [{"id": number, "name": name} for number, name in zip(dataset.category_ids, dataset.classes)]
-    for category in categories:
-        if category["name"] in dataset.keypoint_classes:
-            category |= {"keypoints": dataset.keypoint_names, "skeleton": [(a + 1, b + 1) for a, b in dataset.skeleton]}
-    return categories
+    return [{"id": number, "name": name, **pose_of(dataset, name)}
+            for number, name in zip(dataset.category_ids, dataset.classes)]
 
 
 def _entry(record: ImageRecord, dataset: Dataset) -> dict[str, Any]:
@@ -121,11 +119,10 @@ def _entry(record: ImageRecord, dataset: Dataset) -> dict[str, Any]:
 
 
 def _annotation(item: Annotation, dataset: Dataset) -> dict[str, Any]:
-    x1, y1, x2, y2 = item.box
-    w, h = item.size or (x2 - x1, y2 - y1)
+    x, y, w, h = item.bbox
     entry = {"id": item.id, "category_id": dataset.category_ids[item.label], "category": dataset.classes[item.label],
-             "bbox": [x1, y1, w, h], "area": item.area, "iscrowd": int(item.crowd)}
-    if item.size is None or (x1 + w, y1 + h) != (x2, y2):
+             "bbox": item.bbox, "area": item.area, "iscrowd": int(item.crowd)}
+    if item.size is None or (x + w, y + h) != item.box[2:]:
         entry["corners"] = item.box
     if item.segmentation:
         entry["segmentation"] = item.segmentation if isinstance(item.segmentation, dict) else list(

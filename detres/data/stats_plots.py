@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from detres.data.stats import MEDIUM, SMALL, Columns, SplitStats
+from detres.plotting import axis_name, clean_axes
 
 COLORS = ("#1F77D0", "#F07F23", "#00A08A", "#A347A8", "#D0331A", "#8E9A1F")  # of splits, in turn
 BINS = 32
@@ -37,7 +38,7 @@ def plot_stats(columns: Sequence[Columns], stats: Sequence[SplitStats], title: s
     _centers(bottom, columns)
     handles, labels = images.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper right", ncols=6, frameon=False, fontsize=9)
-    figure.suptitle(_short(title, 60), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(axis_name(title, 60), x=0.01, ha="left", fontsize=11)
     return figure
 
 
@@ -45,20 +46,6 @@ def _bins(columns: Sequence[Columns]) -> int:
     """Fewer for few objects, of which each would be a spike of its own."""
     fewest = min((len(c.object_sides) for c in columns if len(c.object_sides)), default=0)
     return int(np.clip(2 * fewest**0.5, 8, BINS))
-
-
-def _short(name: str, limit: int = 18) -> str:
-    """Fit for an axis: dollars would be read as formulas."""
-    name = name if len(name) <= limit else name[:limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    return name.replace("$", r"\$")
-
-
-def _clean(axes, title: str, grid: str = "both") -> None:
-    axes.set_title(title, fontsize=10)
-    axes.grid(axis=grid, color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
 
 
 def _classes(axes, stats: Sequence[SplitStats]) -> None:
@@ -79,9 +66,9 @@ def _classes(axes, stats: Sequence[SplitStats]) -> None:
     if left_out > 0:
         axes.text(0.5, TOP - 0.1, f"{left_out} more classes", transform=axes.get_yaxis_transform(), ha="center",
                   va="center", fontsize=8, color="0.4")
-    axes.set_yticks(places, list(map(_short, names)))
+    axes.set_yticks(places, list(map(axis_name, names)))
     axes.set_ylim(max(len(names), FEW) - 0.5 + 0.8 * (left_out > 0), -0.5)
-    _clean(axes, "share of annotations, %", grid="x")
+    clean_axes(axes, "share of annotations, %", grid="x")
 
 
 def _box_sides(axes, columns: Sequence[Columns]) -> None:
@@ -123,7 +110,7 @@ def _curves(axes, columns: Sequence[Columns], values: Callable[[Columns], np.nda
         axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_ylabel(f"% of {unit}", fontsize=8)
-    _clean(axes, title)
+    clean_axes(axes, title)
 
 
 def _counts(axes, columns: Sequence[Columns]) -> None:
@@ -143,12 +130,12 @@ def _image_sizes(axes, columns: Sequence[Columns]) -> None:
         discs = 12 + 500 * counts / max(1, counts.sum())
         color = COLORS[i % len(COLORS)]
         axes.scatter(sizes[:, 1], sizes[:, 0], s=discs, color=color, alpha=0.35, linewidths=0)
-        axes.scatter([], [], s=50, color=color, label=_short(split.name, 30))
+        axes.scatter([], [], s=50, color=color, label=axis_name(split.name, 30))
     height, width = np.concatenate([c.sizes for c in columns]).max(0, initial=1)
     axes.set_xlim(0, 1.12 * width)  # room for the larger discs
     axes.set_ylim(0, 1.2 * height)
     axes.set_ylabel("height", fontsize=8)
-    _clean(axes, "image width and height, px (large disc: many)")
+    clean_axes(axes, "image width and height, px (large disc: many)")
 
 
 def _centers(figure, columns: Sequence[Columns]) -> None:
@@ -159,5 +146,5 @@ def _centers(figure, columns: Sequence[Columns]) -> None:
         axes.imshow(split.centers, cmap="magma", vmin=0, extent=(0, 1, 1, 0))
         axes.set_xticks([])
         axes.set_yticks([])
-        axes.set_title(_short(split.name), fontsize=9, color=COLORS[i % len(COLORS)])
+        axes.set_title(axis_name(split.name), fontsize=9, color=COLORS[i % len(COLORS)])
     figure.suptitle("box centres in the image", fontsize=10)

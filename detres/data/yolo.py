@@ -20,7 +20,7 @@ import yaml
 from detres.data import loose
 from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES, ImageError, read_size
-from detres.data.masks import mask_area
+from detres.data.masks import box_of, mask_area
 from detres.data.problems import OnInvalid, Problems, segmentation_problem
 
 log = logging.getLogger("detres")
@@ -209,8 +209,7 @@ class _Reader:
         polygon = array("d", (value * side for value, side in zip(values, sides)))
         if problem := segmentation_problem([polygon], record.height, record.width):
             return self._add(record, line, "polygon", text, *problem[1:])
-        xs, ys = polygon[::2], polygon[1::2]
-        return _Row(record, line, int(label), [min(xs), min(ys), max(xs), max(ys)], values, [polygon])
+        return _Row(record, line, int(label), list(box_of([polygon])), values, [polygon])
 
     def _add(self, record: ImageRecord, line: int, field: str, value: Any, reason: str,
              kind: str) -> None:

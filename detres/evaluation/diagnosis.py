@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from detres.data.records import ranges
 from detres.evaluation.coco_columns import ResultsFile, TruthFile
 
 IMAGES = 400
@@ -85,7 +86,7 @@ def _overlapping(objects: _Objects, guesses: _Guesses) -> tuple[int, int]:
     first = np.searchsorted(objects.image, guesses.image)
     count = np.searchsorted(objects.image, guesses.image, side="right") - first
     d = np.repeat(np.arange(len(count)), count)  # (P,)
-    g = np.arange(len(d)) - np.repeat(np.cumsum(count) - count - first, count)
+    g = ranges(first, count)
     near = _iou(guesses.boxes[d], objects.boxes[g]) >= 0.5
     d, g = d[near], g[near]
     return len(np.unique(d)), len(np.unique(d[guesses.labels[d] == objects.labels[g]]))

@@ -11,6 +11,7 @@ import numpy as np
 
 from detres.engine.checkpoint import atomic_write
 from detres.evaluation.errors import Bin, ErrorAnalysis
+from detres.plotting import axis_name, clean_axes
 
 COLORS = {"classification": "#4477AA", "localization": "#EE8866", "both": "#AA3377", "duplicate": "#CCBB44",
           "background": "#66A182", "missed": "#BB3344", "false_positives": "0.62", "false_negatives": "0.4"}
@@ -73,18 +74,6 @@ def _number(value: float) -> str:
     return "n/a" if value == -1 else f"{value:.3f}"
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 18 else name[:17] + "\N{HORIZONTAL ELLIPSIS}"
-
-
-def _clean(axes, title: str, grid: str = "both") -> None:
-    axes.set_title(title, fontsize=10)
-    axes.grid(axis=grid, color="0.92")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8)
-
-
 def _tide(axes, analysis: ErrorAnalysis) -> None:
     """What each kind of mistake costs."""
     names, costs = list(COLORS), [analysis.tide.dap[name] for name in COLORS]
@@ -97,7 +86,7 @@ def _tide(axes, analysis: ErrorAnalysis) -> None:
     axes.set_yticks(places, [name.replace("_", " ") for name in names])
     axes.invert_yaxis()
     axes.set_xlim(min(0, *costs), max(*costs, 0.02) * 1.35)
-    _clean(axes, "AP50 lost to each kind of mistake (and their number)", grid="x")
+    clean_axes(axes, "AP50 lost to each kind of mistake (and their number)", grid="x")
     axes.set_xlabel("dAP50", fontsize=8)
 
 
@@ -107,7 +96,7 @@ def _matrix(axes, analysis: ErrorAnalysis, font: int) -> None:
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     shares[-1] = matrix[-1] / np.maximum(matrix.sum(0), 1)
     kept = _most_confused(matrix)
-    names = [[*map(_short, analysis.classes), "background"][i] for i in kept]
+    names = [[*map(axis_name, analysis.classes), "background"][i] for i in kept]
     shares, shown = shares[np.ix_(kept, kept)], matrix[np.ix_(kept, kept)]
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(kept) <= CELLS + 1:
@@ -115,7 +104,7 @@ def _matrix(axes, analysis: ErrorAnalysis, font: int) -> None:
             axes.text(j, i, f"{shown[i, j]:,}", ha="center", va="center", fontsize=font,
                       color="white" if shares[i, j] > 0.55 else "black")
     some = "" if len(kept) == len(matrix) else f", {len(kept) - 1} classes of {len(matrix) - 1:,}"
-    _clean(axes, _with_threshold(f"confusion{some}", analysis))
+    clean_axes(axes, _with_threshold(f"confusion{some}", analysis))
     axes.grid(visible=False)
     edges = np.arange(len(kept) - 1) + 0.5
     axes.vlines(edges, -0.5, len(kept) - 0.5, color="0.92", linewidth=0.5)
@@ -140,14 +129,14 @@ def _with_threshold(text: str, analysis: ErrorAnalysis) -> str:
 def _confusions(axes, analysis: ErrorAnalysis) -> None:
     """The most frequent ones as bars."""
     pairs = analysis.confusion.largest(analysis.classes, LIST)
-    _clean(axes, _with_threshold("largest confusions", analysis), grid="x")
+    clean_axes(axes, _with_threshold("largest confusions", analysis), grid="x")
     if not pairs:
         _say(axes, "no class was taken for another")
         return
     axes.barh(range(len(pairs)), [count for *_, count in pairs], color=COLORS["classification"], height=0.75)
     for place, (*_, count) in enumerate(pairs):
         axes.annotate(f"{count:,}", (count, place), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_yticks(range(len(pairs)), [f"{_short(truth)} \N{RIGHTWARDS ARROW} {_short(found)}"
+    axes.set_yticks(range(len(pairs)), [f"{axis_name(truth)} \N{RIGHTWARDS ARROW} {axis_name(found)}"
                                         for truth, found, _ in pairs])
     axes.set_ylim(LIST - 0.4, -0.6)
     axes.set_xlim(0, pairs[0][2] * 1.15)
@@ -165,13 +154,13 @@ def _precision_recall(axes, analysis: ErrorAnalysis) -> None:
     curves = analysis.curves
     recall = np.linspace(0, 1, curves.precision.shape[1])
     ap = curves.ap().tolist()
-    labels = [f"{_short(name)} {value:.3f}" for name, value in zip(analysis.classes, ap)]
+    labels = [f"{axis_name(name)} {value:.3f}" for name, value in zip(analysis.classes, ap)]
     _class_lines(axes, recall, curves.precision.numpy(), labels)
     if (curves.precision[:, 0] >= 0).sum() > 1:
         mean = curves.mean_precision()
         axes.plot(recall, mean, color="black", linewidth=1.8, label=f"mean {float(mean.mean()):.3f}")
     _unit_square(axes, "recall", "precision")
-    _clean(axes, f"precision and recall at IoU {analysis.confusion.iou_threshold:g} (AP)")
+    clean_axes(axes, f"precision and recall at IoU {analysis.confusion.iou_threshold:g} (AP)")
     _legend(axes, "best" if len(labels) <= FEW else "lower left")
 
 
@@ -179,7 +168,7 @@ def _f1(axes, analysis: ErrorAnalysis) -> None:
     """The dots are the best thresholds."""
     curves = analysis.curves
     *best, pooled = curves.best
-    labels = [f"{_short(name)} {point.f1:.3f} at {_number(point.threshold)}"
+    labels = [f"{axis_name(name)} {point.f1:.3f} at {_number(point.threshold)}"
               for name, point in zip(analysis.classes, best)]
     colors = _class_lines(axes, curves.confidence.numpy(), curves.f1[:-1].numpy(), labels)
     dots = [(p.threshold, p.f1, DARK if color == CLASS_LINE else color) for p, color in zip(best, colors)
@@ -195,7 +184,7 @@ def _f1(axes, analysis: ErrorAnalysis) -> None:
     axes.set_xlim(float(curves.confidence[0]), float(curves.confidence[-1]))
     axes.set_ylim(0, 1.02 if len(best) <= FEW else 1.17)  # room for the legend above the dots
     axes.set_yticks(np.linspace(0, 1, 6))
-    _clean(axes, "F1 and score threshold (dots: best)")
+    clean_axes(axes, "F1 and score threshold (dots: best)")
     _legend(axes, "best" if len(best) <= FEW else "upper right")
 
 
@@ -245,7 +234,7 @@ def _objects(axes, analysis: ErrorAnalysis) -> None:
     axes.barh([0, 0], [0, 0], color=LIGHT, label="AP50")
     axes.barh([0, 0], [0, 0], color=DARK, label="AP")
     axes.legend(frameon=False, fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.005), ncols=2)
-    _clean(axes, "AP by kind of object (lines: all; right: number)", grid="x")
+    clean_axes(axes, "AP by kind of object (lines: all; right: number)", grid="x")
 
 
 def _bar(axes, place: float, b: Bin) -> None:

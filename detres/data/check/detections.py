@@ -19,6 +19,7 @@ import numpy as np
 from detres.data.check.labels import paired_overlap
 from detres.data.dataset import Dataset
 from detres.data.problems import Problem
+from detres.data.records import ranges
 from detres.evaluation.coco_columns import ResultsFile
 from detres.evaluation.coco_files import read_results
 
@@ -112,5 +113,4 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Places (P,) and (P,) of all pairs of equal numbers; `second` is in ascending order."""
     start, end = np.searchsorted(second, first, "left"), np.searchsorted(second, first, "right")
     count = end - start
-    return (np.repeat(np.arange(len(first)), count),
-            np.arange(count.sum()) + np.repeat(start - np.cumsum(count) + count, count))
+    return np.repeat(np.arange(len(first)), count), ranges(start, count)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -149,6 +149,16 @@ def link(target: Path, source: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     if not os.path.lexists(target):
         target.symlink_to(source.resolve())
+
+
+def delete_lines(problem: Problem, file: Path, is_own: Callable[[str], bool], changes: Changes, keep: int = 0) -> None:
+    """Of a text file, those that `is_own` says, but for the first `keep`."""
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    own = [i for i, line in enumerate(lines) if is_own(line)][keep:]
+    for i in own:
+        changes.add(problem, f"line {i + 1}", lines[i], None, file)
+    if own:
+        file.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if i not in own), encoding="utf-8")
 
 
 def by_file(problems: Sequence[Problem]) -> dict[Path, list[Problem]]:

@@ -20,6 +20,7 @@ from detres.data.coco import file_names, image_folder, is_id
 from detres.data.coco_json import parse, read_json
 from detres.data.images import ImageError, read_size
 from detres.data.kinds import severity
+from detres.data.masks import box_of
 from detres.data.problems import Problem, Problems, is_number, numbers, segmentation_problem
 
 
@@ -174,8 +175,8 @@ def _box(fix: _Fix, problem: Problem, entry: Any, name: str, place: int) -> None
     """That of the mask, where there are sound polygons; else one of negative sides is turned."""
     polygons, box = entry.get("segmentation"), None
     if isinstance(polygons, list) and polygons and all(map(_is_sound, polygons)):
-        xs, ys = ([value for polygon in polygons for value in polygon[axis::2]] for axis in (0, 1))
-        box = [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]
+        x1, y1, x2, y2 = box_of(polygons)
+        box = [x1, y1, x2 - x1, y2 - y1]
     elif problem.kind == "box_negative":
         x, y, w, h = entry["bbox"]
         box = [min(x, x + w), min(y, y + h), abs(w), abs(h)]

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from detres.data import voc
-from detres.data.check.fix import Changes, by_file, link
+from detres.data.check.fix import Changes, by_file, delete_lines, link
 from detres.data.check.run import SplitSummary
 from detres.data.images import read_size
 from detres.data.kinds import severity
@@ -73,12 +73,7 @@ def _take_out(problem: Problem, changes: Changes) -> None:
     file, root = Path(problem.file), _root(problem)
     twice = problem.kind == "duplicate_image" and file.suffix == ".txt"
     for image_set in [file] if twice else sorted((root / "ImageSets/Main").glob("*.txt")) if root else []:
-        lines = image_set.read_text(encoding="utf-8", errors="replace").splitlines()
-        own = [i for i, line in enumerate(lines) if line.split()[:1] == [problem.image]][int(twice):]
-        for i in own:
-            changes.add(problem, f"line {i + 1}", lines[i], None, image_set)
-        if own:
-            image_set.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if i not in own), encoding="utf-8")
+        delete_lines(problem, image_set, lambda line: line.split()[:1] == [problem.image], changes, keep=int(twice))
 
 
 def _parse(file: Path) -> ElementTree.ElementTree:

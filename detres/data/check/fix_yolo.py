@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from detres.data import yolo
-from detres.data.check.fix import Changes, by_file, link
+from detres.data.check.fix import Changes, by_file, delete_lines, link
 from detres.data.check.run import SplitSummary
 from detres.data.dataset import SPLITS
 from detres.data.images import ImageError, read_size
@@ -64,13 +64,8 @@ def apply(problems: Sequence[Problem], changes: Changes) -> None:
 def _take_out(problem: Problem, changes: Changes) -> None:
     """The image, of all lists."""
     for name in ENTRIES:
-        file = changes.root / f"{name}.txt"
-        lines = file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []
-        own = [i for i, line in enumerate(lines) if line == f"./{problem.image}"]
-        for i in own:
-            changes.add(problem, f"line {i + 1}", lines[i], None, file)
-        if own:
-            file.write_text("".join(f"{line}\n" for i, line in enumerate(lines) if i not in own), encoding="utf-8")
+        if (file := changes.root / f"{name}.txt").is_file():
+            delete_lines(problem, file, lambda line: line == f"./{problem.image}", changes)
 
 
 def _mend_rows(file: Path, problems: Sequence[Problem], changes: Changes) -> None:

@@ -145,7 +145,7 @@ def _compare(items: list[Item], areas: np.ndarray, extents: np.ndarray, exact) -
             continue
         if off[k]:
             better = [x1, y1, round(x2 - x1, 2), round(y2 - y1, 2)]
-            yield _finding(items[k], "bbox", _xywh(items[k][3]), f"must be the extent of the mask, {better}",
+            yield _finding(items[k], "bbox", items[k][3].bbox, f"must be the extent of the mask, {better}",
                            "box_mask_differs", better)
         if apart[k] and _differ(stated[k], pixels):
             yield _finding(items[k], "area", items[k][3].area, f"must be that of the mask, {pixels} px", "area_differs",
@@ -158,12 +158,6 @@ def _differ(stated: np.ndarray, area: np.ndarray) -> np.ndarray:
 
 def _finding(row: Item, *rest: Any) -> Finding:
     return Finding(row[0], row[1], *rest)
-
-
-def _xywh(item: Annotation) -> list[float]:
-    x1, y1, x2, y2 = item.box
-    width, height = item.size or (x2 - x1, y2 - y1)
-    return [x1, y1, width, height]
 
 
 # Polygons: points (P, 2) of all, of which one begins at each of `starts` and has `lengths` points

@@ -125,9 +125,8 @@ def _inspect(path: Any) -> _Facts:
         return _Facts([_failure(path, error)])
     with Image.open(BytesIO(data)) as image:
         remarks = [*_format_remarks(image, data, pixels), *_suffix_remark(image, str(path))]
-        orientation = _exif_orientation(image)
     digest = hashlib.blake2b(data, digest_size=16).digest()
-    return _Facts(remarks, digest, thumbnail(pixels), found.shape[:2], orientation)
+    return _Facts(remarks, digest, thumbnail(pixels), found.shape[:2], found.orientation)
 
 
 def _failure(path: Any, error: ImageError) -> Remark:
@@ -217,13 +216,6 @@ def _suffix_remark(image: Image.Image, path: str) -> Iterator[Remark]:
     if Image.registered_extensions().get(suffix, found) != found:
         yield Remark("image_suffix", "name", f"{suffix} that is {found}", "must have the suffix of its format "
                      "(rename it)")
-
-
-def _exif_orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(274, 1))
-    except Exception:  # as the loader: a damaged tag does not damage the pixels
-        return 1
 
 
 def _remarks(entry: _Listed, facts: _Facts) -> Iterator[Remark]:

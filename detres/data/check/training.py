@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from detres.config import SourceConfig
-from detres.data.cache import cache_file, make_room
+from detres.data.cache import cache_file, make_room, replacing
 from detres.data.check.images import check_images
 from detres.data.dataset import Dataset, without_images
 from detres.data.index import as_plain, code
@@ -88,7 +87,6 @@ def _state(splits: Sequence[tuple[str, Dataset]]) -> str:
 
 def _keep(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as out:
+    with replacing(file) as out:
         out.write(content)
-    os.replace(out.name, file)
     make_room(file.parent.iterdir(), LIMIT, file)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,7 +17,6 @@ import numpy as np
 from detres.data.masks import PNGSegment, compressed, rasterize
 
 Segmentation = list[Any] | dict[str, Any] | PNGSegment
-MaskForm = Literal["polygon", "rle"]
 
 
 def to_rle(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:

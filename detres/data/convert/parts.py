@@ -17,7 +17,7 @@ from PIL import Image
 from detres.config import SourceConfig
 from detres.data import coco, panoptic
 from detres.data.convert.lost import Losses
-from detres.data.dataset import SPLITS, Annotation, Dataset, ImageRecord
+from detres.data.dataset import Annotation, Dataset, ImageRecord
 from detres.data.images import IMAGE_SUFFIXES, read_file
 from detres.data.kinds import KINDS, severity
 from detres.data.label_maps import IGNORED, read_values
@@ -30,7 +30,6 @@ from detres.data.splits import Split, find_splits
 # memory these are labels, not ids.
 LVIS_LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 _PREFIX = re.compile(r"^(instances|panoptic|person_keypoints|lvis(_v[\d.]+)?)_|^_annotations\.?")
-_ROLES = [name for names in SPLITS.values() for name in names]
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ def load_parts(path: str | Path, losses: Losses, images: str | None = None, sema
 def _name(name: str, count: int) -> str:
     """Of a split, without what the format puts before it; a single one that says nothing trains."""
     name = re.sub(r"[\s/]+", "_", _PREFIX.sub("", name).strip()) or "train"
-    says = any(coco.names_split(Path(name), role, None) for role in SPLITS)
-    return name if says or count > 1 else "train"
+    return name if coco.role_of(name) or count > 1 else "train"
 
 
 def _panoptic(file: Path, images: str | None, on_invalid: OnInvalid) -> Part:

@@ -17,11 +17,11 @@ from pathlib import Path
 import numpy as np
 
 from detres.data.check.lookalikes import find_lookalikes, thumbnail
-from detres.data.coco import names_split
+from detres.data.coco import role_of
 from detres.data.convert.classes import unified
 from detres.data.convert.lost import Losses
 from detres.data.convert.parts import Part
-from detres.data.dataset import SPLITS, Dataset, ImageRecord
+from detres.data.dataset import Dataset, ImageRecord
 from detres.data.images import read_image
 
 SAME = 0.01  # pixels that boxes of one object may differ by: what formats round
@@ -74,7 +74,7 @@ def _by_role(data_sets: Sequence[Sequence[Part]], losses: Losses) -> list[list[P
 
 
 def _called_by_role(parts: Sequence[Part]) -> list[Part]:
-    roles = [next((role for role in SPLITS if names_split(Path(part.name), role, None)), None) for part in parts]
+    roles = [role_of(part.name) for part in parts]
     return [replace(part, name=role) if role and roles.count(role) == 1 else part for part, role in zip(parts, roles)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from detres.data.coco import pose_of
 from detres.data.convert.lost import Losses
 from detres.data.convert.masks import to_polygons, to_rle
 from detres.data.convert.parts import LVIS_LISTS, Images, Part
@@ -93,10 +94,8 @@ def _category_ids(dataset: Dataset, losses: Losses) -> tuple[int, ...]:
 
 def _category(dataset: Dataset, label: int, number: int, prefix: str) -> dict[str, Any]:
     category = {"id": number, "name": dataset.classes[label]}
-    if dataset.keypoint_names and dataset.classes[label] in dataset.keypoint_classes and prefix == "instances":
-        category |= {"keypoints": list(dataset.keypoint_names), "skeleton": [[a + 1, b + 1] for a, b in
-                                                                            dataset.skeleton]}
-    return category | (dataset.extra["categories"][label] if dataset.extra else {})
+    pose = pose_of(dataset, dataset.classes[label]) if prefix == "instances" else {}
+    return category | pose | (dataset.extra["categories"][label] if dataset.extra else {})
 
 
 def _image_extra(record: ImageRecord, category_ids: Sequence[int]) -> dict[str, Any]:
@@ -114,16 +113,11 @@ def _annotations(part: Part, image_ids: Sequence[int], category_ids: Sequence[in
         for item in record.annotations:
             number += 1
             yield {"id": item.id if keep else number, "image_id": image_id, "category_id": category_ids[item.label],
-                   "bbox": _box(item), "area": item.area,
+                   "bbox": item.bbox, "area": item.area,
                    "segmentation": _segmentation(item, record, masks, losses),
                    **({} if prefix == "lvis_v1" else {"iscrowd": int(item.crowd)}),
                    **(_keypoints(item) if prefix == "instances" else {}),
                    **({"difficult": 1, "ignore": 1} if item.difficult else {}), **(item.extra or {})}
-
-
-def _box(item: Annotation) -> list[float]:
-    x1, y1, x2, y2 = item.box
-    return [x1, y1, *(item.size or (x2 - x1, y2 - y1))]
 
 
 def _keypoints(item: Annotation) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from detres.data.coco import names_split
+from detres.data.coco import role_of
 from detres.data.convert.lost import Losses
 from detres.data.convert.masks import joined, to_polygons
 from detres.data.convert.parts import Images, Part, entries_with_more
-from detres.data.dataset import SPLITS, Annotation, ImageRecord
+from detres.data.dataset import Annotation, ImageRecord
 from detres.data.masks import mask_area
 
 DIGITS = 12  # after the point: 1e-8 pixels of an image 10,000 pixels wide
@@ -47,7 +47,7 @@ def write_yolo(parts: Sequence[Part], out: Path, images: Images, losses: Losses,
 
 def _key(name: str) -> str:
     """The key of data.yaml: train, val or test."""
-    return next((role for role in SPLITS if names_split(Path(name), role, None)), name)
+    return role_of(name) or name
 
 
 def _tell(parts: Sequence[Part], losses: Losses) -> None:
