@@ -72,6 +72,8 @@ def _classes(axes, stats: Sequence[SplitStats]) -> None:
 
 
 def _box_sides(axes, columns: Sequence[Columns]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     sides = [_sides(c) for c in columns if len(c.object_sides)]
     low, high = (min(map(np.min, sides)), max(map(np.max, sides))) if sides else (1, 1000)
     edges = np.geomspace(max(low, 1), max(high, 2 * max(low, 1)), _bins(columns) + 1)
@@ -82,8 +84,8 @@ def _box_sides(axes, columns: Sequence[Columns]) -> None:
     axes.set_xlim(edges[0], edges[-1])
     ticks = [tick for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000) if edges[0] <= tick <= edges[-1]]
     if len(ticks) < 4:
-        ticks = [tick for tick in range(10, 5000, 10) if edges[0] <= tick <= edges[-1]][:12]
-    axes.set_xticks(ticks, list(map(str, ticks)))
+        ticks = [tick for tick in MaxNLocator(6).tick_values(edges[0], edges[-1]) if edges[0] <= tick <= edges[-1]]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _sides(columns: Columns) -> np.ndarray:
